@@ -1,0 +1,375 @@
+"""Text from a checkpoint: sampling, scoring and measuring.
+
+    python generate.py --prompt "Once upon a time"                    # from the newest run
+    python generate.py runs/tiny --prompt "" --temperature 0          # greedy, from BOS alone
+    python generate.py stories15M.bin --prompt "One day" --prompt "Two dogs" --json
+    python generate.py runs/tiny --score README.md                    # bits per byte of a text
+    python generate.py runs/tiny --bench 64                           # tokens a second
+"""
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+STARTED = time.perf_counter()  # before torch, whose import is a good part of the first token's wait
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama import KVCache, Llama, load
+from tokenizer import Parser, StreamDecoder, command, documents, load_tokenizer
+
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def best_device() -> str:
+    """cuda, mps or cpu: the fastest that is there."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+# ---------------------------------------------------------------------------------------------
+# Finding things
+
+
+def newest_run(root: Path = Path("runs")) -> Path:
+    """The run whose weights were written last."""
+    runs = sorted(root.glob("*/consolidated.00.pth"), key=lambda file: file.stat().st_mtime)
+    if not runs:
+        raise ValueError("there is no run in runs/ yet; try python train.py, or name a checkpoint")
+    return runs[-1].parent
+
+
+def tokenizer_beside(checkpoint: Path, vocab_size: int, given: str | None = None):
+    """The tokenizer of a checkpoint: the one given, or the file beside it (or one folder up, where
+    LLaMA 1 has it). Its size must be the model's."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    names = ("tokenizer.model", "tokenizer.bin", f"tok{vocab_size}.bin")
+    found = [place / name for place in (folder, folder.resolve().parent) for name in names]
+    path = Path(given) if given else next((p for p in found if p.is_file()), None)
+    if path is None:
+        raise ValueError(f"there is no tokenizer beside {checkpoint}; try --tokenizer PATH")
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(f"{path} has {tokenizer.vocab_size} tokens and the model {vocab_size}: "
+                         "they do not belong together; try --tokenizer with the model's own")
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float = 0.6  # 0: always the likeliest token
+    top_k: int = 0            # only the k likeliest; 0: all
+    top_p: float = 0.9        # only the likeliest that together have this probability
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"--temperature {self.temperature} is negative; try 0 for greedy")
+        if self.top_k < 0:
+            raise ValueError(f"--top-k {self.top_k} is negative; try 0 for all")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p {self.top_p} is not in (0, 1]; try 0.9")
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What the next token is drawn from: logits (B, V) -> (B, V).
+
+            softmax(z / temperature), cut to the k likeliest, then to the smallest set of the
+            likeliest whose sum reaches p, and normalised again
+        """
+        if self.temperature == 0:
+            return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        z, order = (logits / self.temperature).sort(-1, descending=True)
+        if self.top_k:
+            z[:, self.top_k:] = float("-inf")
+        p = z.softmax(-1)
+        before = p.cumsum(-1) - p  # probability of all likelier tokens
+        p[before >= self.top_p] = 0
+        return torch.zeros_like(p).scatter(-1, order, p / p.sum(-1, keepdim=True))
+
+
+@torch.inference_mode()
+def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
+             stop_ids: frozenset[int] = frozenset(), numbers: list[int] | None = None
+             ) -> Iterator[list[tuple[int, int, float]]]:
+    """Continues each prompt; yields (row, id, log-probability) of every row still running, a step
+    at a time. A row ends with a stop id, or when the context is full.
+
+    One batch, prompts of any lengths padded on the right: each row is what it would be alone.
+    numbers[row] tells samples of one prompt apart: a row's randomness is (seed, number) alone.
+    """
+    lengths, room = [len(prompt) for prompt in prompts], model.config.max_seq_len
+    if min(lengths) == 0:
+        raise ValueError("a prompt has no token; try one with BOS")
+    if max(lengths) >= room:
+        raise ValueError(f"a prompt of {max(lengths)} tokens leaves no room in the context of {room}; "
+                         "try a shorter one")
+    weight = model.tok_embeddings.weight
+    random = [torch.Generator().manual_seed(sampling.seed * 2**20 + number)
+              for number in numbers or [0] * len(prompts)]
+    size = min(room, max(lengths) + max_new_tokens)
+    cache = KVCache(model.config, len(prompts), size, model.dtype or weight.dtype, weight.device)
+    padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
+    h = model.hidden(torch.tensor(padded, device=weight.device), cache)
+    h = h[range(len(prompts)), [length - 1 for length in lengths]]  # (B, T, D) -> (B, D)
+    cache.lengths = list(lengths)
+    running = set(range(len(prompts)))
+    for _ in range(max_new_tokens):
+        logits = model.logits(h).cpu()
+        if not torch.isfinite(logits).all():
+            raise ValueError("the model's scores are not finite; try --dtype fp32")
+        p = sampling.probabilities(logits)
+        ids = torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, random)])
+        logprobs = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+        yield [(row, int(ids[row]), float(logprobs[row])) for row in sorted(running)]
+        full = {row for row in running if cache.lengths[row] + 1 >= size}
+        running -= {row for row in running if int(ids[row]) in stop_ids} | full
+        if not running:
+            return
+        cache.lengths = [min(length, size - 1) for length in cache.lengths]  # of rows that ended
+        h = model.hidden(ids[:, None].to(weight.device), cache)[:, -1]
+
+
+class Sample:
+    """One text as it grows: ids and log-probabilities of the new tokens, and their text."""
+
+    def __init__(self, tokenizer, prompt: str, stop_ids: frozenset[int], stop_texts: list[str]):
+        self.prompt, self.stop_ids, self.stop_texts = prompt, stop_ids, stop_texts
+        self.decoder = StreamDecoder(tokenizer, start=not prompt)
+        self.ids, self.logprobs, self.text = [], [], ""
+        self.finish_reason = None
+        self.shown = 0  # characters of text that were handed out
+
+    def push(self, token: int, logprob: float) -> str:
+        """Takes a token; the text that is new and cannot be the beginning of a stop text."""
+        if token in self.stop_ids:
+            return self.end("stop")
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        self.text += self.decoder.push(token)
+        ends = [at for at in (self.text.find(stop) for stop in self.stop_texts) if at >= 0]
+        if ends:
+            self.text = self.text[:min(ends)]
+            return self.end("stop")
+        held = max((n for stop in self.stop_texts for n in range(1, len(stop))
+                    if self.text.endswith(stop[:n])), default=0)
+        return self.show(len(self.text) - held)
+
+    def end(self, reason: str) -> str:
+        """Closes the text; what of it was not handed out yet."""
+        self.finish_reason = reason
+        if reason == "length":
+            self.text += self.decoder.flush()
+        return self.show(len(self.text))
+
+    def show(self, until: int) -> str:
+        new = self.text[self.shown:until]
+        self.shown = max(self.shown, until)
+        return new
+
+    def json(self) -> dict:
+        return {"prompt": self.prompt, "ids": self.ids, "text": self.text,
+                "logprobs": self.logprobs, "finish_reason": self.finish_reason}
+
+
+def sample_texts(model: Llama, tokenizer, prompts: list[str], max_new_tokens: int,
+                 sampling: Sampling, num_samples: int = 1, stop_texts: list[str] = (),
+                 show=None) -> list[Sample]:
+    """num_samples texts of each prompt, as one batch; show(text) gets the first one's as it comes."""
+    samples = [Sample(tokenizer, prompt, tokenizer.stop_ids, list(stop_texts))
+               for prompt in prompts for _ in range(num_samples)]
+    ids = [tokenizer.encode(sample.prompt, bos=tokenizer.adds_bos or not sample.prompt)
+           if sample.prompt else [tokenizer.bos_id] for sample in samples]
+    numbers = list(range(num_samples)) * len(prompts)
+    for step in generate(model, ids, max_new_tokens, sampling, tokenizer.stop_ids, numbers):
+        for row, token, logprob in step:
+            if samples[row].finish_reason is None:
+                text = samples[row].push(token, logprob)
+                if show and row == 0:
+                    show(text)
+        if all(sample.finish_reason for sample in samples):
+            break
+    for row, sample in enumerate(samples):
+        rest = sample.end("length") if sample.finish_reason is None else ""
+        if show and row == 0:
+            show(rest)
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------
+# Scoring and measuring
+
+
+@torch.inference_mode()
+def token_nll(model: Llama, ids: list[int]) -> Tensor:
+    """-log p(id | all before it in its window) of every id but the first, in nats: (len(ids) - 1,).
+
+    A text longer than the context is read in windows that overlap by half: each token is scored
+    once, with at least half a context before it where the text has that much.
+    """
+    context, device = model.config.max_seq_len, model.tok_embeddings.weight.device
+    step, done, parts = max(1, context // 2), 0, []
+    for start in range(0, len(ids) - 1, step):
+        window = torch.tensor(ids[start:start + context + 1], device=device)
+        logits = model(window[None, :-1])[0]
+        nll = F.cross_entropy(logits, window[1:], reduction="none")
+        parts.append(nll[done - start:].cpu())
+        done = start + len(nll)
+        if done == len(ids) - 1:
+            break
+    return torch.cat(parts)
+
+
+def score(model: Llama, tokenizer, path: str) -> Iterator[dict]:
+    """Per document of a file or folder, then in all: tokens, nll, perplexity, bits per byte."""
+    skipped, rows = [], []
+    for number, pieces in enumerate(documents([path], skipped)):
+        text = "".join(pieces)
+        ids = tokenizer.encode(text, bos=True)
+        rows.append((len(ids) - 1, float(token_nll(model, ids).double().sum()), len(text.encode())))
+        yield {"document": number, **figures(*rows[-1])}
+    for reason in skipped:
+        print(f"passed over {reason}", file=sys.stderr)
+    if not rows:
+        raise ValueError(f"{path} holds no text; try a UTF-8 text file or a .jsonl with \"text\"")
+    yield {"document": "all", **figures(*map(sum, zip(*rows)))}
+
+
+def figures(tokens: int, nll: float, size: int) -> dict:
+    return {"tokens": tokens, "nll": nll, "perplexity": math.exp(min(700, nll / max(1, tokens))),
+            "bits_per_byte": nll / math.log(2) / max(1, size)}
+
+
+def memory_bandwidth(device: str) -> float:
+    """Bytes a second that a large sum reads, best of five."""
+    data = torch.ones(2**26, device=device)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        data.sum().item()
+        times.append(time.perf_counter() - start)
+    return 4 * data.numel() / min(times)
+
+
+def bench(model: Llama, n: int, load_s: float, dtype: str) -> dict:
+    """Speed of reading a prompt of n random tokens and of n - 1 steps after it, best of three."""
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(model.config.vocab_size, (n,), generator=generator).tolist()
+    prefill, decode, first = [], [], None
+    for _ in range(3):
+        start = time.perf_counter()
+        steps = generate(model, [prompt], n, Sampling(temperature=0))
+        next(steps)
+        read = time.perf_counter()
+        first = first or read - STARTED
+        made = sum(1 for _ in steps)
+        prefill.append(n / (read - start))
+        decode.append(made / (time.perf_counter() - read))
+    table = 0 if model.output is None else model.tok_embeddings.weight.numel()  # one row is read
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    read_bytes = size - table * model.tok_embeddings.weight.element_size()
+    bandwidth = read_bytes * max(decode)
+    fraction = bandwidth / memory_bandwidth(model.tok_embeddings.weight.device.type)
+    return {"prefill_tokens_per_s": max(prefill), "decode_tokens_per_s": max(decode),
+            "weight_gb": size / 1e9, "bandwidth_gb_s": bandwidth / 1e9,
+            "bandwidth_fraction": round(fraction, 3), "load_s": load_s, "first_token_s": first,
+            "dtype": dtype, "quantize": None}
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+
+
+def positive(kind: type):
+    """A type for argparse: int or float, above zero and finite."""
+    def parse(text: str):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise ValueError
+        return value
+    parse.__name__ = f"positive {kind.__name__}"  # argparse says "invalid positive int value"
+    return parse
+
+
+def parser() -> Parser:
+    p = Parser(prog="generate.py", description="Text from a run, a Meta folder or a llama2.c file.")
+    p.add_argument("checkpoint", nargs="?", help="folder or file; default: the newest run in runs/")
+    text = p.add_argument_group("text")
+    text.add_argument("--prompt", action="append", default=[], metavar="TEXT",
+                      help="repeat it for a batch; - reads stdin; \"\" starts from BOS alone")
+    text.add_argument("--max-new-tokens", type=positive(int), default=200, metavar="N",
+                      help="tokens at most; the context may end a text earlier")
+    text.add_argument("--temperature", type=float, default=0.6, metavar="X",
+                      help="0 for the likeliest text, about 1 for variety")
+    text.add_argument("--top-p", type=float, default=0.9, metavar="X",
+                      help="lower it if the text loses its thread")
+    text.add_argument("--top-k", type=int, default=0, metavar="N", help="0 for all tokens")
+    text.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed, the same text")
+    text.add_argument("--num-samples", type=positive(int), default=1, metavar="N",
+                      help="texts of each prompt")
+    text.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                      help="end a text where this begins; repeatable")
+    model = p.add_argument_group("model")
+    model.add_argument("--dtype", choices=DTYPES, default="auto",
+                       help="auto keeps the file's; bf16 halves the memory of an fp32 file")
+    model.add_argument("--tokenizer", metavar="PATH", help="default: the one beside the checkpoint")
+    other = p.add_argument_group("instead of sampling, and output")
+    other.add_argument("--score", metavar="FILE", help="perplexity and bits per byte of its documents"
+                       " (texts longer than the context in windows that overlap by half)")
+    other.add_argument("--bench", type=positive(int), metavar="N",
+                       help="speed: N tokens read, N written")
+    other.add_argument("--json", action="store_true", help="one JSON object a sample or document")
+    return p
+
+
+def main(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    checkpoint = Path(args.checkpoint) if args.checkpoint else newest_run()
+    start = time.perf_counter()
+    model = load(checkpoint, best_device(), DTYPES[args.dtype])
+    load_s = time.perf_counter() - start
+    if args.bench:
+        if 2 * args.bench > model.config.max_seq_len:
+            raise ValueError(f"--bench {args.bench} needs a context of {2 * args.bench}, the model "
+                             f"has {model.config.max_seq_len}; try {model.config.max_seq_len // 2}")
+        dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
+        print(json.dumps(bench(model, args.bench, load_s, dtype)))
+        return
+    tokenizer = tokenizer_beside(checkpoint, model.config.vocab_size, args.tokenizer)
+    if args.score:
+        for row in score(model, tokenizer, args.score):
+            print(json.dumps(row) if args.json else
+                  "document {document}: {tokens} tokens, nll {nll:.2f}, perplexity {perplexity:.2f}, "
+                  "{bits_per_byte:.3f} bits per byte".format(**row), flush=True)
+        return
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt or [""]]
+    alone = len(prompts) * args.num_samples == 1 and not args.json
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    if alone:
+        show(prompts[0])
+    samples = sample_texts(model, tokenizer, prompts, args.max_new_tokens, sampling,
+                           args.num_samples, args.stop, show if alone else None)
+    for number, sample in enumerate(samples):
+        if args.json:
+            print(json.dumps(sample.json()))
+        elif alone:
+            print()
+        else:
+            print(f"--- {number + 1} of {len(samples)}\n{sample.prompt}{sample.text}")
+
+
+if __name__ == "__main__":
+    command(main)

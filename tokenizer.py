@@ -1,0 +1,593 @@
+"""Raw text -> token ids: SentencePiece BPE (LLaMA 1, 2), byte-level BPE (Llama 3), token shards.
+
+    python tokenizer.py train --vocab-size 4096 --out tokenizer.model      # on Python's own library
+    python tokenizer.py encode --tokenizer tokenizer.model --bos "In 2023, 1 llama"
+    python tokenizer.py decode --tokenizer tokenizer.model 1 512 300
+    python tokenizer.py info tokenizer.model
+
+"Notably, we split all numbers into individual digits, and fallback to bytes to decompose unknown
+UTF-8 characters." (LLaMA, section 2.1)
+"""
+
+import argparse
+import base64
+import codecs
+import functools
+import hashlib
+import heapq
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import struct
+import sys
+import unicodedata
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+CACHED_PIECES, CACHED_LENGTH = 1 << 16, 64  # pretokens a BytePair remembers, and their length
+WHOLE, PIECE = 1 << 16, 1 << 14  # bytes: a longer document is cut, and into pieces of about this
+LARGEST, PER_WORKER = 1 << 26, 1 << 24  # bytes of a tokenizer or .jsonl line; worth a process
+LINES = re.compile(rb"\n(?:\r?\n)+"), re.compile(rb"\n")  # where to cut: blank lines, then ends
+LEFT_OUT = re.compile(r"(site|dist)-packages|tests?|idlelib|lib2to3|tkinter|turtledemo|ensurepip|"
+                      r"topics\.py|config-.*|_sysconfigdata.*|\..*")
+SPECIAL = {  # after the ranks, up to 256; each - is a reserved one
+    "3.0": "begin_of_text end_of_text - - - - start_header_id end_header_id - eot_id",
+    "3.1": "begin_of_text end_of_text - - finetune_right_pad_id step_id start_header_id "
+           "end_header_id eom_id eot_id python_tag image",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line (a ValueError) instead of a usage dump."""
+
+    def __init__(self, **options):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise ValueError(f"{message}; try --help")
+
+
+def command(main):
+    """Run main(arguments) and exit with its status; a user's mistake is one line and status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # by itself Windows' console is not UTF-8
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        status = main(sys.argv[1:]) or 0
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        # The reader has gone (`| head`): the interpreter's last flush shall not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except (ValueError, OSError) as error:
+        name = getattr(error, "filename", None)
+        text = f"{error.strerror}: {name}" if name else str(error)
+        print("error:", " ".join(text.split()), file=sys.stderr)
+        status = 2
+    sys.exit(status)
+
+
+class Tokenizer:
+    """Both kinds have encode(text, bos, eos, continues) -> ids, decode(ids) -> text, token_bytes(id)
+    -> what one token adds to a text; data (the file's bytes), vocab_size, bos_id, eos_id, stop_ids
+    (generation ends at any of them), adds_bos. Wrong ids and half surrogates are ValueErrors."""
+
+    adds_bos = True
+
+    def save(self, path):
+        Path(path).write_bytes(self.data)
+
+    def check(self, text="", ids=()):
+        if re.search("[\ud800-\udfff]", text):
+            raise ValueError("text holds half a surrogate pair; try valid Unicode")
+        ids = list(ids)
+        for wrong in (i for i in ids if not 0 <= i < self.vocab_size):
+            raise ValueError(f"no token has id {wrong}; try ids from 0 to {self.vocab_size - 1}")
+        return ids
+
+
+class SentencePiece(Tokenizer):
+    """BPE over characters that falls back to bytes, from a `.model` file's bytes. A damaged model,
+    or one that loses text (LLaMA's loses none), is a ValueError."""
+
+    def __init__(self, data):
+        self.data = data
+        # Protobuf lets a later field override: normalizer_spec (3) { add_dummy_prefix (3): 0 }.
+        no_prefix = data + b"\x1a\x02\x18\x00"
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+            self.inner = sentencepiece.SentencePieceProcessor(model_proto=no_prefix)
+        except RuntimeError as error:
+            raise ValueError(f"damaged SentencePiece model ({error}); try another copy") from None
+        self.vocab_size = self.processor.vocab_size()
+        self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
+        self.stop_ids = frozenset({self.eos_id})
+        # A file cut off between two pieces is still valid protobuf, but has lost its settings.
+        probe = "  a \0 1\n\U0010fffd "
+        if self.decode(self.encode(probe)) != probe or min(self.bos_id, self.eos_id) < 0:
+            raise ValueError("this SentencePiece model is cut off, or loses text; try LLaMA's kind")
+
+    def encode(self, text, bos=False, eos=False, continues=False):
+        """A text gets a space in front, so that its first word is the word found elsewhere; one
+        that `continues` an earlier piece gets none."""
+        self.check(text)
+        ids = (self.inner if continues else self.processor).encode(text)
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def decode(self, ids):
+        """Control tokens have no text, and the space in front is gone again."""
+        return self.processor.decode(self.check(ids=ids))
+
+    def token_bytes(self, token):
+        self.check(ids=[token])
+        if self.processor.is_byte(token):
+            return bytes([int(self.processor.id_to_piece(token)[3:5], 16)])
+        # Behind another token, where no space in front is dropped.
+        return self.decode([*self.inner.encode("a"), token])[1:].encode()
+
+
+def sentencepiece_model(pieces):
+    """The `.model` bytes of a BPE with LLaMA's settings and these pieces: (text, score, type).
+
+    Protobuf by hand: a field is number << 3 | wire type, then a varint (type 0), or a length and
+    that many bytes (2), or 4 bytes (5); the numbers are those of sentencepiece_model.proto."""
+
+    def varint(n):
+        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+    def field(number, value):
+        if isinstance(value, int):
+            return varint(number << 3) + varint(value)
+        if isinstance(value, float):
+            return varint(number << 3 | 5) + struct.pack("<f", value)
+        return varint(number << 3 | 2) + varint(len(value)) + value
+
+    model = [field(1, field(1, text.encode()) + field(2, score) + field(3, kind))
+             for text, score, kind in pieces]
+    model.append(field(2, field(3, 2) + field(35, 1)))  # trainer: model_type BPE, byte_fallback
+    # normalizer: identity, add_dummy_prefix, no remove_extra_whitespaces
+    model.append(field(3, field(1, b"identity") + field(3, 1) + field(4, 0)))
+    return b"".join(model)
+
+
+def read_llama2c(data):
+    """The `.model` bytes of llama2.c's tokenizer.bin: uint32 longest; per id a float32 score, a
+    uint32 length and the text with plain spaces. Ids: unk, bos, eos, 256 bytes, then pieces."""
+    pieces, at, longest = [], 4, int.from_bytes(data[:4], "little")
+    marks = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]  # types: 2 unknown, 3 control
+    marks += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]  # 6 byte
+    try:
+        while at < len(data):
+            score, size = struct.unpack_from("<fI", data, at)
+            pieces.append((data[at + 8:at + 8 + size].decode().replace(" ", "▁"), score, 1))  # normal
+            at += 8 + size
+            if size > longest or at > len(data) or score != score:
+                raise ValueError
+        if [piece[0] for piece in pieces[3:259]] != [mark[0] for mark in marks[3:]]:
+            raise ValueError
+    except (ValueError, struct.error):
+        raise ValueError(f"tokenizer.bin is damaged near id {len(pieces)}; try another") from None
+    return sentencepiece_model(marks + pieces[259:])
+
+
+def train_sentencepiece(texts, vocab_size, sample=1_000_000):
+    """LLaMA's tokenizer, with the flags in LLaMA's own file, from pieces of text (`sample` of their
+    lines at most, drawn evenly). The same texts give the same bytes."""
+    lines = (line for text in texts for line in text.split("\n"))
+    # Lines over 4,192 bytes would be dropped. A newline is in none, so it stays byte <0x0A>.
+    parts = (line[i:i + 1000] for line in lines for i in range(0, len(line), 1000))
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(0)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=parts, model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            character_coverage=0.99995, max_sentence_length=4192, max_sentencepiece_length=16,
+            split_digits=True, byte_fallback=True, allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity", add_dummy_prefix=True,
+            remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+            unk_surface=" \u2047 ", input_sentence_size=sample, minloglevel=2)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).rpartition("] ")[2].partition(" Increase")[0]
+        raise ValueError(f"no vocabulary of {vocab_size} from this text ({reason or 'there is none'}"
+                         "); try another --vocab-size or more text") from None
+    return SentencePiece(model.getvalue())
+
+
+@functools.cache
+def pretoken_pattern(top):
+    r"""Llama 3's split of a text of characters below `top`; merges stay inside a part:
+
+    (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}
+        | ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
+
+    `re` has no \p{L} and \p{N}, so they become ranges (few and fast where top is 128), and its \s
+    takes \x1c to \x1f too, which are not White_Space."""
+    kinds = "".join([unicodedata.category(chr(code))[0] for code in range(top)])
+
+    def ranges(which):
+        runs = (run.span() for run in re.finditer(f"[{which}]+", kinds))
+        return "".join(f"\\U{start:08x}-\\U{end - 1:08x}" for start, end in runs)
+
+    L, N, LN = ranges("L"), ranges("N"), ranges("LN")
+    S = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+    return re.compile(rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n{LN}]?[{L}]+|[{N}]{{1,3}}"
+                      rf"| ?[^{S}{LN}]+[\r\n]*|[{S}]*[\r\n]+|[{S}]+(?![^{S}])|[{S}]+")
+
+
+def read_ranks(data):
+    """{bytes: rank} of a tiktoken file: lines "base64 rank", the ranks in order from 0."""
+    ranks = {}
+    for rank, line in enumerate(data.splitlines()):
+        text, _, number = line.partition(b" ")
+        try:
+            token = base64.b64decode(text, validate=True)
+        except ValueError:
+            token = b""
+        if not token or token in ranks or number != b"%d" % rank:
+            raise ValueError(f"line {rank + 1} is not a new token in base64 and rank {rank}; try "
+                             "another copy")
+        ranks[token] = rank
+    if missing := {bytes([byte]) for byte in range(256)} - ranks.keys():
+        raise ValueError(f"byte {min(missing)[0]} has no rank; try another copy")
+    return ranks
+
+
+class BytePair(Tokenizer):
+    """BPE over bytes, from a tiktoken file's bytes: its ranks, then 256 special tokens (`special`:
+    name -> id). Equal to tiktoken on all characters that this Python's Unicode tables know."""
+
+    def __init__(self, data, names="3.1"):
+        self.data, self.names, self.cache, self.ranks = data, names, {}, read_ranks(data)
+        if names not in SPECIAL:
+            raise ValueError(f"Llama {names} has no known special tokens; try 3.0 or 3.1")
+        reserved = (f"reserved_special_token_{i}" for i in itertools.count())
+        words = SPECIAL[names].split()
+        words = [next(reserved) if w == "-" else w for w in words + ["-"] * (256 - len(words))]
+        self.special = {f"<|{word}|>": len(self.ranks) + i for i, word in enumerate(words)}
+        self.tokens = list(self.ranks) + [name.encode() for name in self.special]
+        self.vocab_size = len(self.tokens)
+        self.bos_id, self.eos_id = self.special["<|begin_of_text|>"], self.special["<|end_of_text|>"]
+        stops = {"<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"} & self.special.keys()
+        self.stop_ids = frozenset(self.special[name] for name in stops)
+
+    def encode(self, text, bos=False, eos=False, continues=False, allowed_special=()):
+        """What looks like a special token is ordinary text, unless allowed_special has its name.
+        `continues` changes nothing: no space is ever added."""
+        self.check(text)
+        if unknown := set(allowed_special) - self.special.keys():
+            raise ValueError(f"no special token is {min(unknown)}; try {min(self.special)}")
+        separator = "|".join(map(re.escape, allowed_special)) or "(?!)"
+        pretokens = pretoken_pattern(128 if text.isascii() else 0x110000)
+        ids = [self.bos_id] * bos
+        for i, part in enumerate(re.split(f"({separator})", text)):
+            if i % 2:  # re.split puts the separators at odd places
+                ids.append(self.special[part])
+                continue
+            for piece in pretokens.findall(part):
+                found = self.cache.get(piece)
+                if found is None:
+                    found = self.merge(piece.encode())
+                    if len(self.cache) < CACHED_PIECES and len(piece) <= CACHED_LENGTH:
+                        self.cache[piece] = found
+                ids += found
+        return ids + [self.eos_id] * eos
+
+    def merge(self, piece):
+        """Ids of a pretoken: itself if it is a token; else its bytes, of which again and again the
+        adjacent pair of lowest rank, the leftmost of equals, becomes one part.
+
+        Part i is piece[i:end[i]]. The heap holds (rank, i) for pairs that begin at i, so that n
+        bytes take O(n log n); entries that a merge made untrue are recognised by their rank."""
+        ranks, n = self.ranks, len(piece)
+        if piece in ranks:
+            return [ranks[piece]]
+        end, before = [*range(1, n + 1), n], [*range(-1, n)]
+        heap = [(ranks[piece[i:i + 2]], i) for i in range(n - 1) if piece[i:i + 2] in ranks]
+        heapq.heapify(heap)
+        while heap:
+            rank, i = heapq.heappop(heap)
+            j = end[i]
+            if j == n or ranks.get(piece[i:end[j]]) != rank:
+                continue
+            end[i], end[j] = end[j], n  # part j is gone; entries of it look like the last part's
+            before[end[i]] = i
+            for k in (i, before[i]):
+                pair = piece[k:end[end[k]]]
+                if k >= 0 and pair in ranks:
+                    heapq.heappush(heap, (ranks[pair], k))
+        ids, i = [], 0
+        while i < n:
+            ids.append(ranks[piece[i:end[i]]])
+            i = end[i]
+        return ids
+
+    def decode(self, ids):
+        """Special tokens become their names, as in tiktoken; broken UTF-8 becomes U+FFFD."""
+        tokens = [self.tokens[i] for i in self.check(ids=ids)]
+        return b"".join(tokens).decode("utf-8", "replace")
+
+    def token_bytes(self, token):
+        """b"" for special tokens, which are not text."""
+        self.check(ids=[token])
+        return self.tokens[token] if token < len(self.ranks) else b""
+
+
+def load_tokenizer(path, names="3.1"):
+    """The tokenizer in a file: SentencePiece's .model, tiktoken's lines or llama2.c's .bin, told
+    apart by content, never by name. `names` are the special tokens of a tiktoken file."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(LARGEST)
+        if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+            return BytePair(data, names)
+        if data[12:17] == b"<unk>" or data[:1] == b"\n":  # the latter: field 1, a piece
+            return SentencePiece(read_llama2c(data) if data[12:17] == b"<unk>" else data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    raise ValueError(f"{path} holds no tokenizer; try a SentencePiece .model, Llama 3's "
+                     "tokenizer.model (lines of base64 and rank) or llama2.c's tokenizer.bin")
+
+
+class StreamDecoder:
+    """Text from ids that come one at a time. With `start` they begin a text, and the space that
+    SentencePiece put in front is dropped. Special tokens give no text."""
+
+    def __init__(self, tokenizer, start):
+        self.tokenizer, self.start = tokenizer, start
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token):
+        """The text that became whole with this id: "" inside a character of several bytes."""
+        data = self.tokenizer.token_bytes(token)
+        # The tokenizer itself drops the space from a text of this one token.
+        drop = self.start and data == b" " + self.tokenizer.decode([token]).encode()
+        self.start = self.start and not data
+        return self.decoder.decode(data[drop:])
+
+    def flush(self):
+        """The rest: U+FFFD for a character that never became whole."""
+        return self.decoder.decode(b"", final=True)
+
+
+def cut(chunks):
+    """The pieces (str) of a document, joined the document, from small chunks of its UTF-8 bytes. Up
+    to 64 KiB it is one. A longer one is cut at the first blank line after 16 KiB, or at the first
+    line end where no blank line follows within 64 KiB, or hard at 64 KiB."""
+    held, long = b"", False
+    for chunk in itertools.chain(chunks, [None]):
+        held += chunk or b""
+        while len(held) > WHOLE or (held and chunk is None):
+            long = long or len(held) > WHOLE
+            found = [pattern.search(held, PIECE, WHOLE) for pattern in LINES if long]
+            end = next((match.end() for match in found if match), min(len(held), WHOLE))
+            while end < len(held) and held[end] & 0xC0 == 0x80:  # inside a character
+                end -= 1
+            yield held[:end].decode()
+            held = held[end:]
+
+
+def read_chunks(file):
+    """The UTF-8 bytes of a text file in small chunks, without a byte order mark."""
+    with open(file, encoding="utf-8-sig", newline="") as stream:
+        for text in iter(lambda: stream.read(WHOLE), ""):
+            if "\0" in text:
+                raise ValueError("holds NUL bytes")
+            yield text.encode()
+
+
+def file_documents(file, skipped):
+    """The documents (iterators of pieces) of a .jsonl file, by "text" (half a surrogate pair turns
+    into "?"), or of a text file, which is one. What cannot be read is passed over and noted in
+    `skipped` as "path: reason"."""
+    wrong = 0
+    try:
+        if not file.is_file():
+            raise ValueError("not a regular file")
+        if file.suffix != ".jsonl":
+            if not sum(map(len, read_chunks(file))):  # read to its end before it is believed
+                raise ValueError("empty")
+            yield cut(read_chunks(file))
+            return
+        with open(file, "rb") as stream:
+            # A line that is too long comes in parts, none of which is a JSON object.
+            for line in iter(lambda: stream.readline(LARGEST), b""):
+                try:
+                    text = json.loads(line)["text"].encode("utf-8", "replace")
+                except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                    wrong += bool(line.strip())
+                    continue
+                yield cut(text[i:i + WHOLE] for i in range(0, len(text), WHOLE))
+        if wrong:
+            raise ValueError(f'{wrong} lines are not JSON objects with a string "text"')
+    except UnicodeDecodeError:
+        skipped.append(f"{file}: not UTF-8 text")
+    except (ValueError, OSError) as error:
+        skipped.append(f"{file}: {getattr(error, 'strerror', None) or error}")
+
+
+def files_below(path, left_out):
+    """The files of a folder, recursively and in order, without names that match left_out."""
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not left_out.fullmatch(name))
+        yield from (Path(folder, n) for n in sorted(names) if not left_out.fullmatch(n))
+
+
+def documents(paths, skipped):
+    """The documents of files and folders (hidden files left out); ValueError for a missing path."""
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; try a file or folder of text")
+        for file in files_below(path, re.compile(r"\..*")) if path.is_dir() else [path]:
+            yield from file_documents(file, skipped)
+
+
+def standard_library(skipped):
+    """The default text: the running Python's library as code, pydoc's topics as prose. Left out are
+    tests, packages that are not everywhere, and files that hold the machine's paths."""
+    files = [f for f in files_below(Path(os.__file__).parent, LEFT_OUT) if f.suffix == ".py"]
+    files = [file for file in files if file.stat().st_size]
+    if sum(file.stat().st_size for file in files) < 2_000_000:
+        raise ValueError("this Python has no library to read; try --data FILE_OR_FOLDER")
+    yield from itertools.chain.from_iterable(file_documents(file, skipped) for file in files)
+    from pydoc_data.topics import topics
+    yield from (cut([topics[name].encode()]) for name in sorted(topics))
+
+
+def digest(piece):
+    return int.from_bytes(hashlib.sha1(piece.encode(), usedforsecurity=False).digest(), "big")
+
+
+def held_out(piece, chosen=None):
+    """Whether a piece is for evaluation: its SHA-1 is 0 mod 20, or the chosen one of `survey`."""
+    return digest(piece) % 20 == 0 or digest(piece) == chosen
+
+
+def survey(reader, skipped):
+    """(bytes, documents, chosen) of reader(skipped); chosen is the smallest SHA-1 if no piece is
+    held out by its own, else None. ValueError where either split would be empty."""
+    size = count = pieces = held = high = 0
+    low = 1 << 160
+    for document in reader(skipped):
+        count += 1
+        for piece in document:
+            size, pieces, held = size + len(piece.encode()), pieces + 1, held + held_out(piece)
+            low, high = min(low, digest(piece)), max(high, digest(piece))
+    if not pieces:
+        first = f", the first as {skipped[0]}" if skipped else ""
+        raise ValueError(f"no text; {len(skipped)} files were skipped{first}; try other --data")
+    if low == high or pieces == held:
+        raise ValueError("too little text to hold out a part; try over 64 KiB or several files")
+    return size, count, None if held else low
+
+
+def training_text(reader):
+    """The pieces that are not held out, for train_sentencepiece."""
+    _, _, chosen = survey(reader, [])
+    return (p for document in reader([]) for p in document if not held_out(p, chosen))
+
+
+def records(reader, chosen):
+    """(split, starts, piece) of all pieces; piece None ends a document of that split."""
+    for document in reader([]):
+        begun = set()
+        for piece in document:
+            split = int(held_out(piece, chosen))
+            yield split, split not in begun, piece
+            begun.add(split)
+        yield from ((split, False, None) for split in sorted(begun))
+
+
+def encode_record(record, tokenizer=None):
+    """The tokens of a record: uint16, or uint32 where the vocabulary is larger; little endian."""
+    tokenizer = tokenizer or encode_record.tokenizer
+    _, starts, piece = record
+    ids = [tokenizer.eos_id]
+    if piece is not None:
+        ids = tokenizer.encode(piece, bos=starts, continues=not starts)
+    return np.array(ids, "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+def start_worker(tokenizer):
+    """A process keeps the tokenizer, so that its tasks are text alone, and leaves Ctrl-C to us."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    encode_record.tokenizer = tokenizer
+
+
+def encoded(items, tokenizer, workers):
+    """(record, its tokens) in order; the reader never runs far ahead of the processes."""
+    if workers == 1:
+        yield from ((record, encode_record(record, tokenizer)) for record in items)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, start_worker, (tokenizer,)) as pool:
+        while group := list(itertools.islice(items, 256 * workers)):
+            yield from zip(group, pool.map(encode_record, group, chunksize=64))
+
+
+def prepare(name, reader, tokenizer, folder, workers=None, report=None):
+    """Write folder/name.train.bin and .val.bin: tokens as little-endian uint16 (uint32 above 65,536
+    entries), of each document and split BOS, its pieces, EOS. The bytes do not depend on workers.
+    reader(skipped) gives the documents, each time anew; report(done, total) counts bytes."""
+    skipped, folder, tokens, texts = [], Path(folder), [0, 0], [0, 0]
+    size, count, chosen = survey(reader, skipped)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = workers or min(cores or 1, 1 + size // PER_WORKER)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = [folder / f"{name}.{split}.bin.tmp" for split in ("train", "val")]
+    try:
+        with open(aside[0], "wb") as train, open(aside[1], "wb") as val:
+            for (split, _, piece), ids in encoded(records(reader, chosen), tokenizer, workers):
+                (train, val)[split].write(ids.tobytes())
+                tokens[split] += len(ids)
+                texts[split] += len((piece or "").encode())
+                if report:
+                    report(sum(texts), size)
+        for path in aside:
+            os.replace(path, path.with_suffix(""))
+    finally:
+        for path in aside:
+            path.unlink(missing_ok=True)
+    return {"name": name, "train_tokens": tokens[0], "val_tokens": tokens[1],
+            "train_bytes": texts[0], "val_bytes": texts[1], "documents": count,
+            "skipped": len(skipped), "first_skipped": (skipped or [None])[0], "dtype": ids.dtype.name}
+
+
+def info(tokenizer):
+    """What a teacher would show of a tokenizer first."""
+    pieces = [tokenizer.token_bytes(i) for i in tokenizer.encode("In 2023, 🦙")]
+    longest = max(map(tokenizer.token_bytes, range(tokenizer.vocab_size)), key=len)
+    print(f"{type(tokenizer).__name__}: {tokenizer.vocab_size} tokens, bos {tokenizer.bos_id}, eos "
+          f"{tokenizer.eos_id}, ends at {sorted(tokenizer.stop_ids)}, longest {longest}")
+    print("In 2023, 🦙:", *pieces)
+
+
+def main(arguments):
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("train", description="Learn a BPE; more text makes better pieces.")
+    add.add_argument("--data", nargs="+", metavar="PATH", help="default: Python's own library")
+    add.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="default: 4096")
+    add.add_argument("--out", required=True, metavar="FILE", help="the .model to write")
+    add.add_argument("--force", action="store_true", help="overwrite FILE")
+    add = commands.add_parser("encode", description="Text to ids; - reads a long text from stdin.")
+    add.add_argument("--tokenizer", required=True, metavar="FILE")
+    add.add_argument("--bos", action="store_true", help="as at the start of a document")
+    add.add_argument("--eos", action="store_true", help="as at its end")
+    add.add_argument("text", metavar="TEXT")
+    add = commands.add_parser("decode", description="Ids to text; - reads the ids from stdin.")
+    add.add_argument("--tokenizer", required=True, metavar="FILE")
+    add.add_argument("text", metavar="ID", nargs="+")
+    add = commands.add_parser("info", description="What a file holds; look here before you train.")
+    add.add_argument("tokenizer", metavar="FILE")
+    args = parser.parse_args(arguments)
+    if args.command == "train":
+        if os.path.exists(args.out) and not args.force:
+            raise ValueError(f"{args.out} exists; try --force or another --out")
+        reader = functools.partial(documents, args.data) if args.data else standard_library
+        train_sentencepiece(training_text(reader), args.vocab_size).save(args.out)
+        return info(load_tokenizer(args.out))
+    tokenizer = load_tokenizer(args.tokenizer)
+    if args.command == "info":
+        return info(tokenizer)
+    text = args.text if args.command == "encode" else " ".join(args.text)
+    if text == "-":
+        text = sys.stdin.buffer.read().decode("utf-8", "replace")
+    if args.command == "encode":
+        return print(*tokenizer.encode(text, bos=args.bos, eos=args.eos))
+    if wrong := re.search(r"[^0-9\s]\S*", text):
+        raise ValueError(f"{wrong[0]} is no id; try numbers separated by spaces")
+    print(tokenizer.decode(map(int, text.split())))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,719 @@
+"""Training: text, recipe, state, and one line that shows how it goes (LLaMA, sections 2.1 to 2.3).
+
+    python train.py                                       # `tiny` on Python's own library, 5 minutes
+    python train.py --data book.txt notes/ --minutes 20   # your text
+    python train.py --size 7b --data corpus/ --tokenizer tokenizer.model
+    python train.py --size stories15m --bench 5           # speed alone, on random tokens
+
+The same command goes on where it stopped. DIR (runs/SIZE) then holds params.json,
+consolidated.00.pth and tokenizer.model (for generate.py), log.jsonl, loss.svg, state/ and data/.
+"""
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import statistics
+import sys
+import time
+import warnings
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path, PurePath
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from generate import DTYPES, Sampling, best_device, positive, sample_texts
+from llama import (ATTENTION, SIZES, Llama, LlamaConfig, Recipe, attention_fused, rope_table,
+                   save_meta, write_aside)
+from tokenizer import (Parser, command, documents, load_tokenizer, prepare, standard_library,
+                       train_sentencepiece, training_text)
+
+TABLE_1 = {"commoncrawl": 67.0, "c4": 15.0, "github": 4.5, "wikipedia": 4.5, "books": 4.5,
+           "arxiv": 2.5, "stackexchange": 2.0}  # sampling proportions in percent (LLaMA, Table 1)
+EVAL_TOKENS, FINAL_EVAL_TOKENS = 2**15, 2**21  # held-out tokens read on the way, and at the end
+BAD_STEPS = 5  # non-finite steps in a row that stop a run
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the data sheets
+
+# ---------------------------------------------------------------------------------------------
+# Batches (section 2.1)
+
+
+class Batches:
+    """Sequences from memory-mapped token shards. There is no loader state: sequence i of step s is
+    a function of (seed, s, i) and the shards alone.
+
+    Sequence number g = s n + i is at the point u_g = frac(u_0 + g phi) of the unit interval, phi
+    the golden ratio. The interval is divided among the sources by their weights, and within its
+    part u says where in the source the sequence begins. No sequence of points covers the interval
+    more evenly, so each source is read with its weight and epoch after epoch without gaps.
+    """
+
+    def __init__(self, folder: Path, sources: list[dict], seq_len: int, batch_tokens: int,
+                 seed: int):
+        self.seq_len, self.rows = seq_len, batch_tokens // seq_len  # T and N
+        self.first = int.from_bytes(hashlib.sha256(f"batches {seed}".encode()).digest()[:8], "big")
+        self.sources = sources
+        self.train, self.val = ([np.memmap(folder / f"{source['name']}.{split}.bin", mode="r",
+                                           dtype=source["dtype"]) for source in sources]
+                                for split in ("train", "val"))
+        for source, tokens in zip(sources, self.train):
+            if len(tokens) <= seq_len:
+                raise ValueError(f"{source['path']} has {len(tokens)} tokens and a sequence needs "
+                                 f"{seq_len + 1}; try more text or a smaller --seq-len")
+        sizes = [source["weight"] or len(t) for source, t in zip(sources, self.train)]
+        self.edges = [round(2**64 * sum(sizes[:k]) / sum(sizes)) for k in range(len(sizes) + 1)]
+
+    def sequence(self, number: int) -> np.ndarray:
+        """The T + 1 tokens of sequence g, counted over the whole run."""
+        u = (self.first + number * 0x9E3779B97F4A7C15) % 2**64  # 2**64 / golden ratio
+        k = max(k for k, edge in enumerate(self.edges[:-1]) if edge <= u)
+        places = len(self.train[k]) - self.seq_len
+        start = (u - self.edges[k]) * places // (self.edges[k + 1] - self.edges[k])
+        return self.train[k][start:start + self.seq_len + 1]
+
+    def step(self, step: int) -> Tensor:
+        """The batch of a step: (N, T + 1)."""
+        rows = [self.sequence(step * self.rows + i) for i in range(self.rows)]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def held_out(self, limit: int) -> list[tuple[float, list[np.ndarray]]]:
+        """Per source: bytes of text a token stands for, and windows of up to T + 1 tokens spread
+        evenly over what was held out, of about `limit` tokens in all."""
+        found = []
+        for source, tokens in zip(self.sources, self.val):
+            starts = range(0, len(tokens) - 1, self.seq_len)
+            starts = starts[::-(-len(tokens) * len(self.val) // limit)]
+            found.append((source["val_bytes"] / len(tokens),
+                          [tokens[at:at + self.seq_len + 1] for at in starts]))
+        return found
+
+    def epochs(self, steps: int) -> list[float]:
+        """How often a run of that many steps reads each source."""
+        shares = [(b - a) / 2**64 for a, b in zip(self.edges, self.edges[1:])]
+        return [share * steps * self.rows * self.seq_len / len(tokens)
+                for share, tokens in zip(shares, self.train)]
+
+
+def document_starts(tokens: Tensor, bos_id: int) -> list[int]:
+    """The boundaries that attention takes for tokens (B, T): every BOS and every row begins one."""
+    starts = tokens == bos_id
+    starts[:, 0] = True
+    return [*starts.flatten().nonzero().flatten().tolist(), tokens.numel()]
+
+
+def data_sources(args) -> list[tuple[str, float | None, object]]:
+    """(path, weight, function that reads its documents) of each source that was asked for."""
+    if args.mixture:
+        preset, folder = args.mixture
+        if preset != "table1":
+            raise ValueError(f"there is no mixture {preset!r}; try --mixture table1 DIR")
+        asked = [(os.path.join(folder, name), weight) for name, weight in TABLE_1.items()]
+    else:
+        asked = []
+        for data in args.data:
+            path, equals, weight = data.rpartition("=")
+            whole = not equals or os.path.exists(data)
+            asked.append((data, None) if whole else (path, positive(float)(weight)))
+    for path, _ in asked:
+        if not os.path.exists(path):
+            raise ValueError(f"there is no {path}; try --data with a file or folder of text")
+    if len({weight is None for _, weight in asked}) > 1:
+        raise ValueError("some sources have a weight and some have none; try PATH=WEIGHT for all")
+    return [(path, weight, partial(documents, [path])) for path, weight in asked] or [
+        ("the standard library", None, standard_library)]
+
+
+def prepare_data(args, folder: Path, vocab_size: int):
+    """The run's tokenizer and token shards, made once: (tokenizer, what is known of each source)."""
+    data = folder / "data"
+    if (data / "data.json").exists():
+        known = json.loads((data / "data.json").read_text(encoding="utf-8"))
+        return load_tokenizer(folder / "tokenizer.model"), known
+    sources, known = data_sources(args), []
+    if args.tokenizer:
+        tokenizer = load_tokenizer(args.tokenizer)
+    else:
+        say(f"training a tokenizer of {vocab_size} tokens")
+        texts = (text for _, _, read in sources for text in training_text(read))
+        tokenizer = train_sentencepiece(texts, vocab_size)
+    for number, (path, weight, read) in enumerate(sources):
+        say(f"cutting {path} into tokens")
+        facts = prepare(str(number), read, tokenizer, data)
+        known.append({**facts, "path": path, "weight": weight})
+        if facts["skipped"]:
+            say(f"passed over {facts['skipped']}, the first: {facts['first_skipped']}")
+    tokenizer.save(folder / "tokenizer.model")
+    write_aside(data / "data.json", lambda file: file.write(json.dumps(known).encode()))
+    return tokenizer, known
+
+
+# ---------------------------------------------------------------------------------------------
+# The recipe (section 2.2 "Optimizer", Table 2)
+
+
+def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine down to final_lr of the peak at the last step (section 2.2)."""
+    if step < recipe.warmup:
+        return recipe.lr * (step + 1) / recipe.warmup
+    done = (step - recipe.warmup) / max(1, steps - 1 - recipe.warmup)
+    low = recipe.final_lr
+    return recipe.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def make_optimizer(model: Llama, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2017). Matrices decay, norms do not: the field's custom, the
+    papers do not say. Its state exists from the start, so that every state has the same tensors."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay},
+              {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+    for p in model.parameters():
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
+def train_step(model: Llama, optimizer, batch: Tensor, lr: float, clip: float, micro_batch: int,
+               bos_id: int | None = None) -> tuple[float, float]:
+    """One step on (N, T + 1) tokens, micro_batch sequences at a time: (loss, norm of the gradient).
+
+    The gradient is that of the mean over all N sequences, scaled to norm `clip` if it is longer.
+    If loss or norm is not finite the weights stay as they are. bos_id: mask across documents.
+    """
+    device, total = model.tok_embeddings.weight.device, 0.0
+    for part in batch.split(micro_batch):
+        x, y = part[:, :-1], part[:, 1:]
+        boundaries = None if bos_id is None else document_starts(x, bos_id)
+        loss = model.loss(x.to(device), y.to(device), boundaries) * (len(part) / len(batch))
+        loss.backward()
+        total += loss.item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    if math.isfinite(total) and math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+@torch.no_grad()
+def evaluate(model: Llama, batches: Batches, limit: int, micro_batch: int) -> tuple[float, float]:
+    """Held-out text: (mean negative log-likelihood a token in nats, bits per byte)."""
+    device, nll, tokens, size = model.tok_embeddings.weight.device, 0.0, 0, 0.0
+    for bytes_per_token, windows in batches.held_out(limit):
+        whole = [w for w in windows if len(w) == batches.seq_len + 1]
+        groups = [whole[at:at + micro_batch] for at in range(0, len(whole), micro_batch)]
+        for group in groups + [[w] for w in windows if len(w) <= batches.seq_len]:
+            x = torch.from_numpy(np.stack(group).astype(np.int64)).to(device)
+            count = x[:, 1:].numel()
+            nll += model.loss(x[:, :-1], x[:, 1:]).item() * count
+            tokens += count
+            size += count * bytes_per_token
+    return nll / tokens, nll / math.log(2) / size
+
+
+# ---------------------------------------------------------------------------------------------
+# What it costs
+
+
+def flops_per_token(config: LlamaConfig, seq_len: int) -> float:
+    """Of forward and backward: 6 N + 6 L D T, N without the look-up table, unmasked scores alone."""
+    table = 0 if config.tie_embeddings else config.vocab_size * config.dim
+    return 6 * (config.n_params - table) + 6 * config.n_layers * config.dim * seq_len
+
+
+def matmul_flops(device: str, dtype: torch.dtype) -> float | None:
+    """FLOP/s of large matrix products: measured on a CPU, a table's on a GPU, None if unknown."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    if device != "cpu":
+        return None
+    a = torch.ones(1024, 1024, dtype=dtype)
+    a @ a
+    times, end = [], time.perf_counter() + 0.25
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(times)
+
+
+def memory_needed(config: LlamaConfig, rows: int, seq_len: int, backward: str,
+                  dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of a step on `rows` sequences at once, by what they hold. What a layer saves for its
+    backward is counted by running one on the meta device, which has shapes and no memory."""
+    saved = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.device("meta"):
+        layer = Llama(replace(config, n_layers=1, vocab_size=1)).layers[0]
+        x = torch.empty(rows, seq_len, config.dim, dtype=dtype, requires_grad=True)
+        positions = torch.arange(seq_len)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            layer(x, *rope_table(config, positions), partial(attention_fused, positions=positions))
+    kept = sum(saved.values()) if backward == "autograd" else x.numel() * x.element_size()
+    once = 0 if backward == "autograd" else sum(saved.values())
+    return {"weights": 4 * config.n_params, "gradients": 4 * config.n_params,
+            "AdamW": 8 * config.n_params, "activations": config.n_layers * kept + once,
+            "logits": 12 * rows * seq_len * config.vocab_size}
+
+
+def memory_there(device: str) -> int:
+    """Bytes that the device has; 2**63 if the system does not say."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    if device == "mps":
+        return torch.mps.recommended_max_memory()
+    limits = [2**63]
+    if hasattr(os, "sysconf"):  # not on Windows
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    control_group = Path("/sys/fs/cgroup/memory.max")  # the limit of a container
+    if control_group.exists() and (text := control_group.read_text().strip()).isdigit():
+        limits.append(int(text))
+    return min(limits)
+
+
+def fit_memory(args, config: LlamaConfig, device: str) -> int:
+    """Sequences to compute at once: what was asked for, else up to 8192 tokens as far as they fit.
+    Refuses, before anything large is allocated, what the machine cannot hold."""
+    rows = args.micro_batch or max(1, min(8192, args.batch_tokens) // args.seq_len)
+    need = partial(memory_needed, config, seq_len=args.seq_len, dtype=DTYPES[args.dtype])
+    there = memory_there(device)
+    while not args.micro_batch and rows > 1 and sum(need(rows, backward=args.backward).values()) > there:
+        rows //= 2
+    parts = need(rows, backward=args.backward)
+    if sum(parts.values()) <= there:
+        return rows
+    if sum(need(1, backward="recompute").values()) <= there:
+        advice = "--micro-batch 1 --backward recompute"
+    else:
+        fitting = [name for name, (c, _) in SIZES.items() if 20 * c.n_params < there]
+        advice = f"--size {max(fitting, key=lambda name: SIZES[name][0].n_params)}"
+    text = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    raise ValueError(f"{args.size} needs about {sum(parts.values()) / 1e9:.0f} GB to train ({text}) "
+                     f"and this machine has {there / 1e9:.0f} GB; try {advice}")
+
+
+# ---------------------------------------------------------------------------------------------
+# State: torch.distributed.checkpoint's folder, tensors only; everything else is JSON
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Reads a checkpoint's metadata with the classes that metadata needs and no others. Entries
+    that are not tensors, which would be unpickled when loaded, are refused by the same rule."""
+    METADATA = {"Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+                "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"}
+
+    def find_class(self, module: str, name: str):
+        known = (module == "torch.distributed.checkpoint.metadata" and name in self.METADATA
+                 or (module, name) in {("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+                                       ("torch.serialization", "_get_layout"), ("torch", "Size")}
+                 or module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+        if known:
+            return super().find_class(module, name)
+        if module.split(".")[0] == "pathlib":
+            return PurePath  # the folder it was written to; not used
+        raise pickle.UnpicklingError(f"its metadata names {module}.{name}")
+
+
+class SafeReader(dcp.FileSystemReader):
+    def read_metadata(self, *args, **kwargs):
+        metadata = SafeUnpickler(io.BytesIO((self.path / ".metadata").read_bytes())).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def state_tensors(model: Llama, optimizer) -> dict[str, Tensor]:
+    """Everything that training goes on from: weights and AdamW's moments, by name."""
+    state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        state |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
+    return state
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save_state(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict) -> None:
+    """Writes folder/step-N aside and renames it, with the SHA-256 of each file; keeps the last two."""
+    aside, done = folder / "saving", folder / f"step-{step:09d}"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        dcp.save(tensors, checkpoint_id=aside, no_dist=True)
+        (aside / "facts.json").write_text(json.dumps({"step": step, **facts}), encoding="utf-8")
+        manifest = {file.name: sha256(file) for file in sorted(aside.iterdir())}
+        (aside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        shutil.rmtree(done, ignore_errors=True)
+        os.replace(aside, done)
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"the state of step {step} could not be written ({last_line(error)}); older "
+                      "states are untouched; try to free space, then the same command") from None
+    for old in sorted(folder.glob("step-*"))[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
+    """Fills the tensors from the newest good state and returns its facts; None if there is none.
+    A damaged one is named and passed over."""
+    states = sorted(folder.glob("step-*"), reverse=True)
+    for state in states:
+        try:
+            manifest = json.loads((state / "manifest.json").read_text(encoding="utf-8"))
+            names = {file.name for file in state.iterdir()} - {"manifest.json"}
+            wrong = [name for name in names | set(manifest)
+                     if name not in names or sha256(state / name) != manifest.get(name)]
+            if wrong:
+                raise ValueError(f"{sorted(wrong)[0]} is not what was written")
+            facts = json.loads((state / "facts.json").read_text(encoding="utf-8"))
+            reader = SafeReader(state)
+            reader.read_metadata()  # first alone: dcp.load would wrap what is wrong with it
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+            return facts
+        except (Exception, dcp.api.CheckpointException) as error:
+            say(f"{state} is damaged and passed over: {last_line(error)}")
+    if states:
+        raise ValueError(f"no state in {folder} is good; try --fresh to start over")
+    return None
+
+
+def last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# The run
+
+
+def resolve(args, device: str) -> tuple[LlamaConfig, Recipe]:
+    """The size's shape and recipe with the changes that were asked for; fills the gaps of args."""
+    if args.size not in SIZES:
+        raise ValueError(f"there is no size {args.size!r}; try one of {', '.join(SIZES)}")
+    config, recipe = SIZES[args.size]
+    try:
+        pairs = (change.split("=") for change in args.set)
+        changes = {name: json.loads(text.lower().replace("none", "null")) for name, text in pairs}
+    except ValueError:
+        raise ValueError(f"--set takes FIELD=NUMBER, not {' '.join(args.set)}; "
+                         "try --set n_layers=4") from None
+    if "vocab_size" in changes and not args.bench:
+        raise ValueError("the vocabulary is the tokenizer's; try --vocab-size")
+    if args.vocab_size:
+        changes["vocab_size"] = args.vocab_size
+    config = LlamaConfig.from_dict({**asdict(config), **changes})
+    recipe, assumed = recipe.filled()
+    given = [f.name for f in fields(recipe) if getattr(args, f.name, None) is not None]
+    recipe = replace(recipe, **{name: getattr(args, name) for name in given})
+    assumed = [f"{name}={getattr(recipe, name)}" for name in assumed
+               if name not in given + ["train_tokens"]]
+    if assumed:
+        say(f"never published for {args.size}, taken from Llama 2: {', '.join(assumed)}")
+    for name in ("lr", "warmup", "batch_tokens", "document_mask"):
+        setattr(args, name, getattr(recipe, name))
+    args.seq_len = args.seq_len or min(config.max_seq_len, recipe.batch_tokens)
+    if args.seq_len > min(config.max_seq_len, recipe.batch_tokens):
+        raise ValueError(f"--seq-len {args.seq_len} is more than the context, {config.max_seq_len}, "
+                         f"or the batch, {recipe.batch_tokens}; try --set max_seq_len=N")
+    if args.dtype == "auto":
+        args.dtype = "bf16" if has_bf16(device) else "fp32"
+    args.micro_batch = fit_memory(args, config, device)
+    return config, recipe
+
+
+def has_bf16(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    known = torch.cpu.get_capabilities()
+    return device == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def open_run(folder: Path, settings: dict, fresh: bool) -> dict:
+    """What a run remembers: a new one, or the old one if its settings are the same."""
+    file = folder / "run.json"
+    if fresh:
+        for name in ("state", "data"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("run.json", "log.jsonl", "loss.svg", "params.json", "consolidated.00.pth"):
+            (folder / name).unlink(missing_ok=True)
+    settings = json.loads(json.dumps(settings))  # as JSON gives it back
+    code = sha256(Path(__file__).with_name("llama.py"))
+    if not file.exists():
+        return {**settings, "threads": torch.get_num_threads(), "code": code}
+    run = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if run.get(name) != value:
+            raise ValueError(f"{folder} was trained with {name}={run.get(name)}; "
+                             "try --out DIR or --fresh")
+    if run["code"] != code:
+        say("warning: llama.py is not what this run began with; its losses may differ")
+    if run["threads"] != torch.get_num_threads():
+        say(f"going on with the {run['threads']} threads that this run began with")
+        torch.set_num_threads(run["threads"])
+    return run
+
+
+def timed_steps(args, model: Llama, recipe: Recipe, count: int) -> tuple[float, float]:
+    """Median seconds of `count` steps on random tokens, after two untimed ones; the last loss."""
+    times, random, optimizer = [], torch.Generator().manual_seed(0), make_optimizer(model, recipe)
+    shape = (args.batch_tokens // args.seq_len, args.seq_len + 1)
+    for _ in range(count + 2):
+        batch = torch.randint(model.config.vocab_size, shape, generator=random)
+        start = time.perf_counter()
+        loss, _ = train_step(model, optimizer, batch, recipe.lr, recipe.clip, args.micro_batch,
+                             1 if args.document_mask else None)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:]), loss
+
+
+def bench(args, model: Llama, recipe: Recipe, peak: float | None) -> dict:
+    step_s, loss = timed_steps(args, model, recipe, args.bench)
+    speed = args.batch_tokens // args.seq_len * args.seq_len / step_s
+    mfu = peak and speed * flops_per_token(model.config, args.seq_len) / peak
+    rss = None
+    if sys.platform != "win32":
+        import resource
+        unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return {"tokens_per_s": speed, "mfu": mfu, "peak_gflops": peak and peak / 1e9,
+            "step_s": step_s, "peak_rss_gb": rss, "loss": loss, "params": model.config.n_params,
+            "backward": args.backward, "dtype": args.dtype}
+
+
+class Log:
+    """log.jsonl, one object a line, and the line that shows progress."""
+
+    def __init__(self, folder: Path, step: int):
+        """Cuts an older log back to `step`, a torn last line too."""
+        self.path, self.rows, self.shown = folder / "log.jsonl", [], 0.0
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+            try:
+                self.rows += [row for row in [json.loads(line)] if row["step"] <= step]
+            except ValueError:
+                continue
+        if step:
+            self.rows.append({"event": "resume", "step": step})
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_aside(self.path, lambda file: file.write(text.encode()))
+
+    def add(self, row: dict, steps: int, left: float) -> None:
+        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+               for key, value in row.items()}
+        self.rows.append(row)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        held = next((r["val_bpb"] for r in reversed(self.rows) if "val_bpb" in r), math.nan)
+        mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.0%}"
+        line = (f"step {row['step']}/{steps}  loss {row['loss'] or math.nan:.3f}  held out {held:.3f} "
+                f"bits/byte  {row['tokens_per_s']:,.0f} tokens/s  MFU {mfu}  "
+                f"{left // 60:.0f}m{left % 60:02.0f}s left")
+        line += f"  {row['skipped']} steps skipped" * (row["skipped"] > 0)
+        if sys.stderr.isatty():
+            print("\r" + line.ljust(110), end="", file=sys.stderr, flush=True)
+        elif row["step"] == steps or time.monotonic() - self.shown > 10:
+            self.shown = time.monotonic()
+            say(line)
+
+
+def draw_loss(rows: list[dict], path: Path, title: str) -> None:
+    """Training loss against tokens, as in the paper's Figure 1, with the held-out loss as dots."""
+    train = [(row["tokens"], row["loss"]) for row in rows if row.get("loss") is not None]
+    held = [(row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
+    width = max(1, len(train) // 100)  # of the running mean
+    train = [(tokens, statistics.fmean(loss for _, loss in train[max(0, i - width):i + 1]))
+             for i, (tokens, _) in enumerate(train)]
+    losses = [loss for _, loss in train[len(train) // 50:] + held]
+    unit, word = next((u, w) for u, w in ((1e9, "billions of "), (1e6, "millions of "), (1, ""))
+                      if train[-1][0] >= u)
+    x_step, y_step = nice_step(train[-1][0]), nice_step(max(losses) - min(losses))
+    low, high = math.floor(min(losses) / y_step), math.ceil(max(losses) / y_step)
+
+    def at(tokens: float, loss: float) -> str:
+        share = (min(loss / y_step, high) - low) / max(1, high - low)
+        return f"{70 + 550 * tokens / train[-1][0]:.1f} {350 - 300 * share:.1f}"
+
+    parts = [f'<text x="345" y="28" text-anchor="middle" font-size="15">{title}</text>']
+    parts += [f'<path d="M{at(0, i * y_step)}h550" stroke="#ddd"/><text transform="translate('
+              f'{at(0, i * y_step)})" x="-8" y="4" text-anchor="end">{i * y_step:.4g}</text>'
+              for i in range(low, high + 1)]
+    parts += [f'<text transform="translate({at(i * x_step, low * y_step)})" y="20" '
+              f'text-anchor="middle">{i * x_step / unit:.4g}</text>'
+              for i in range(int(train[-1][0] / x_step) + 1)]
+    line = " ".join(at(*point) for point in train)
+    parts.append(f'<polyline points="{line}" fill="none" stroke="#1f77b4" stroke-width="1.6"/>')
+    parts += [f'<circle transform="translate({at(*point)})" r="3.5" fill="#d62728"/>' for point in held]
+    parts.append('<path d="M620 350H70V50" stroke="#444" fill="none"/><text x="345" y="395" '
+                 f'text-anchor="middle">{word}tokens</text><text transform="translate(22 200) '
+                 'rotate(-90)" text-anchor="middle">loss (nats a token)</text>'
+                 '<text x="610" y="66" text-anchor="end" fill="#1f77b4">training</text>'
+                 '<text x="610" y="84" text-anchor="end" fill="#d62728">held out</text>')
+    svg = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 410" font-family="sans-serif" '
+           'font-size="13"><rect width="640" height="410" fill="white"/>' + "\n".join(parts) + "</svg>")
+    write_aside(path, lambda file: file.write(svg.encode()))
+
+
+def nice_step(span: float) -> float:
+    """Of 1, 2, 5 times a power of ten, the smallest that divides the span into at most six."""
+    power = 10.0 ** math.floor(math.log10(max(span, 1e-9) / 6))
+    return next(m * power for m in (1, 2, 5, 10) if span / (m * power) <= 6)
+
+
+class Stopper:
+    """Ctrl-C and SIGTERM end the run after the step, with its state saved; a second one at once."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+
+    def stop(self, number: int, frame) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        say("\nstopping after this step; the same command goes on from there")
+
+
+def train(args, run: dict, folder: Path, model: Llama, batches: Batches, recipe: Recipe,
+          bos_id: int | None, peak: float | None) -> None:
+    """From the newest good state to the last step, then the weights in Meta's layout."""
+    optimizer, steps, bad, times = make_optimizer(model, recipe), run["steps"], 0, []
+    tensors = state_tensors(model, optimizer)
+    facts = load_state(folder / "state", tensors) or {"step": 0, "skipped": 0}
+    if facts["step"] >= steps:
+        say(f"{folder} is finished at step {facts['step']}; --steps N goes on, --fresh starts over")
+        return
+    log, skipped, stopper = Log(folder, facts["step"]), facts["skipped"], Stopper()
+    rows, tokens = batches.rows, batches.rows * batches.seq_len
+    eval_every = args.eval_every or max(1, min(1000, steps // 10))
+    save_every = args.save_every or eval_every
+    recipe = replace(recipe, warmup=min(recipe.warmup, steps // 10))
+    for step in range(facts["step"], steps):
+        start, done = time.perf_counter(), step + 1
+        lr, batch = learning_rate(step, steps, recipe), batches.step(step)
+        loss, norm = train_step(model, optimizer, batch, lr, recipe.clip, args.micro_batch, bos_id)
+        times.append(time.perf_counter() - start)
+        finite, speed = math.isfinite(loss) and math.isfinite(norm), tokens / times[-1]
+        bad, skipped = (0, skipped) if finite else (bad + 1, skipped + 1)
+        row = {"step": done, "tokens": done * tokens, "loss": loss, "lr": lr, "grad_norm": norm,
+               "tokens_per_s": round(speed, 1), "skipped": skipped, "world": 1,
+               "mfu": peak and round(speed * flops_per_token(model.config, batches.seq_len) / peak, 3),
+               "rank_params": model.config.n_params, "rank_tokens": tokens}
+        if done % eval_every == 0 or done == steps:
+            limit = FINAL_EVAL_TOKENS if done == steps else EVAL_TOKENS
+            row["val_loss"], row["val_bpb"] = evaluate(model, batches, limit, args.micro_batch)
+        log.add(row, steps, (steps - done) * statistics.median(times[-50:]))
+        if bad == BAD_STEPS:
+            raise ValueError(f"{bad} steps in a row had a loss or gradient that is not finite; the "
+                             f"last good state in {folder / 'state'} is kept; try a lower --lr")
+        if finite and (done % save_every == 0 or done == steps or stopper.signal):
+            save_state(folder / "state", done, tensors, {"skipped": skipped})
+        if stopper.signal:
+            sys.exit(128 + stopper.signal)
+    save_meta(model, folder)
+    draw_loss(log.rows, folder / "loss.svg", f"{args.size}, {model.config.n_params:,} parameters")
+
+
+def parser() -> Parser:
+    p = Parser(prog="train.py", description="Trains a Llama from text: tokenizer, weights, sample.")
+    whole, number = positive(int), positive(float)
+    g = p.add_argument_group("model")
+    g.add_argument("--size", default="tiny", metavar="NAME", help=", ".join(SIZES))
+    g.add_argument("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE",
+                   help="change a field of the size, as n_layers=4 or rope_scaling=8")
+    g.add_argument("--attention", choices=ATTENTION, default="fused",
+                   help="equation is for reading: slow, and memory grows with the square of T")
+    g.add_argument("--backward", choices=("autograd", "recompute"), default="autograd",
+                   help="recompute if memory is short: a third more work")
+    g.add_argument("--document-mask", action=argparse.BooleanOptionalAction,
+                   help="no attention across documents; default: from Llama 3 on")
+    g = p.add_argument_group("text")
+    g.add_argument("--data", nargs="+", default=[], action="extend", metavar="PATH[=WEIGHT]",
+                   help="files and folders; .jsonl by \"text\"; default: Python's own library")
+    g.add_argument("--mixture", nargs=2, metavar=("table1", "DIR"),
+                   help=f"subfolders {' '.join(TABLE_1)} with the weights of Table 1")
+    g.add_argument("--tokenizer", metavar="PATH", help="default: one is trained on the text")
+    g.add_argument("--vocab-size", type=whole, metavar="N", help="of the tokenizer to train")
+    g = p.add_argument_group("length and recipe (default: the size's own)")
+    g.add_argument("--steps", type=whole, metavar="N")
+    g.add_argument("--minutes", type=number, metavar="X", help="of the whole command: sets the steps "
+                   "once, from the measured speed (default for tiny: 4.5)")
+    g.add_argument("--batch-tokens", type=whole, metavar="N", help="tokens of a step")
+    g.add_argument("--micro-batch", type=whole, metavar="N", help="sequences computed at once; "
+                   "fewer need less memory and give the same result")
+    g.add_argument("--seq-len", type=whole, metavar="N", help="default: the size's context")
+    g.add_argument("--lr", type=number, metavar="X", help="lower it if the loss is not finite")
+    g.add_argument("--warmup", type=int, metavar="N", help="steps; a tenth of the run at most")
+    g.add_argument("--seed", type=int, default=0, metavar="N")
+    g.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto",
+                   help="to compute in; weights stay fp32; auto: bf16 where the processor has it")
+    g = p.add_argument_group("run")
+    g.add_argument("--out", metavar="DIR", help="default: runs/SIZE")
+    g.add_argument("--fresh", action="store_true", help="start over: what DIR holds is removed")
+    g.add_argument("--eval-every", type=whole, metavar="N", help="steps")
+    g.add_argument("--save-every", type=whole, metavar="N", help="steps between states")
+    g.add_argument("--bench", type=whole, metavar="N", help="no run: the speed of N steps")
+    return p
+
+
+def main(argv: list[str]) -> None:
+    started, device, args = time.perf_counter(), best_device(), parser().parse_args(argv)
+    config, recipe = resolve(args, device)
+    peak = matmul_flops(device, DTYPES[args.dtype])
+    dtype = None if args.dtype == "fp32" else DTYPES[args.dtype]
+    create = partial(Llama.create, seed=args.seed, device=device, attention=args.attention,
+                     backward=args.backward, dtype=dtype)
+    if args.bench:
+        print(json.dumps(bench(args, create(config), recipe, peak)))
+        return
+    folder = Path(args.out or f"runs/{args.size}")
+    free = ("steps", "minutes", "eval_every", "save_every", "out", "fresh", "bench")
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    run = open_run(folder, settings, args.fresh)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer, sources = prepare_data(args, folder, config.vocab_size)
+    config = replace(config, vocab_size=tokenizer.vocab_size)
+    batches = Batches(folder / "data", sources, args.seq_len, args.batch_tokens, args.seed)
+    model = create(config)
+    minutes = args.minutes or (4.5 if args.size == "tiny" and not args.steps else None)
+    if args.steps or not minutes:
+        run["steps"] = args.steps or math.ceil(recipe.train_tokens / recipe.batch_tokens)
+    elif run.get("minutes") != minutes:
+        step_s, _ = timed_steps(args, model, recipe, 5)
+        left = 60 * minutes - (time.perf_counter() - started) - 5
+        run |= {"minutes": minutes, "steps": max(10, int(left / (1.1 * step_s)))}
+        model.init_weights(args.seed)
+    write_aside(folder / "run.json", lambda file: file.write(json.dumps(run, indent=1).encode()))
+    say(f"{args.size}: {config.n_params:,} parameters, {run['steps']} steps of {batches.rows} x "
+        f"{args.seq_len} tokens, {args.dtype}, on {device}")
+    for source, epochs in zip(sources, batches.epochs(run["steps"])):
+        say(f"{source['path']}: {source['train_tokens']:,} tokens, read {epochs:.2f} times")
+    bos_id = tokenizer.bos_id if args.document_mask else None
+    train(args, run, folder, model, batches, recipe, bos_id, peak)
+    sample = sample_texts(model.eval(), tokenizer, [""], 120, Sampling(seed=args.seed))[0]
+    print(f"--- a sample of {folder}\n{sample.text}")
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    command(main)
