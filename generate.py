@@ -111,8 +111,8 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampli
     if min(lengths) == 0:
         raise ValueError("a prompt has no token; try one with BOS")
     if max(lengths) >= room:
-        raise ValueError(f"a prompt of {max(lengths)} tokens leaves no room in the context of {room}; "
-                         "try a shorter one")
+        raise ValueError(f"a prompt of {max(lengths)} tokens leaves no room in the context of "
+                         f"{room}; try a shorter one")
     weight = model.tok_embeddings.weight
     random = [torch.Generator().manual_seed(sampling.seed * 2**20 + number)
               for number in numbers or [0] * len(prompts)]
@@ -184,7 +184,7 @@ class Sample:
 def sample_texts(model: Llama, tokenizer, prompts: list[str], max_new_tokens: int,
                  sampling: Sampling, num_samples: int = 1, stop_texts: list[str] = (),
                  show=None) -> list[Sample]:
-    """num_samples texts of each prompt, as one batch; show(text) gets the first one's as it comes."""
+    """num_samples texts of each prompt, one batch; show(text) gets the first's as it comes."""
     samples = [Sample(tokenizer, prompt, tokenizer.stop_ids, list(stop_texts))
                for prompt in prompts for _ in range(num_samples)]
     ids = [tokenizer.encode(sample.prompt, bos=tokenizer.adds_bos or not sample.prompt)
@@ -292,11 +292,14 @@ def bench(model: Llama, n: int, load_s: float, dtype: str) -> dict:
 def positive(kind: type):
     """A type for argparse: int or float, above zero and finite."""
     def parse(text: str):
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
         if not 0 < value < math.inf:
-            raise ValueError
+            raise ValueError(f"{text!r} is not a positive {kind.__name__}; try 1")
         return value
-    parse.__name__ = f"positive {kind.__name__}"  # argparse says "invalid positive int value"
+    parse.__name__ = f"positive {kind.__name__}"  # for argparse's own message
     return parse
 
 
@@ -313,7 +316,7 @@ def parser() -> Parser:
     text.add_argument("--top-p", type=float, default=0.9, metavar="X",
                       help="lower it if the text loses its thread")
     text.add_argument("--top-k", type=int, default=0, metavar="N", help="0 for all tokens")
-    text.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed, the same text")
+    text.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same text")
     text.add_argument("--num-samples", type=positive(int), default=1, metavar="N",
                       help="texts of each prompt")
     text.add_argument("--stop", action="append", default=[], metavar="TEXT",
@@ -323,8 +326,8 @@ def parser() -> Parser:
                        help="auto keeps the file's; bf16 halves the memory of an fp32 file")
     model.add_argument("--tokenizer", metavar="PATH", help="default: the one beside the checkpoint")
     other = p.add_argument_group("instead of sampling, and output")
-    other.add_argument("--score", metavar="FILE", help="perplexity and bits per byte of its documents"
-                       " (texts longer than the context in windows that overlap by half)")
+    other.add_argument("--score", metavar="FILE", help="bits per byte of its documents, the ones "
+                       "longer than the context in windows that overlap by half")
     other.add_argument("--bench", type=positive(int), metavar="N",
                        help="speed: N tokens read, N written")
     other.add_argument("--json", action="store_true", help="one JSON object a sample or document")
@@ -348,9 +351,9 @@ def main(argv: list[str]) -> None:
     tokenizer = tokenizer_beside(checkpoint, model.config.vocab_size, args.tokenizer)
     if args.score:
         for row in score(model, tokenizer, args.score):
-            print(json.dumps(row) if args.json else
-                  "document {document}: {tokens} tokens, nll {nll:.2f}, perplexity {perplexity:.2f}, "
-                  "{bits_per_byte:.3f} bits per byte".format(**row), flush=True)
+            print(json.dumps(row) if args.json else "document {document}: {tokens} tokens, nll "
+                  "{nll:.2f}, perplexity {perplexity:.2f}, {bits_per_byte:.3f} bits per byte"
+                  .format(**row), flush=True)
         return
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt or [""]]
     alone = len(prompts) * args.num_samples == 1 and not args.json

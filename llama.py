@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------
 # Sizes and recipes (LLaMA Table 2, Llama 2 Table 1 and appendix, Llama 3 Table 3, model cards)
@@ -52,15 +51,15 @@ class LlamaConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value, kinds = getattr(self, field.name), (int,) if field.type is int else (int, float)
-            if field.type is bool or (value is None and field.default is None):
+            value, kind = getattr(self, field.name), field.type
+            if kind is bool or (value is None and field.default is None):
                 continue
-            if type(value) not in kinds or not 0 < value < 2**31:
-                raise ValueError(f"{field.name}={value!r} must be a positive {kinds[-1].__name__}")
+            if type(value) not in {int, kind if kind is int else float} or not 0 < value < 2**31:
+                raise ValueError(f"{field.name}={value!r} must be a positive number; try 8")
         if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads or self.n_layers > 1024:
             raise ValueError(f"dim={self.dim} must split into n_heads={self.n_heads} of even size, "
-                             f"and they into n_kv_heads={self.n_kv_heads} groups; "
-                             f"n_layers={self.n_layers} may be 1024 at most")
+                             f"they into n_kv_heads={self.n_kv_heads} groups, and n_layers="
+                             f"{self.n_layers} be 1024 at most; try the published shape")
 
     @classmethod
     def from_dict(cls, values: dict) -> "LlamaConfig":
@@ -381,17 +380,15 @@ class Llama(nn.Module):
 
         p(token t+1 | tokens 0..t) = softmax( Wo RMSNorm(h_L) )_t
 
-    attention names an entry of ATTENTION; backward "recompute" keeps only each layer's input for
-    the backward and computes the layer again; dtype is the type to compute in (None: that of the
-    weights), while norms, softmax and loss stay in fp32.
+    attention names an entry of ATTENTION; dtype is the type to compute in (None: that of the
+    weights), while norms, softmax and loss are in fp32.
     """
 
-    def __init__(self, config: LlamaConfig, attention: str = "fused", backward: str = "autograd",
+    def __init__(self, config: LlamaConfig, attention: str = "fused",
                  dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
         self.attention = ATTENTION[attention]
-        self.backward = backward
         self.dtype = dtype
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
@@ -414,15 +411,15 @@ class Llama(nn.Module):
 
         A value depends on (seed, parameter name) alone, not on order, layout or device.
         """
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                p.fill_(1.0)
                 continue
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            random = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
+            random = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            residual = name.endswith(("wo.weight", "w2.weight"))
             std = 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
-            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=random))
+            p.copy_(torch.empty(p.shape).normal_(0, std, generator=random))
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None,
                boundaries: list[int] | None = None) -> Tensor:
@@ -441,10 +438,7 @@ class Llama(nn.Module):
                     k, v = cache.append(i, k, v, positions)
                 return self.attention(q, k, v, positions, boundaries)
 
-            if self.backward == "recompute" and torch.is_grad_enabled():
-                h = checkpoint(layer, h, cos, sin, attend, use_reentrant=False)
-            else:
-                h = layer(h, cos, sin, attend)
+            h = layer(h, cos, sin, attend)
         if cache is not None:
             cache.lengths = [length + T for length in cache.lengths]
         return self.norm(h)

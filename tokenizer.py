@@ -78,9 +78,9 @@ def command(main):
 
 
 class Tokenizer:
-    """Both kinds have encode(text, bos, eos, continues) -> ids, decode(ids) -> text, token_bytes(id)
-    -> what one token adds to a text; data (the file's bytes), vocab_size, bos_id, eos_id, stop_ids
-    (generation ends at any of them), adds_bos. Wrong ids and half surrogates are ValueErrors."""
+    """Both kinds have encode(text, bos, eos, continues) -> ids, decode(ids) -> text, token_bytes
+    (what it adds to a text), save, data (the file), vocab_size, bos_id, eos_id, stop_ids (any of
+    them ends a text) and adds_bos. A wrong id or half a surrogate pair is a ValueError."""
 
     adds_bos = True
 
@@ -164,13 +164,13 @@ def read_llama2c(data):
     """The `.model` bytes of llama2.c's tokenizer.bin: uint32 longest; per id a float32 score, a
     uint32 length and the text with plain spaces. Ids: unk, bos, eos, 256 bytes, then pieces."""
     pieces, at, longest = [], 4, int.from_bytes(data[:4], "little")
-    marks = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]  # types: 2 unknown, 3 control
+    marks = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]  # types 2 unknown, 3 control,
     marks += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]  # 6 byte
     try:
         while at < len(data):
             score, size = struct.unpack_from("<fI", data, at)
-            pieces.append((data[at + 8:at + 8 + size].decode().replace(" ", "▁"), score, 1))  # normal
             at += 8 + size
+            pieces.append((data[at - size:at].decode().replace(" ", "▁"), score, 1))  # 1 normal
             if size > longest or at > len(data) or score != score:
                 raise ValueError
         if [piece[0] for piece in pieces[3:259]] != [mark[0] for mark in marks[3:]]:
@@ -180,14 +180,26 @@ def read_llama2c(data):
     return sentencepiece_model(marks + pieces[259:])
 
 
-def train_sentencepiece(texts, vocab_size, sample=1_000_000):
+def even_sample(texts, bound):
+    """Every n-th text, where n doubles whenever the kept ones exceed `bound` characters."""
+    kept, size, stride = [], 0, 1
+    for i, text in enumerate(texts):
+        if i % stride == 0:
+            kept.append(text)
+            size += len(text)
+        if size > bound:
+            kept, stride = kept[::2], 2 * stride
+            size = sum(map(len, kept))
+    return kept
+
+
+def train_sentencepiece(texts, vocab_size, sample=1 << 24):
     """LLaMA's tokenizer, with the flags in LLaMA's own file, from pieces of text (`sample` of their
-    lines at most, drawn evenly). The same texts give the same bytes."""
-    lines = (line for text in texts for line in text.split("\n"))
+    characters at most). The same texts give the same bytes."""
+    lines = (line for text in even_sample(texts, sample) for line in text.split("\n"))
     # Lines over 4,192 bytes would be dropped. A newline is in none, so it stays byte <0x0A>.
     parts = (line[i:i + 1000] for line in lines for i in range(0, len(line), 1000))
     model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(0)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=parts, model_writer=model, model_type="bpe", vocab_size=vocab_size,
@@ -195,11 +207,10 @@ def train_sentencepiece(texts, vocab_size, sample=1_000_000):
             split_digits=True, byte_fallback=True, allow_whitespace_only_pieces=True,
             normalization_rule_name="identity", add_dummy_prefix=True,
             remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-            unk_surface=" \u2047 ", input_sentence_size=sample, minloglevel=2)
+            unk_surface=" \u2047 ", minloglevel=2)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).rpartition("] ")[2].partition(" Increase")[0]
-        raise ValueError(f"no vocabulary of {vocab_size} from this text ({reason or 'there is none'}"
-                         "); try another --vocab-size or more text") from None
+        reason = str(error).rpartition("] ")[2].partition(" Increase")[0] or "there is no text"
+        raise ValueError(f"{reason}; try another --vocab-size, or more text") from None
     return SentencePiece(model.getvalue())
 
 
@@ -234,8 +245,7 @@ def read_ranks(data):
         except ValueError:
             token = b""
         if not token or token in ranks or number != b"%d" % rank:
-            raise ValueError(f"line {rank + 1} is not a new token in base64 and rank {rank}; try "
-                             "another copy")
+            raise ValueError(f"line {rank + 1} is no new token with rank {rank}; try another copy")
         ranks[token] = rank
     if missing := {bytes([byte]) for byte in range(256)} - ranks.keys():
         raise ValueError(f"byte {min(missing)[0]} has no rank; try another copy")
@@ -251,12 +261,12 @@ class BytePair(Tokenizer):
         if names not in SPECIAL:
             raise ValueError(f"Llama {names} has no known special tokens; try 3.0 or 3.1")
         reserved = (f"reserved_special_token_{i}" for i in itertools.count())
-        words = SPECIAL[names].split()
-        words = [next(reserved) if w == "-" else w for w in words + ["-"] * (256 - len(words))]
+        words = (SPECIAL[names] + " -" * 256).split()[:256]
+        words = [next(reserved) if word == "-" else word for word in words]
         self.special = {f"<|{word}|>": len(self.ranks) + i for i, word in enumerate(words)}
         self.tokens = list(self.ranks) + [name.encode() for name in self.special]
         self.vocab_size = len(self.tokens)
-        self.bos_id, self.eos_id = self.special["<|begin_of_text|>"], self.special["<|end_of_text|>"]
+        self.bos_id, self.eos_id = len(self.ranks), len(self.ranks) + 1
         stops = {"<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"} & self.special.keys()
         self.stop_ids = frozenset(self.special[name] for name in stops)
 
@@ -387,15 +397,13 @@ def read_chunks(file):
 
 def file_documents(file, skipped):
     """The documents (iterators of pieces) of a .jsonl file, by "text" (half a surrogate pair turns
-    into "?"), or of a text file, which is one. What cannot be read is passed over and noted in
-    `skipped` as "path: reason"."""
+    into "?"), or a text file as one. What is not text is left to `skipped` as "path: reason"."""
     wrong = 0
     try:
-        if not file.is_file():
-            raise ValueError("not a regular file")
+        if not file.stat().st_size:
+            raise ValueError("empty or not a regular file")
         if file.suffix != ".jsonl":
-            if not sum(map(len, read_chunks(file))):  # read to its end before it is believed
-                raise ValueError("empty")
+            all(read_chunks(file))  # to its end, before it is believed
             yield cut(read_chunks(file))
             return
         with open(file, "rb") as stream:
@@ -439,7 +447,7 @@ def standard_library(skipped):
     if sum(file.stat().st_size for file in files) < 2_000_000:
         raise ValueError("this Python has no library to read; try --data FILE_OR_FOLDER")
     yield from itertools.chain.from_iterable(file_documents(file, skipped) for file in files)
-    from pydoc_data.topics import topics
+    from pydoc_data.topics import topics  # large, and seldom needed
     yield from (cut([topics[name].encode()]) for name in sorted(topics))
 
 
@@ -456,12 +464,12 @@ def survey(reader, skipped):
     """(bytes, documents, chosen) of reader(skipped); chosen is the smallest SHA-1 if no piece is
     held out by its own, else None. ValueError where either split would be empty."""
     size = count = pieces = held = high = 0
-    low = 1 << 160
+    low = 1 << 160  # above any SHA-1
     for document in reader(skipped):
         count += 1
         for piece in document:
-            size, pieces, held = size + len(piece.encode()), pieces + 1, held + held_out(piece)
-            low, high = min(low, digest(piece)), max(high, digest(piece))
+            size, pieces, number = size + len(piece.encode()), pieces + 1, digest(piece)
+            held, low, high = held + (number % 20 == 0), min(low, number), max(high, number)
     if not pieces:
         first = f", the first as {skipped[0]}" if skipped else ""
         raise ValueError(f"no text; {len(skipped)} files were skipped{first}; try other --data")
@@ -515,31 +523,28 @@ def encoded(items, tokenizer, workers):
 
 
 def prepare(name, reader, tokenizer, folder, workers=None, report=None):
-    """Write folder/name.train.bin and .val.bin: tokens as little-endian uint16 (uint32 above 65,536
-    entries), of each document and split BOS, its pieces, EOS. The bytes do not depend on workers.
-    reader(skipped) gives the documents, each time anew; report(done, total) counts bytes."""
+    """Write folder/name.train.bin and .val.bin: of each document and split BOS, its pieces, EOS, in
+    the integers of encode_record; the bytes do not depend on workers. reader(skipped) gives the
+    documents, each time anew; report(done, total) counts bytes. Returns what was counted."""
     skipped, folder, tokens, texts = [], Path(folder), [0, 0], [0, 0]
     size, count, chosen = survey(reader, skipped)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = workers or min(cores or 1, 1 + size // PER_WORKER)
+    workers = workers or min(cores or 1, 61, 1 + size // PER_WORKER)  # 61: the limit of Windows
     folder.mkdir(parents=True, exist_ok=True)
     aside = [folder / f"{name}.{split}.bin.tmp" for split in ("train", "val")]
-    try:
-        with open(aside[0], "wb") as train, open(aside[1], "wb") as val:
-            for (split, _, piece), ids in encoded(records(reader, chosen), tokenizer, workers):
-                (train, val)[split].write(ids.tobytes())
-                tokens[split] += len(ids)
-                texts[split] += len((piece or "").encode())
-                if report:
-                    report(sum(texts), size)
-        for path in aside:
-            os.replace(path, path.with_suffix(""))
-    finally:
-        for path in aside:
-            path.unlink(missing_ok=True)
+    with open(aside[0], "wb") as train, open(aside[1], "wb") as val:
+        for (split, _, piece), ids in encoded(records(reader, chosen), tokenizer, workers):
+            (train, val)[split].write(ids.tobytes())
+            tokens[split] += len(ids)
+            texts[split] += len((piece or "").encode())
+            if report:
+                report(sum(texts), size)
+    for path in aside:
+        os.replace(path, path.with_suffix(""))
     return {"name": name, "train_tokens": tokens[0], "val_tokens": tokens[1],
             "train_bytes": texts[0], "val_bytes": texts[1], "documents": count,
-            "skipped": len(skipped), "first_skipped": (skipped or [None])[0], "dtype": ids.dtype.name}
+            "skipped": len(skipped), "first_skipped": skipped[0] if skipped else None,
+            "dtype": ids.dtype.name}
 
 
 def info(tokenizer):
@@ -554,30 +559,32 @@ def info(tokenizer):
 def main(arguments):
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("train", description="Learn a BPE; more text makes better pieces.")
-    add.add_argument("--data", nargs="+", metavar="PATH", help="default: Python's own library")
-    add.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="default: 4096")
-    add.add_argument("--out", required=True, metavar="FILE", help="the .model to write")
-    add.add_argument("--force", action="store_true", help="overwrite FILE")
-    add = commands.add_parser("encode", description="Text to ids; - reads a long text from stdin.")
-    add.add_argument("--tokenizer", required=True, metavar="FILE")
-    add.add_argument("--bos", action="store_true", help="as at the start of a document")
-    add.add_argument("--eos", action="store_true", help="as at its end")
-    add.add_argument("text", metavar="TEXT")
-    add = commands.add_parser("decode", description="Ids to text; - reads the ids from stdin.")
-    add.add_argument("--tokenizer", required=True, metavar="FILE")
-    add.add_argument("text", metavar="ID", nargs="+")
-    add = commands.add_parser("info", description="What a file holds; look here before you train.")
-    add.add_argument("tokenizer", metavar="FILE")
+    train, encode, decode, show = (
+        commands.add_parser(name, description=advice).add_argument for name, advice in (
+            ("train", "Learn a BPE; more text makes better pieces."),
+            ("encode", "Text to ids; - reads a long text from stdin."),
+            ("decode", "Ids to text; - reads the ids from stdin."),
+            ("info", "What a file holds; look here before you train.")))
+    train("--data", nargs="+", metavar="PATH", help="default: Python's own library")
+    train("--vocab-size", type=int, default=4096, metavar="N", help="default: 4096")
+    train("--out", required=True, metavar="FILE", help="the .model to write")
+    train("--force", action="store_true", help="overwrite FILE")
+    for add in (encode, decode):
+        add("--tokenizer", required=True, metavar="FILE")
+    encode("--bos", action="store_true", help="as at the start of a document")
+    encode("--eos", action="store_true", help="as at its end")
+    encode("text", metavar="TEXT")
+    decode("text", metavar="ID", nargs="+")
+    show("tokenizer", metavar="FILE")
     args = parser.parse_args(arguments)
     if args.command == "train":
         if os.path.exists(args.out) and not args.force:
             raise ValueError(f"{args.out} exists; try --force or another --out")
         reader = functools.partial(documents, args.data) if args.data else standard_library
         train_sentencepiece(training_text(reader), args.vocab_size).save(args.out)
-        return info(load_tokenizer(args.out))
+        args.tokenizer = args.out
     tokenizer = load_tokenizer(args.tokenizer)
-    if args.command == "info":
+    if args.command in ("train", "info"):
         return info(tokenizer)
     text = args.text if args.command == "encode" else " ".join(args.text)
     if text == "-":

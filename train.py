@@ -1,9 +1,9 @@
 """Training: text, recipe, state, and one line that shows how it goes (LLaMA, sections 2.1 to 2.3).
 
-    python train.py                                       # `tiny` on Python's own library, 5 minutes
-    python train.py --data book.txt notes/ --minutes 20   # your text
+    python train.py                                 # `tiny` on Python's own library, 5 minutes
+    python train.py --data book.txt notes/ --minutes 20                             # your text
     python train.py --size 7b --data corpus/ --tokenizer tokenizer.model
-    python train.py --size stories15m --bench 5           # speed alone, on random tokens
+    python train.py --size stories15m --bench 5     # speed alone, on random tokens
 
 The same command goes on where it stopped. DIR (runs/SIZE) then holds params.json,
 consolidated.00.pth and tokenizer.model (for generate.py), log.jsonl, loss.svg, state/ and data/.
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import statistics
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from generate import DTYPES, Sampling, best_device, positive, sample_texts
 from llama import (ATTENTION, SIZES, Llama, LlamaConfig, Recipe, attention_fused, rope_table,
@@ -87,13 +89,11 @@ class Batches:
     def held_out(self, limit: int) -> list[tuple[float, list[np.ndarray]]]:
         """Per source: bytes of text a token stands for, and windows of up to T + 1 tokens spread
         evenly over what was held out, of about `limit` tokens in all."""
-        found = []
-        for source, tokens in zip(self.sources, self.val):
-            starts = range(0, len(tokens) - 1, self.seq_len)
-            starts = starts[::-(-len(tokens) * len(self.val) // limit)]
-            found.append((source["val_bytes"] / len(tokens),
-                          [tokens[at:at + self.seq_len + 1] for at in starts]))
-        return found
+        every = [range(0, len(tokens) - 1, self.seq_len)[::-(-len(tokens) * len(self.val) // limit)]
+                 for tokens in self.val]
+        return [(source["val_bytes"] / len(tokens),
+                 [tokens[at:at + self.seq_len + 1] for at in starts])
+                for source, tokens, starts in zip(self.sources, self.val, every)]
 
     def epochs(self, steps: int) -> list[float]:
         """How often a run of that many steps reads each source."""
@@ -111,17 +111,16 @@ def document_starts(tokens: Tensor, bos_id: int) -> list[int]:
 
 def data_sources(args) -> list[tuple[str, float | None, object]]:
     """(path, weight, function that reads its documents) of each source that was asked for."""
+    asked = []
     if args.mixture:
         preset, folder = args.mixture
         if preset != "table1":
             raise ValueError(f"there is no mixture {preset!r}; try --mixture table1 DIR")
         asked = [(os.path.join(folder, name), weight) for name, weight in TABLE_1.items()]
-    else:
-        asked = []
-        for data in args.data:
-            path, equals, weight = data.rpartition("=")
-            whole = not equals or os.path.exists(data)
-            asked.append((data, None) if whole else (path, positive(float)(weight)))
+    for data in args.data:
+        path, equals, weight = data.rpartition("=")
+        whole = not equals or os.path.exists(data)
+        asked.append((data, None) if whole else (path, positive(float)(weight)))
     for path, _ in asked:
         if not os.path.exists(path):
             raise ValueError(f"there is no {path}; try --data with a file or folder of text")
@@ -132,7 +131,7 @@ def data_sources(args) -> list[tuple[str, float | None, object]]:
 
 
 def prepare_data(args, folder: Path, vocab_size: int):
-    """The run's tokenizer and token shards, made once: (tokenizer, what is known of each source)."""
+    """The run's tokenizer and token shards, made once: (tokenizer, facts of each source)."""
     data = folder / "data"
     if (data / "data.json").exists():
         known = json.loads((data / "data.json").read_text(encoding="utf-8"))
@@ -171,15 +170,21 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
 def make_optimizer(model: Llama, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2017). Matrices decay, norms do not: the field's custom, the
     papers do not say. Its state exists from the start, so that every state has the same tensors."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    norms = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay},
-              {"params": norms, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+    groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == decays],
+               "weight_decay": recipe.weight_decay * decays} for decays in (True, False)]
+    optimizer = torch.optim.AdamW(groups, recipe.lr, recipe.betas, recipe.eps, fused=True)
     for p in model.parameters():
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
+
+
+def batch_loss(model: Llama, batch: Tensor, bos_id: int | None) -> Tensor:
+    """Mean loss of (N, T + 1) tokens; bos_id: no attention across the documents that it begins."""
+    x, y = batch[:, :-1], batch[:, 1:]
+    boundaries = None if bos_id is None else document_starts(x, bos_id)
+    device = model.tok_embeddings.weight.device
+    return model.loss(x.to(device), y.to(device), boundaries)
 
 
 def train_step(model: Llama, optimizer, batch: Tensor, lr: float, clip: float, micro_batch: int,
@@ -187,13 +192,11 @@ def train_step(model: Llama, optimizer, batch: Tensor, lr: float, clip: float, m
     """One step on (N, T + 1) tokens, micro_batch sequences at a time: (loss, norm of the gradient).
 
     The gradient is that of the mean over all N sequences, scaled to norm `clip` if it is longer.
-    If loss or norm is not finite the weights stay as they are. bos_id: mask across documents.
+    If loss or norm is not finite the weights stay as they are.
     """
-    device, total = model.tok_embeddings.weight.device, 0.0
+    total = 0.0
     for part in batch.split(micro_batch):
-        x, y = part[:, :-1], part[:, 1:]
-        boundaries = None if bos_id is None else document_starts(x, bos_id)
-        loss = model.loss(x.to(device), y.to(device), boundaries) * (len(part) / len(batch))
+        loss = batch_loss(model, part, bos_id) * (len(part) / len(batch))
         loss.backward()
         total += loss.item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
@@ -206,19 +209,19 @@ def train_step(model: Llama, optimizer, batch: Tensor, lr: float, clip: float, m
 
 
 @torch.no_grad()
-def evaluate(model: Llama, batches: Batches, limit: int, micro_batch: int) -> tuple[float, float]:
+def evaluate(model: Llama, batches: Batches, limit: int, micro_batch: int,
+             bos_id: int | None) -> tuple[float, float]:
     """Held-out text: (mean negative log-likelihood a token in nats, bits per byte)."""
-    device, nll, tokens, size = model.tok_embeddings.weight.device, 0.0, 0, 0.0
+    nll, count, size = 0.0, 0, 0.0
     for bytes_per_token, windows in batches.held_out(limit):
         whole = [w for w in windows if len(w) == batches.seq_len + 1]
         groups = [whole[at:at + micro_batch] for at in range(0, len(whole), micro_batch)]
         for group in groups + [[w] for w in windows if len(w) <= batches.seq_len]:
-            x = torch.from_numpy(np.stack(group).astype(np.int64)).to(device)
-            count = x[:, 1:].numel()
-            nll += model.loss(x[:, :-1], x[:, 1:]).item() * count
-            tokens += count
-            size += count * bytes_per_token
-    return nll / tokens, nll / math.log(2) / size
+            batch = torch.from_numpy(np.stack(group).astype(np.int64))
+            targets = batch[:, 1:].numel()
+            nll += batch_loss(model, batch, bos_id).item() * targets
+            count, size = count + targets, size + targets * bytes_per_token
+    return nll / count, nll / math.log(2) / size
 
 
 # ---------------------------------------------------------------------------------------------
@@ -226,21 +229,17 @@ def evaluate(model: Llama, batches: Batches, limit: int, micro_batch: int) -> tu
 
 
 def flops_per_token(config: LlamaConfig, seq_len: int) -> float:
-    """Of forward and backward: 6 N + 6 L D T, N without the look-up table, unmasked scores alone."""
+    """Of forward and backward: 6 N + 6 L D T, N without the look-up table, no masked scores."""
     table = 0 if config.tie_embeddings else config.vocab_size * config.dim
     return 6 * (config.n_params - table) + 6 * config.n_layers * config.dim * seq_len
 
 
 def matmul_flops(device: str, dtype: torch.dtype) -> float | None:
     """FLOP/s of large matrix products: measured on a CPU, a table's on a GPU, None if unknown."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-        return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
     if device != "cpu":
-        return None
-    a = torch.ones(1024, 1024, dtype=dtype)
-    a @ a
-    times, end = [], time.perf_counter() + 0.25
+        name = torch.cuda.get_device_name() if device == "cuda" else device
+        return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+    a, times, end = torch.ones(1024, 1024, dtype=dtype), [], time.perf_counter() + 0.25
     while time.perf_counter() < end:
         start = time.perf_counter()
         a @ a
@@ -248,64 +247,65 @@ def matmul_flops(device: str, dtype: torch.dtype) -> float | None:
     return 2 * 1024**3 / min(times)
 
 
-def memory_needed(config: LlamaConfig, rows: int, seq_len: int, backward: str,
-                  dtype: torch.dtype) -> dict[str, int]:
+def memory_needed(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dtype
+                  ) -> dict[str, int]:
     """Bytes of a step on `rows` sequences at once, by what they hold. What a layer saves for its
-    backward is counted by running one on the meta device, which has shapes and no memory."""
+    backward is counted by running one on fake tensors, which have shapes and no memory."""
     saved = {}
 
     def count(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.device("meta"):
+    with FakeTensorMode():
         layer = Llama(replace(config, n_layers=1, vocab_size=1)).layers[0]
         x = torch.empty(rows, seq_len, config.dim, dtype=dtype, requires_grad=True)
         positions = torch.arange(seq_len)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             layer(x, *rope_table(config, positions), partial(attention_fused, positions=positions))
-    kept = sum(saved.values()) if backward == "autograd" else x.numel() * x.element_size()
-    once = 0 if backward == "autograd" else sum(saved.values())
+    for p in layer.parameters():
+        saved.pop(p.untyped_storage()._cdata, None)
     return {"weights": 4 * config.n_params, "gradients": 4 * config.n_params,
-            "AdamW": 8 * config.n_params, "activations": config.n_layers * kept + once,
+            "AdamW": 8 * config.n_params, "activations": config.n_layers * sum(saved.values()),
             "logits": 12 * rows * seq_len * config.vocab_size}
 
 
 def memory_there(device: str) -> int:
-    """Bytes that the device has; 2**63 if the system does not say."""
+    """Bytes that the device has free; 2**63 where the system does not say."""
     if device == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory
+        return torch.cuda.mem_get_info()[0]
     if device == "mps":
         return torch.mps.recommended_max_memory()
     limits = [2**63]
     if hasattr(os, "sysconf"):  # not on Windows
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    control_group = Path("/sys/fs/cgroup/memory.max")  # the limit of a container
-    if control_group.exists() and (text := control_group.read_text().strip()).isdigit():
-        limits.append(int(text))
+    for file, pattern, unit in (("/proc/meminfo", r"MemAvailable: +(\d+)", 1024),
+                                ("/sys/fs/cgroup/memory.max", r"(\d+)", 1)):  # of a container
+        if os.path.exists(file) and (found := re.search(pattern, Path(file).read_text())):
+            limits.append(unit * int(found[1]))
     return min(limits)
 
 
 def fit_memory(args, config: LlamaConfig, device: str) -> int:
     """Sequences to compute at once: what was asked for, else up to 8192 tokens as far as they fit.
     Refuses, before anything large is allocated, what the machine cannot hold."""
-    rows = args.micro_batch or max(1, min(8192, args.batch_tokens) // args.seq_len)
-    need = partial(memory_needed, config, seq_len=args.seq_len, dtype=DTYPES[args.dtype])
     there = memory_there(device)
-    while not args.micro_batch and rows > 1 and sum(need(rows, backward=args.backward).values()) > there:
+    rows = args.micro_batch or max(1, min(8192, args.batch_tokens) // args.seq_len)
+    while True:
+        need = memory_needed(config, rows, args.seq_len, DTYPES[args.dtype])
+        total = sum(need.values())
+        if total < 0.9 * there:  # a tenth for what is not counted
+            return rows
+        if args.micro_batch or rows == 1:
+            break
         rows //= 2
-    parts = need(rows, backward=args.backward)
-    if sum(parts.values()) <= there:
-        return rows
-    if sum(need(1, backward="recompute").values()) <= there:
-        advice = "--micro-batch 1 --backward recompute"
-    else:
-        fitting = [name for name, (c, _) in SIZES.items() if 20 * c.n_params < there]
-        advice = f"--size {max(fitting, key=lambda name: SIZES[name][0].n_params)}"
-    text = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-    raise ValueError(f"{args.size} needs about {sum(parts.values()) / 1e9:.0f} GB to train ({text}) "
-                     f"and this machine has {there / 1e9:.0f} GB; try {advice}")
+    fitting = [name for name, (c, _) in SIZES.items() if 20 * c.n_params < there]
+    advice = ["--micro-batch 1"] * (rows > 1) + [f"--seq-len {args.seq_len // 2}"]
+    if 18 * config.n_params > there:
+        advice = [f"--size {max(fitting, key=lambda name: SIZES[name][0].n_params)}"]
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in need.items())
+    raise ValueError(f"{args.size} needs about {total / 1e9:.0f} GB to train ({parts}) and this "
+                     f"machine has {there / 1e9:.0f} GB free; try {' or '.join(advice)}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def sha256(path: Path) -> str:
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict) -> None:
-    """Writes folder/step-N aside and renames it, with the SHA-256 of each file; keeps the last two."""
+    """Writes folder/step-N aside, with each file's SHA-256, and renames it; keeps the last two."""
     aside, done = folder / "saving", folder / f"step-{step:09d}"
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -435,7 +435,7 @@ def resolve(args, device: str) -> tuple[LlamaConfig, Recipe]:
         setattr(args, name, getattr(recipe, name))
     args.seq_len = args.seq_len or min(config.max_seq_len, recipe.batch_tokens)
     if args.seq_len > min(config.max_seq_len, recipe.batch_tokens):
-        raise ValueError(f"--seq-len {args.seq_len} is more than the context, {config.max_seq_len}, "
+        raise ValueError(f"--seq-len {args.seq_len} is over the context, {config.max_seq_len}, "
                          f"or the batch, {recipe.batch_tokens}; try --set max_seq_len=N")
     if args.dtype == "auto":
         args.dtype = "bf16" if has_bf16(device) else "fp32"
@@ -499,7 +499,7 @@ def bench(args, model: Llama, recipe: Recipe, peak: float | None) -> dict:
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return {"tokens_per_s": speed, "mfu": mfu, "peak_gflops": peak and peak / 1e9,
             "step_s": step_s, "peak_rss_gb": rss, "loss": loss, "params": model.config.n_params,
-            "backward": args.backward, "dtype": args.dtype}
+            "backward": "autograd", "dtype": args.dtype}
 
 
 class Log:
@@ -526,10 +526,10 @@ class Log:
             file.write(json.dumps(row) + "\n")
         held = next((r["val_bpb"] for r in reversed(self.rows) if "val_bpb" in r), math.nan)
         mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.0%}"
-        line = (f"step {row['step']}/{steps}  loss {row['loss'] or math.nan:.3f}  held out {held:.3f} "
-                f"bits/byte  {row['tokens_per_s']:,.0f} tokens/s  MFU {mfu}  "
-                f"{left // 60:.0f}m{left % 60:02.0f}s left")
-        line += f"  {row['skipped']} steps skipped" * (row["skipped"] > 0)
+        line = (f"step {row['step']}/{steps}  loss {row['loss'] or math.nan:.3f}  held out "
+                f"{held:.3f} bits/byte  {row['tokens_per_s']:,.0f} tokens/s  MFU {mfu}  "
+                f"{left // 60:.0f}m{left % 60:02.0f}s left"
+                + f"  {row['skipped']} steps skipped" * (row["skipped"] > 0))
         if sys.stderr.isatty():
             print("\r" + line.ljust(110), end="", file=sys.stderr, flush=True)
         elif row["step"] == steps or time.monotonic() - self.shown > 10:
@@ -563,14 +563,16 @@ def draw_loss(rows: list[dict], path: Path, title: str) -> None:
               for i in range(int(train[-1][0] / x_step) + 1)]
     line = " ".join(at(*point) for point in train)
     parts.append(f'<polyline points="{line}" fill="none" stroke="#1f77b4" stroke-width="1.6"/>')
-    parts += [f'<circle transform="translate({at(*point)})" r="3.5" fill="#d62728"/>' for point in held]
+    parts += [f'<circle transform="translate({at(*point)})" r="3.5" fill="#d62728"/>'
+              for point in held]
     parts.append('<path d="M620 350H70V50" stroke="#444" fill="none"/><text x="345" y="395" '
                  f'text-anchor="middle">{word}tokens</text><text transform="translate(22 200) '
                  'rotate(-90)" text-anchor="middle">loss (nats a token)</text>'
                  '<text x="610" y="66" text-anchor="end" fill="#1f77b4">training</text>'
                  '<text x="610" y="84" text-anchor="end" fill="#d62728">held out</text>')
     svg = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 410" font-family="sans-serif" '
-           'font-size="13"><rect width="640" height="410" fill="white"/>' + "\n".join(parts) + "</svg>")
+           'font-size="13"><rect width="640" height="410" fill="white"/>'
+           + "\n".join(parts) + "</svg>")
     write_aside(path, lambda file: file.write(svg.encode()))
 
 
@@ -604,7 +606,7 @@ def train(args, run: dict, folder: Path, model: Llama, batches: Batches, recipe:
         say(f"{folder} is finished at step {facts['step']}; --steps N goes on, --fresh starts over")
         return
     log, skipped, stopper = Log(folder, facts["step"]), facts["skipped"], Stopper()
-    rows, tokens = batches.rows, batches.rows * batches.seq_len
+    tokens, flops = batches.rows * batches.seq_len, flops_per_token(model.config, batches.seq_len)
     eval_every = args.eval_every or max(1, min(1000, steps // 10))
     save_every = args.save_every or eval_every
     recipe = replace(recipe, warmup=min(recipe.warmup, steps // 10))
@@ -617,11 +619,12 @@ def train(args, run: dict, folder: Path, model: Llama, batches: Batches, recipe:
         bad, skipped = (0, skipped) if finite else (bad + 1, skipped + 1)
         row = {"step": done, "tokens": done * tokens, "loss": loss, "lr": lr, "grad_norm": norm,
                "tokens_per_s": round(speed, 1), "skipped": skipped, "world": 1,
-               "mfu": peak and round(speed * flops_per_token(model.config, batches.seq_len) / peak, 3),
-               "rank_params": model.config.n_params, "rank_tokens": tokens}
+               "mfu": peak and round(speed * flops / peak, 3), "rank_tokens": tokens,
+               "rank_params": model.config.n_params}
         if done % eval_every == 0 or done == steps:
             limit = FINAL_EVAL_TOKENS if done == steps else EVAL_TOKENS
-            row["val_loss"], row["val_bpb"] = evaluate(model, batches, limit, args.micro_batch)
+            row["val_loss"], row["val_bpb"] = evaluate(model, batches, limit, args.micro_batch,
+                                                        bos_id)
         log.add(row, steps, (steps - done) * statistics.median(times[-50:]))
         if bad == BAD_STEPS:
             raise ValueError(f"{bad} steps in a row had a loss or gradient that is not finite; the "
@@ -643,8 +646,6 @@ def parser() -> Parser:
                    help="change a field of the size, as n_layers=4 or rope_scaling=8")
     g.add_argument("--attention", choices=ATTENTION, default="fused",
                    help="equation is for reading: slow, and memory grows with the square of T")
-    g.add_argument("--backward", choices=("autograd", "recompute"), default="autograd",
-                   help="recompute if memory is short: a third more work")
     g.add_argument("--document-mask", action=argparse.BooleanOptionalAction,
                    help="no attention across documents; default: from Llama 3 on")
     g = p.add_argument_group("text")
@@ -656,8 +657,8 @@ def parser() -> Parser:
     g.add_argument("--vocab-size", type=whole, metavar="N", help="of the tokenizer to train")
     g = p.add_argument_group("length and recipe (default: the size's own)")
     g.add_argument("--steps", type=whole, metavar="N")
-    g.add_argument("--minutes", type=number, metavar="X", help="of the whole command: sets the steps "
-                   "once, from the measured speed (default for tiny: 4.5)")
+    g.add_argument("--minutes", type=number, metavar="X", help="of the whole command: sets the "
+                   "steps once, from the measured speed (default for tiny: 4.5)")
     g.add_argument("--batch-tokens", type=whole, metavar="N", help="tokens of a step")
     g.add_argument("--micro-batch", type=whole, metavar="N", help="sequences computed at once; "
                    "fewer need less memory and give the same result")
@@ -682,7 +683,7 @@ def main(argv: list[str]) -> None:
     peak = matmul_flops(device, DTYPES[args.dtype])
     dtype = None if args.dtype == "fp32" else DTYPES[args.dtype]
     create = partial(Llama.create, seed=args.seed, device=device, attention=args.attention,
-                     backward=args.backward, dtype=dtype)
+                     dtype=dtype)
     if args.bench:
         print(json.dumps(bench(args, create(config), recipe, peak)))
         return

@@ -1,0 +1,1201 @@
+"""One class of tests per piece, named as the piece; each compares with an oracle that is not ours.
+
+    python -m pytest                              # everything, offline, about a minute on 2 cores
+    python -m pytest -k TestRoPE                  # one piece
+"""
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small products; a second thread only waits
+
+import ast
+import json
+import math
+import pickle
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import generate
+import llama
+import tokenizer
+import train
+from generate import Sampling
+from llama import SIZES, KVCache, Llama, LlamaConfig, Recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parent / "shared"
+SMALL = LlamaConfig(dim=48, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=100, vocab_size=97,
+                    max_seq_len=64)
+
+
+def noise(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tokens(*shape, vocab=97, seed=0):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(found, wanted, atol=1e-5):
+    torch.testing.assert_close(found, wanted, atol=atol, rtol=1e-4, check_dtype=False)
+
+
+def random_model(config, seed=1, **options):
+    """Initial weights, but the norms too are random, so that a norm left out shows."""
+    model = Llama.create(config, seed, **options)
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.add_(noise(*p.shape, seed=i), alpha=0.1)
+    return model
+
+
+class TestSizes:
+    COUNTS = {  # exact, from the published shapes
+        "7b": 6738415616, "13b": 13015864320, "33b": 32528943616, "65b": 65285660672,
+        "llama2-7b": 6738415616, "llama2-13b": 13015864320, "llama2-34b": 33743970304,
+        "llama2-70b": 68976648192, "llama3-8b": 8030261248, "llama3-70b": 70553706496,
+        "llama3.1-8b": 8030261248, "llama3.1-70b": 70553706496, "llama3.1-405b": 405853388800,
+        "llama3.2-1b": 1235814400, "llama3.2-3b": 3212749824, "tinyllama-1.1b": 1100048384,
+        "smollm2-135m": 134515008, "stories260k": 260032, "stories15m": 15191712,
+        "stories42m": 41689600, "stories110m": 109529856}
+
+    def test_parameters_of_every_size(self):
+        assert set(self.COUNTS) | {"tiny"} == set(SIZES)
+        for name, (config, _) in SIZES.items():
+            with torch.device("meta"):
+                counted = sum(p.numel() for p in Llama(config).parameters())
+            assert counted == config.n_params == self.COUNTS.get(name, counted), name
+
+    def test_table_2(self):
+        rows = {"7b": (4096, 32, 32, 3e-4, 1.0e12), "13b": (5120, 40, 40, 3e-4, 1.0e12),
+                "33b": (6656, 52, 60, 1.5e-4, 1.4e12), "65b": (8192, 64, 80, 1.5e-4, 1.4e12)}
+        for name, row in rows.items():
+            c, r = SIZES[name]
+            assert (c.dim, c.n_heads, c.n_layers, r.lr, r.train_tokens) == row
+            assert (r.batch_tokens, r.warmup, r.final_lr, r.betas) == (4194304, 2000, 0.1, (0.9, 0.95))
+            assert (r.weight_decay, r.clip, r.eps) == (0.1, 1.0, None)
+
+    def test_successors(self):
+        eps = {name: c.norm_eps for name, (c, _) in SIZES.items()}
+        assert eps["33b"] == 1e-6 and eps["65b"] == 1e-5 and eps["llama2-7b"] == 1e-5
+        theta = {name: c.rope_theta for name, (c, _) in SIZES.items()}
+        assert theta["llama2-70b"] == 1e4 and theta["llama3-8b"] == 5e5
+        scaling = {name: c.rope_scaling for name, (c, _) in SIZES.items() if c.rope_scaling}
+        assert scaling == {"llama3.1-8b": 8, "llama3.1-70b": 8, "llama3.1-405b": 8,
+                           "llama3.2-1b": 32, "llama3.2-3b": 32}
+        r = SIZES["llama3.1-405b"][1]
+        assert (r.lr, r.final_lr, r.warmup, r.train_tokens) == (8e-5, 0.01, 8000, 15.6e12)
+        assert SIZES["llama2-70b"][1].eps == 1e-5 and SIZES["llama3-8b"][1].document_mask
+        assert not SIZES["llama2-7b"][1].document_mask
+
+    def test_what_was_never_published_is_named(self):
+        assert SIZES["7b"][1].filled()[1] == ["eps"]
+        recipe, missing = SIZES["llama3.2-1b"][1].filled()
+        assert "lr" in missing and None not in asdict(recipe).values()
+        assert SIZES["llama2-7b"][1].filled()[1] == []
+
+    @pytest.mark.parametrize("change, named", [
+        ({"dims": 3}, "dims"), ({"dim": 50}, "dim=50"), ({"n_kv_heads": 3}, "n_kv_heads=3"),
+        ({"n_layers": 0}, "n_layers=0"), ({"n_layers": 10**6}, "n_layers"), ({"dim": 4.0}, "dim=4.0"),
+        ({"norm_eps": -1.0}, "norm_eps"), ({"rope_theta": None}, "rope_theta")])
+    def test_bad_fields_are_named(self, change, named):
+        with pytest.raises(ValueError, match=named):
+            LlamaConfig.from_dict({**asdict(SMALL), **change})
+
+
+class TestRMSNorm:
+    def test_equation(self):
+        x, g = noise(3, 5, 48), noise(48, seed=1)
+        close(llama.rms_norm(x, g, 1e-5), F.rms_norm(x, (48,), g, 1e-5))
+        tiny = x * 1e-3  # where eps is what counts
+        close(llama.rms_norm(tiny, g, 1e-5), F.rms_norm(tiny, (48,), g, 1e-5))
+        close(llama.RMSNorm(48, 0.5)(x), F.rms_norm(x, (48,), torch.ones(48), 0.5))
+
+    def test_rounds_before_the_weight(self):
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm
+        oracle = LlamaRMSNorm(48, 1e-5).bfloat16()
+        oracle.weight.data = noise(48, seed=1, dtype=torch.bfloat16)
+        x = noise(64, 48, dtype=torch.bfloat16) * 100
+        found = llama.rms_norm(x, oracle.weight, 1e-5)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, oracle(x))
+        assert llama.rms_norm(x, oracle.weight.float(), 1e-5).dtype == torch.bfloat16
+
+
+def hf_order(w, n_heads):
+    """Rows of wq or wk from Meta's interleaved pairs to the two halves of transformers."""
+    rows, columns = w.shape
+    return w.view(n_heads, rows // n_heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def hf_config(config):
+    from transformers import LlamaConfig as HFConfig
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling:
+        rope |= {"rope_type": "llama3", "factor": config.rope_scaling, "low_freq_factor": 1.0,
+                 "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return HFConfig(
+        vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.hidden_dim,
+        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads, max_position_embeddings=config.max_seq_len,
+        rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie_embeddings,
+        rope_parameters=rope)
+
+
+class TestRoPE:
+    @pytest.mark.parametrize("config", [
+        SMALL, SIZES["llama3.1-8b"][0], SIZES["llama3.2-1b"][0],
+        replace(SIZES["llama3.2-3b"][0], rope_theta=1e4)])
+    def test_frequencies(self, config):
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+        oracle = LlamaRotaryEmbedding(hf_config(config)).inv_freq
+        torch.testing.assert_close(llama.rope_frequencies(config), oracle, rtol=1e-5, atol=0)
+
+    def test_rotation_by_complex_numbers(self):
+        x, positions = noise(2, 4, 7, 12), torch.arange(3, 10)
+        angle = positions[:, None] * 1e4 ** (-torch.arange(0, 12, 2, dtype=torch.float64) / 12)
+        z = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
+        wanted = torch.view_as_real(z * torch.exp(1j * angle)).flatten(-2)
+        cos, sin = llama.rope_table(replace(SMALL, dim=48), positions)
+        close(llama.apply_rope(x, cos, sin), wanted.float())
+
+    def test_transformers_rotation_after_the_permutation(self):
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+        x, positions = noise(1, 4, 9, 12), torch.arange(9)
+        halves = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        cos, sin = LlamaRotaryEmbedding(hf_config(SMALL))(x, positions[None])
+        wanted = apply_rotary_pos_emb(halves, halves, cos, sin)[0]
+        found = llama.apply_rope(x, *llama.rope_table(SMALL, positions))
+        close(found.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), wanted)
+
+    def test_own_inverse_and_rows_of_their_own(self):
+        x = noise(2, 4, 7, 12)
+        cos, sin = llama.rope_table(SMALL, torch.arange(7) + torch.tensor([0, 5])[:, None, None])
+        assert cos.shape == (2, 1, 7, 6)
+        y = llama.apply_rope(x, cos, sin)
+        close(llama.apply_rope(y, cos, -sin), x)
+        close(y[1:], llama.apply_rope(x[1:], *llama.rope_table(SMALL, torch.arange(5, 12))))
+        half = llama.apply_rope(x.bfloat16(), cos, sin)
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.float(), y, atol=0.03, rtol=0.03)
+
+
+class TestSwiGLU:
+    def test_equation(self):
+        from transformers.activations import ACT2FN
+        a, b = noise(5, 7) * 4, noise(5, 7, seed=1)
+        close(llama.swiglu(a, b), ACT2FN["silu"](a) * b)
+        assert llama.swiglu(torch.tensor(2.0), torch.tensor(3.0)).item() == pytest.approx(5.284782)
+
+    def test_feed_forward(self):
+        from transformers.models.llama.modeling_llama import LlamaMLP
+        ours, oracle = llama.FeedForward(SMALL), LlamaMLP(hf_config(SMALL))
+        for mine, theirs in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+            getattr(oracle, theirs).weight = getattr(ours, mine).weight
+        x = noise(2, 3, 48)
+        close(ours(x), oracle(x))
+
+
+@pytest.mark.parametrize("attention", [llama.attention_equation, llama.attention_fused])
+class TestAttention:
+    @pytest.mark.parametrize("heads, kv_heads, T", [(4, 4, 9), (4, 2, 17), (6, 1, 5), (2, 2, 1)])
+    def test_equation(self, attention, heads, kv_heads, T):
+        q, k, v = noise(2, heads, T, 8), noise(2, kv_heads, T, 8, seed=1), noise(2, kv_heads, T, 8, seed=2)
+        wanted = torch.empty(2, heads, T, 8, dtype=torch.float64)
+        for h in range(heads):  # one query at a time, in float64
+            for t in range(T):
+                kv = h // (heads // kv_heads)
+                keys, values = k[:, kv, :t + 1].double(), v[:, kv, :t + 1].double()
+                scores = (keys @ q[:, h, t, :, None].double())[..., 0] / math.sqrt(8)
+                wanted[:, h, t] = (scores.softmax(-1)[:, None] @ values)[:, 0]
+        close(attention(q, k, v, torch.arange(T)), wanted.float())
+
+    def test_later_queries_and_rows_of_different_length(self, attention):
+        q, k, v = noise(2, 4, 3, 8), noise(2, 2, 9, 8, seed=1), noise(2, 2, 9, 8, seed=2)
+        late = attention(q, k, v, torch.arange(6, 9))
+        full = attention(torch.cat([noise(2, 4, 6, 8, seed=3), q], 2), k, v, torch.arange(9))
+        close(late, full[:, :, 6:])
+        ragged = attention(q, k, v, torch.arange(3) + torch.tensor([6, 2])[:, None, None])
+        close(ragged[:1], late[:1])
+        close(ragged[1:], attention(q[1:], k[1:, :, :5], v[1:, :, :5], torch.arange(2, 5)))
+        newest = attention(q[:, :, 2:], k, v, torch.arange(8, 9))
+        close(newest, late[:, :, 2:])
+
+    def test_document_mask(self, attention):
+        q, k, v = noise(2, 4, 9, 8), noise(2, 2, 9, 8, seed=1), noise(2, 2, 9, 8, seed=2)
+        found = attention(q, k, v, torch.arange(9), [0, 4, 5, 9, 12, 18])
+        for row, start, end in [(0, 0, 4), (0, 4, 5), (0, 5, 9), (1, 0, 3), (1, 3, 9)]:
+            part = (slice(row, row + 1), slice(None), slice(start, end))
+            close(found[part], F.scaled_dot_product_attention(
+                q[part], k[part], v[part], is_causal=True, enable_gqa=True))
+
+    def test_half_precision_and_gradient(self, attention):
+        q, k, v = (noise(1, 2, 33, 8, seed=s).requires_grad_() for s in range(3))
+        wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+        grads = torch.autograd.grad(wanted.square().sum(), (q, k, v))
+        found = attention(q, k, v, torch.arange(33))
+        for mine, theirs in zip(torch.autograd.grad(found.square().sum(), (q, k, v)), grads):
+            close(mine, theirs)
+        half = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), torch.arange(33))
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.double(), wanted, atol=0.03, rtol=0.03)
+
+
+class TestInitialisation:
+    def test_a_value_depends_on_seed_and_name_alone(self):
+        small, deep = Llama.create(SMALL, 7), Llama.create(replace(SMALL, n_layers=5), 7)
+        for name, p in small.named_parameters():
+            if not name.endswith(("wo.weight", "w2.weight")):  # their scale knows the depth
+                assert torch.equal(p, deep.state_dict()[name]), name
+        other = Llama.create(SMALL, 8).state_dict()
+        again = Llama.create(SMALL, 7).state_dict()
+        matrices = [name for name, p in small.named_parameters() if p.dim() == 2]
+        assert not any(torch.equal(small.state_dict()[name], other[name]) for name in matrices)
+        assert all(torch.equal(small.state_dict()[name], again[name]) for name in again)
+        assert len({small.state_dict()[name].flatten()[0].item() for name in matrices}) == len(matrices)
+
+    def test_scales(self):
+        config = replace(SMALL, dim=128, n_heads=4, n_layers=8, hidden_dim=300)
+        for name, p in Llama.create(config, 0).named_parameters():
+            if p.dim() == 1:
+                assert torch.equal(p, torch.ones_like(p))
+                continue
+            wanted = 0.02 / 4 if name.endswith(("wo.weight", "w2.weight")) else 0.02
+            assert p.std().item() == pytest.approx(wanted, rel=0.05), name
+            assert abs(p.mean().item()) < wanted / 20
+
+
+def oracle_of(model):
+    """transformers' LlamaForCausalLM with our weights."""
+    from transformers import LlamaForCausalLM
+    config, state = model.config, model.state_dict()
+    names = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
+             "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+             "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+             "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+             "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+             "feed_forward.w3": "mlp.up_proj"}
+    oracle, theirs = LlamaForCausalLM(hf_config(config)), {}
+    for name, w in state.items():
+        layer, kind = re.fullmatch(r"(?:layers\.(\d+)\.)?(.*)\.weight", name).groups()
+        if kind == "attention.wq":
+            w = hf_order(w, config.n_heads)
+        if kind == "attention.wk":
+            w = hf_order(w, config.n_kv_heads)
+        prefix = "" if layer is None else f"model.layers.{layer}."
+        theirs[f"{prefix}{names[kind]}.weight"] = w
+    if config.tie_embeddings:
+        theirs["lm_head.weight"] = theirs["model.embed_tokens.weight"]
+    oracle.load_state_dict(theirs)
+    return oracle
+
+
+class TestLlama:
+    @pytest.mark.parametrize("change", [
+        {}, {"n_kv_heads": 4}, {"n_kv_heads": 1, "tie_embeddings": True},
+        {"rope_theta": 5e5, "rope_scaling": 8.0, "dim": 96, "max_seq_len": 131072},
+        {"rope_theta": 1e5, "rope_scaling": 32.0, "tie_embeddings": True, "max_seq_len": 131072}])
+    def test_logits_loss_and_gradients_of_transformers(self, change):
+        model = random_model(replace(SMALL, **change))
+        oracle = oracle_of(model)
+        x, y = tokens(2, 40), tokens(2, 40, seed=1)
+        theirs = oracle(input_ids=x).logits
+        close(model(x), theirs, atol=1e-4)
+        loss, wanted = model.loss(x, y), F.cross_entropy(theirs.flatten(0, 1), y.flatten())
+        close(loss, wanted, atol=1e-4)
+        loss.backward()
+        wanted.backward()
+        ours, norms = dict(model.named_parameters()), dict(oracle.named_parameters())
+        close(ours["tok_embeddings.weight"].grad, norms["model.embed_tokens.weight"].grad, 1e-4)
+        for i in range(3):
+            mine, base = f"layers.{i}.", f"model.layers.{i}."
+            heads = {"q_proj": (model.config.n_heads, "wq"), "k_proj": (model.config.n_kv_heads, "wk")}
+            for theirs_name, (n, name) in heads.items():
+                close(hf_order(ours[f"{mine}attention.{name}.weight"].grad, n),
+                      norms[f"{base}self_attn.{theirs_name}.weight"].grad, 1e-4)
+            for name, other in (("attention.wv", "self_attn.v_proj"), ("attention.wo", "self_attn.o_proj"),
+                                ("attention_norm", "input_layernorm"), ("feed_forward.w1", "mlp.gate_proj"),
+                                ("feed_forward.w2", "mlp.down_proj"), ("feed_forward.w3", "mlp.up_proj"),
+                                ("ffn_norm", "post_attention_layernorm")):
+                close(ours[f"{mine}{name}.weight"].grad, norms[f"{base}{other}.weight"].grad, 1e-4)
+
+    def test_equation_and_documents(self):
+        model, x, y = random_model(SMALL), tokens(2, 20), tokens(2, 20, seed=1)
+        grads = {}
+        for name in llama.ATTENTION:
+            other = Llama.create(SMALL, 0, attention=name)
+            other.load_state_dict(model.state_dict())
+            other.loss(x, y, [0, 7, 20, 40]).backward()
+            grads[name] = [p.grad for p in other.parameters()]
+        for one, two in zip(*grads.values()):
+            close(one, two)
+        alone = model(x[:1, 7:])  # what a document's logits are does not depend on where it stands
+        close(model(x, boundaries=[0, 7, 20, 40])[:1, 7:], alone, atol=1e-4)
+
+    def test_half_precision_computes_in_half_and_keeps_fp32_weights(self):
+        model = random_model(SMALL, dtype=torch.bfloat16)
+        x, kinds = tokens(2, 20), set()
+        for layer in model.layers:
+            layer.register_forward_hook(lambda m, i, o: kinds.add(o.dtype))
+        logits = model(x)
+        assert kinds == {torch.bfloat16} and logits.dtype == torch.float32
+        full = random_model(SMALL)(x)
+        assert 1e-4 < (logits - full).abs().mean() < 0.05 * full.abs().mean()
+        model.loss(x, x).backward()
+        assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+    def test_loss_by_log_softmax(self):
+        model, x, y = random_model(SMALL), tokens(2, 9), tokens(2, 9, seed=1)
+        chosen = model(x).double().log_softmax(-1).gather(-1, y[..., None])
+        assert model.loss(x, y).item() == pytest.approx(-chosen.mean().item(), rel=1e-5)
+
+
+class TestKVCache:
+    def test_equal_to_none_in_any_steps(self):
+        model, x = random_model(SMALL).eval(), tokens(2, 20)
+        wanted = model(x)
+        for steps in ([20], [1] * 20, [7, 1, 12], [19, 1]):
+            cache, done = KVCache(SMALL, 2, 20), 0
+            for n in steps:
+                close(model(x[:, done:done + n], cache), wanted[:, done:done + n])
+                done += n
+            assert cache.lengths == [20, 20]
+
+    def test_rows_of_different_length(self):
+        model, x = random_model(SMALL).eval(), tokens(3, 20)
+        cache, lengths = KVCache(SMALL, 3, 20), [9, 2, 5]
+        model(x[:, :9], cache)  # rows 1 and 2 have padding behind their length
+        cache.lengths = list(lengths)
+        for step in range(4):
+            new = torch.stack([x[row, n + step] for row, n in enumerate(lengths)])[:, None]
+            logits = model(new, cache)
+            for row, n in enumerate(lengths):
+                close(logits[row, 0], model(x[row:row + 1, :n + step + 1])[0, -1])
+
+    def test_sized_to_the_request(self):
+        cache = KVCache(SIZES["llama2-70b"][0], 1, 100, torch.bfloat16, "meta")
+        assert cache.k.nbytes + cache.v.nbytes == 100 * 327680  # 4 L K E bytes a token in bf16
+
+
+class TestCheckpoints:
+    @pytest.fixture
+    def saved(self, tmp_path):
+        model = random_model(SMALL)
+        llama.save_meta(model, tmp_path)
+        return model, tmp_path
+
+    @pytest.mark.parametrize("change", [{}, {"hidden_dim": 500}, {"hidden_dim": 128},
+                                        {"tie_embeddings": True, "rope_theta": 5e5, "rope_scaling": 32.0}])
+    def test_there_and_back(self, tmp_path, change):
+        model = random_model(replace(SMALL, **change))
+        llama.save_meta(model, tmp_path)
+        again = llama.load(tmp_path)
+        assert again.config == model.config
+        for name, w in again.state_dict().items():
+            assert torch.equal(w, model.state_dict()[name]), name
+        assert llama.load(tmp_path, dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
+
+    def test_published_params(self):
+        published = {  # as Meta's files have them
+            "7b": {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32,
+                   "norm_eps": 1e-06, "vocab_size": -1},
+            "llama2-70b": {"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64,
+                           "n_kv_heads": 8, "n_layers": 80, "norm_eps": 1e-05, "vocab_size": -1},
+            "llama3.1-8b": {"dim": 4096, "ffn_dim_multiplier": 1.3, "multiple_of": 1024, "n_heads": 32,
+                            "n_kv_heads": 8, "n_layers": 32, "norm_eps": 1e-05, "rope_theta": 500000.0,
+                            "use_scaled_rope": True, "vocab_size": 128256},
+            "llama3.2-1b": {"dim": 2048, "ffn_dim_multiplier": 1.5, "multiple_of": 256, "n_heads": 32,
+                            "n_kv_heads": 8, "n_layers": 16, "norm_eps": 1e-05, "rope_theta": 500000.0,
+                            "use_scaled_rope": True, "vocab_size": 128256}}
+        for name, params in published.items():
+            config = SIZES[name][0]
+            weights = {"tok_embeddings.weight": torch.empty(config.vocab_size, 1, device="meta")}
+            if not config.tie_embeddings:
+                weights["output.weight"] = torch.empty(config.vocab_size, 2, device="meta")
+            assert llama.read_params(params, weights) == config
+
+    def test_tied_is_read_from_the_weights(self, saved):
+        model, folder = saved
+        weights = dict(model.state_dict())
+        weights["output.weight"] = weights["tok_embeddings.weight"].clone()
+        weights["rope.freqs"] = torch.zeros(6)
+        torch.save(weights, folder / "consolidated.00.pth")
+        again = llama.load(folder)
+        assert again.config.tie_embeddings and again.output is None
+
+    def test_memory_mapped(self, tmp_path):
+        model = Llama.create(replace(SMALL, vocab_size=2**18), 0)  # 100 MB
+        llama.save_meta(model, tmp_path)
+        code = ("import resource, sys, llama; a = resource.getrusage(0).ru_maxrss;"
+                "m = llama.load(sys.argv[1]); print(resource.getrusage(0).ru_maxrss - a)")
+        grown = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=HERE, text=True,
+                               capture_output=True, check=True).stdout
+        assert int(grown) / (2**20 if sys.platform == "darwin" else 2**10) < 60
+
+    @pytest.mark.parametrize("name, spoil", [
+        ("unknown", lambda w: w.update(extra=w["norm.weight"])),
+        ("norm.weight is missing", lambda w: w.pop("norm.weight")),
+        ("wk.weight is .24, 40.", lambda w: w.update(
+            {"layers.1.attention.wk.weight": torch.zeros(24, 40)})),
+        ("not a table of weights", lambda w: w.update({"norm.weight": torch.arange(48)})),
+        ("lack what a Llama needs", lambda w: w.pop("tok_embeddings.weight"))])
+    def test_strict(self, saved, name, spoil):
+        model, folder = saved
+        weights = dict(model.state_dict())
+        spoil(weights)
+        torch.save(weights, folder / "consolidated.00.pth")
+        with pytest.raises(ValueError, match=name.replace("unknown", "extra is .48,., not known")):
+            llama.load(folder)
+
+    @pytest.mark.parametrize("change", [{"dim": "48"}, {"multiple_of": 0}, {"n_layers": 10**9},
+                                        {"moe": {}}, {"n_heads": None}, {"dim": 10**400},
+                                        {"ffn_dim_multiplier": math.nan}, {"norm_eps": "x"}])
+    def test_hostile_params(self, saved, change):
+        folder = saved[1]
+        params = json.loads((folder / "params.json").read_text())
+        (folder / "params.json").write_text(json.dumps({**params, **change}))
+        with pytest.raises(ValueError):
+            llama.load(folder)
+
+    def test_cut_short_or_pickled_code(self, saved, tmp_path):
+        file = saved[1] / "consolidated.00.pth"
+        whole = file.read_bytes()
+        for size in (0, 10, len(whole) // 2, len(whole) - 5):
+            file.write_bytes(whole[:size])
+            with pytest.raises(ValueError, match="cut short|no checkpoint|more than tensors"):
+                llama.load(saved[1])
+
+        class Bomb:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "executed"),)
+        torch.save({"norm.weight": Bomb()}, file)
+        with pytest.raises(ValueError, match="could run code"):
+            llama.load(saved[1])
+        assert not (tmp_path / "executed").exists()
+
+    def test_a_full_disk_keeps_what_was_there(self, saved, monkeypatch):
+        import resource
+        folder = saved[1]
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # the kernel refuses larger files
+        old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            with pytest.raises(OSError, match="could not be written.*try to free space"):
+                llama.save_meta(random_model(SMALL, seed=2), folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, old)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def write_llama2c(model, path):
+    """llama2.c's version 0, written from its description by the test itself."""
+    c, state = model.config, model.state_dict()
+    kinds = ["attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
+             "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
+    parts = [state["tok_embeddings.weight"]]
+    parts += [state[f"layers.{i}.{kind}.weight"] for kind in kinds for i in range(c.n_layers)]
+    parts += [state["norm.weight"], torch.full((2 * c.max_seq_len * c.head_dim // 2,), math.nan)]
+    parts += [] if c.tie_embeddings else [state["output.weight"]]
+    vocab = c.vocab_size if c.tie_embeddings else -c.vocab_size
+    header = struct.pack("<7i", c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads, vocab, c.max_seq_len)
+    path.write_bytes(header + b"".join(part.numpy().tobytes() for part in parts))
+
+
+class TestLlama2c:
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_version_0(self, tmp_path, tied):
+        with torch.no_grad():
+            model = random_model(replace(SMALL, tie_embeddings=tied))
+            write_llama2c(model, tmp_path / "model.bin")
+        again = llama.load(tmp_path / "model.bin")
+        assert again.config == model.config
+        assert all(torch.equal(w, model.state_dict()[n]) for n, w in again.state_dict().items())
+
+    def test_damaged(self, tmp_path):
+        file = tmp_path / "model.bin"
+        write_llama2c(Llama.create(SMALL, 0), file)
+        whole = file.read_bytes()
+        lies = [whole[:4 * i] + struct.pack("<i", n) + whole[4 * i + 4:]
+                for i in range(7) for n in (0, -1, 5, 2**31 - 1, -2**31)]
+        for data in [b"", whole[:20], whole[:28], whole[:-4], whole + b"0000", *lies]:
+            file.write_bytes(data)
+            with pytest.raises(ValueError):
+                llama.load(file)
+
+    @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
+    def test_stories260k(self, capsys):
+        folder = SHARED / "data" / "stories260K"
+        generate.main([str(folder / "stories260K.bin"), "--prompt", "", "--temperature", "0",
+                       "--max-new-tokens", "200"])
+        assert capsys.readouterr().out == (folder / "expected_greedy_200.txt").read_text()
+        config = llama.load(folder / "stories260K.bin").config
+        assert config == SIZES["stories260k"][0]
+
+
+class TestSampling:
+    def test_temperature(self):
+        logits = noise(3, 50) * 3
+        close(Sampling(1.0, 0, 1.0).probabilities(logits), logits.softmax(-1))
+        close(Sampling(0.5, 0, 1.0).probabilities(logits), (logits * 2).softmax(-1))
+        greedy = Sampling(0.0).probabilities(logits)
+        assert torch.equal(greedy.argmax(-1), logits.argmax(-1)) and torch.all(greedy.sum(-1) == 1)
+
+    @pytest.mark.parametrize("k, p", [(1, 1.0), (7, 1.0), (0, 0.9), (0, 0.3), (0, 1e-6), (5, 0.5), (99, 1.0)])
+    def test_cuts_of_transformers(self, k, p):
+        from transformers import TopKLogitsWarper, TopPLogitsWarper
+        logits = noise(20, 50) * 3
+        wanted = TopKLogitsWarper(k)(None, logits) if k else logits
+        wanted = TopPLogitsWarper(p)(None, wanted) if p < 1 else wanted
+        close(Sampling(1.0, k, p).probabilities(logits), wanted.softmax(-1))
+
+    def test_bad_settings(self):
+        for bad in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}):
+            with pytest.raises(ValueError, match="try"):
+                Sampling(**bad)
+
+
+def spelled(steps, row):
+    return [token for step in steps for r, token, _ in step if r == row]
+
+
+class TestGenerate:
+    PROMPTS = [[1, 5, 9, 13, 60], [1], [1, 7, 7]]
+
+    def test_greedy_is_the_argmax_of_the_whole_text(self):
+        model, ids = random_model(SMALL).eval(), [1, 5, 9]
+        steps = list(generate.generate(model, [ids], 12, Sampling(0.0)))
+        for (_, token, logprob), in steps:
+            wanted = model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+            assert token == wanted.argmax() and logprob == pytest.approx(wanted.max().item(), abs=1e-4)
+            ids = ids + [token]
+
+    @pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0, 20, 0.95, seed=3)])
+    def test_a_batch_is_each_alone(self, sampling):
+        model = random_model(SMALL).eval()
+        together = list(generate.generate(model, self.PROMPTS, 20, sampling))
+        for row, prompt in enumerate(self.PROMPTS):
+            alone = list(generate.generate(model, [prompt], 20, sampling))
+            assert spelled(together, row) == spelled(alone, 0)
+
+    def test_seed_and_number_make_the_sample(self):
+        model = random_model(SMALL).eval()
+
+        def draw(seed, numbers):
+            steps = list(generate.generate(model, [[1]] * len(numbers), 20, Sampling(1.0, seed=seed),
+                                           numbers=numbers))
+            return [spelled(steps, row) for row in range(len(numbers))]
+        one, two = draw(0, [0, 1])
+        assert one != two and draw(0, [1])[0] == two and draw(1, [0])[0] != one
+
+    def test_ends_with_a_stop_id_or_the_context(self):
+        model = random_model(SMALL).eval()
+        free = spelled(list(generate.generate(model, [[1]], 20, Sampling(0.0))), 0)
+        steps = list(generate.generate(model, [[1], [1, 2]], 20, Sampling(0.0), frozenset([free[3]])))
+        assert spelled(steps, 0) == free[:free.index(free[3]) + 1]
+        room = list(generate.generate(model, [[1] * 60, [1]], 100, Sampling(0.0)))
+        assert len(spelled(room, 0)) == 4 and len(spelled(room, 1)) == 63
+        with pytest.raises(ValueError, match="no room in the context of 64"):
+            next(generate.generate(model, [[1] * 64], 1, Sampling()))
+
+    def test_scores_that_are_not_finite_are_said(self):
+        model = random_model(SMALL)
+        model.norm.weight.data[0] = math.nan
+        with pytest.raises(ValueError, match="not finite"):
+            next(generate.generate(model, [[1]], 1, Sampling()))
+
+
+class Letters:
+    """A tokenizer of one byte a token, for tests of what is built on tokenizers."""
+    vocab_size, bos_id, eos_id, stop_ids, adds_bos = 97, 1, 2, frozenset([2]), True
+
+    def encode(self, text, bos=False, **options):
+        return [1] * bos + [byte - 30 for byte in text.encode()]
+
+    def token_bytes(self, token):
+        return b"" if token < 3 else bytes([token + 30])
+
+
+class TestSample:
+    def push(self, text, stops=(), end="length"):
+        sample = generate.Sample(Letters(), "x", frozenset([2]), list(stops))
+        shown = [sample.push(byte - 30, -1.0) for byte in text.encode() if not sample.finish_reason]
+        shown.append(sample.push(2, -1.0) if end == "stop" else
+                     "" if sample.finish_reason else sample.end("length"))
+        return sample, shown
+
+    def test_streams_and_ends(self):
+        sample, shown = self.push("abc")
+        assert shown == ["a", "b", "c", ""] and sample.json() == {
+            "prompt": "x", "ids": [67, 68, 69], "text": "abc", "logprobs": [-1.0] * 3,
+            "finish_reason": "length"}
+        sample, shown = self.push("ab", end="stop")
+        assert (sample.text, sample.finish_reason, sample.ids) == ("ab", "stop", [67, 68])
+
+    def test_stop_texts_never_show(self):
+        sample, shown = self.push("abEaENDc", ["END", "zzz"])
+        assert "".join(shown) == sample.text == "abEa" and sample.finish_reason == "stop"
+        assert shown[2] == "" and shown[3] == "Ea"  # E may begin a stop text until a follows
+        sample, shown = self.push("abEN", ["END"])
+        assert "".join(shown) == "abEN"
+
+
+class TestScore:
+    def test_every_token_once(self):
+        model, ids = random_model(SMALL).eval(), tokens(61).tolist()
+        logits = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+        wanted = -logits.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+        close(generate.token_nll(model, ids), wanted)
+
+    @pytest.mark.parametrize("n", [2, 3, 65, 66, 96, 97, 98, 129, 200, 201])
+    def test_windows_overlap_by_half(self, n):
+        model, ids = random_model(SMALL).eval(), tokens(n, seed=n).tolist()
+        found = generate.token_nll(model, ids)
+        assert len(found) == n - 1
+        for i in range(n - 1):  # token i + 1: window of 64 that begins at a multiple of 32
+            start = max(0, -(-(i + 1 - 64) // 32)) * 32
+            logits = model(torch.tensor([ids[start:i + 1]]))[0, -1].log_softmax(-1)
+            assert found[i].item() == pytest.approx(-logits[ids[i + 1]].item(), abs=1e-4)
+
+    def test_figures(self):
+        row = generate.figures(4, 4 * math.log(2), 2)
+        assert row["perplexity"] == pytest.approx(2) and row["bits_per_byte"] == pytest.approx(2)
+
+
+def shards(folder, sizes, weights=None):
+    """Token shards of counted numbers, so that a token says where it stands."""
+    sources = []
+    for k, size in enumerate(sizes):
+        for split, count in (("train", size), ("val", 101)):
+            (np.arange(count) + 10_000 * k).astype("<u2").tofile(folder / f"{k}.{split}.bin")
+        sources.append({"name": str(k), "path": f"text{k}", "dtype": "uint16", "val_bytes": 303,
+                        "weight": weights[k] if weights else None})
+    return sources
+
+
+class TestBatches:
+    def test_a_function_of_seed_step_and_number(self, tmp_path):
+        sources = shards(tmp_path, [5000])
+        one, two, other = (train.Batches(tmp_path, sources, 16, 64, seed) for seed in (0, 0, 1))
+        for step in (9, 3, 7):
+            assert one.step(step).shape == (4, 17) and torch.equal(one.step(step), two.step(step))
+            assert torch.equal(one.step(step)[2], torch.from_numpy(one.sequence(4 * step + 2).astype(int)))
+        assert not torch.equal(one.step(0), other.step(0))
+        assert not torch.equal(one.step(0), one.step(1))
+        assert torch.equal(one.step(0).diff(), torch.ones(4, 16, dtype=torch.long))  # T + 1 in a row
+
+    def test_every_epoch_reads_everything_evenly(self, tmp_path):
+        batches = train.Batches(tmp_path, shards(tmp_path, [5000]), 16, 64, 0)
+        seen = np.zeros(5000)
+        for step in range(3 * 5000 // 64):
+            for row in batches.step(step):
+                seen[row[:-1]] += 1
+        assert np.mean(seen == 0) < 0.01 and seen.max() <= 6
+        assert batches.epochs(3 * 5000 // 64) == [pytest.approx(3, rel=0.02)]
+
+    def test_weights(self, tmp_path):
+        batches = train.Batches(tmp_path, shards(tmp_path, [900, 5000, 300], [1, 2.0, 7]), 16, 64, 0)
+        from_source = torch.stack([batches.step(s)[:, 0] // 10_000 for s in range(250)]).flatten()
+        share = [(from_source == k).float().mean().item() for k in range(3)]
+        assert share == [pytest.approx(p, abs=0.01) for p in (0.1, 0.2, 0.7)]
+        free = train.Batches(tmp_path, shards(tmp_path, [900, 5000, 300]), 16, 64, 0)
+        assert free.epochs(100) == [pytest.approx(100 * 64 / 6200, rel=1e-3)] * 3
+
+    def test_last_token_is_reached_and_too_little_is_said(self, tmp_path):
+        batches = train.Batches(tmp_path, shards(tmp_path, [17]), 16, 64, 0)
+        assert batches.step(5)[3].tolist() == list(range(17))
+        with pytest.raises(ValueError, match="text0 has 16 tokens"):
+            train.Batches(tmp_path, shards(tmp_path, [16]), 16, 64, 0)
+
+    def test_held_out_windows(self, tmp_path):
+        batches = train.Batches(tmp_path, shards(tmp_path, [900]), 16, 64, 0)
+        (ratio, windows), = batches.held_out(10**6)
+        targets = np.concatenate([w[1:] for w in windows])
+        assert ratio == 3 and targets.tolist() == list(range(1, 101))  # each token once
+        assert len(batches.held_out(60)[0][1]) == 4
+
+    def test_document_starts(self):
+        x = torch.tensor([[5, 1, 6, 7], [1, 6, 1, 1]])
+        assert train.document_starts(x, 1) == [0, 1, 4, 6, 7, 8]
+
+
+class TestRecipe:
+    def test_warm_up_and_cosine(self):
+        recipe = Recipe(1.0, 1, 1, warmup=10)
+        rates = [train.learning_rate(step, 110, recipe) for step in range(110)]
+        oracle = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(oracle, 99, eta_min=0.1)
+        assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+        for rate in rates[10:]:
+            assert rate == pytest.approx(cosine.get_last_lr()[0], rel=1e-5)
+            oracle.step()
+            cosine.step()
+        assert rates[-1] == pytest.approx(0.1) and train.learning_rate(0, 1, recipe) > 0
+
+    def test_adamw_decays_matrices_alone(self):
+        model = random_model(SMALL)
+        recipe = Recipe(0.01, 1, 1, eps=1e-8, weight_decay=0.5)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        oracle = {name: torch.nn.Parameter(p.clone()) for name, p in before.items()}
+        optimizers = [torch.optim.AdamW([p], lr=0.01, betas=(0.9, 0.95), eps=1e-8,
+                                        weight_decay=0.5 if p.dim() > 1 else 0.0)
+                      for p in oracle.values()]
+        optimizer = train.make_optimizer(model, recipe)
+        for step in range(3):
+            for (name, p), ours in zip(oracle.items(), model.parameters()):
+                p.grad = noise(*p.shape, seed=step)
+                ours.grad = p.grad.clone()
+            for each in (optimizer, *optimizers):
+                each.step()
+        for name, p in model.named_parameters():
+            close(p, oracle[name], atol=1e-6)
+            assert not torch.equal(p, before[name])
+
+
+class TestTrainStep:
+    def step(self, model, micro_batch, clip=1e9, lr=0.1, batch=None, **options):
+        optimizer = train.make_optimizer(model, Recipe(0.1, 1, 1, eps=1e-8, weight_decay=0.0))
+        seen = {}
+        optimizer.register_step_pre_hook(lambda *_: seen.update(
+            {name: p.grad.clone() for name, p in model.named_parameters()}))
+        batch = tokens(6, 21) if batch is None else batch
+        return train.train_step(model, optimizer, batch, lr, clip, micro_batch, **options), seen
+
+    def test_accumulation_is_one_batch(self):
+        (loss, norm), whole = self.step(random_model(SMALL), 6)
+        x = tokens(6, 21)
+        model = random_model(SMALL)
+        model.loss(x[:, :-1], x[:, 1:]).backward()
+        wanted = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+        assert norm == pytest.approx(wanted, rel=1e-4)
+        for micro_batch in (1, 2, 4):
+            (other, same), parts = self.step(random_model(SMALL), micro_batch)
+            assert (other, same) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4))
+            for name, grad in whole.items():
+                close(parts[name], grad, atol=1e-6)
+
+    def test_clips_to_the_norm(self):
+        (_, norm), grads = self.step(random_model(SMALL), 6, clip=1e-3)
+        clipped = torch.cat([g.flatten() for g in grads.values()]).norm().item()
+        assert norm > 0.01 and clipped == pytest.approx(1e-3, rel=1e-3)
+        (_, norm), grads = self.step(random_model(SMALL), 6, clip=1e9)
+        assert torch.cat([g.flatten() for g in grads.values()]).norm().item() == pytest.approx(norm, rel=1e-4)
+
+    def test_learning_rate_is_the_one_given(self):
+        model = random_model(SMALL)
+        before = model.norm.weight.detach().clone()
+        self.step(model, 6, lr=1e-3)  # AdamW's first step moves each weight by lr
+        close((model.norm.weight - before).abs(), torch.full((48,), 1e-3), atol=1e-5)
+
+    def test_not_finite_changes_nothing(self):
+        model = random_model(SMALL)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        handle = model.layers[1].feed_forward.w2.weight.register_hook(lambda g: g * math.inf)
+        (loss, norm), _ = self.step(model, 3)
+        assert math.isfinite(loss) and not math.isfinite(norm)
+        handle.remove()
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        assert all(p.grad is None for p in model.parameters())
+
+    def test_mask_across_documents(self):
+        batch = tokens(2, 21)
+        batch[:, 8] = 1
+        (loss, _), _ = self.step(random_model(SMALL), 2, batch=batch, bos_id=1)
+        model, x = random_model(SMALL), batch[:, :-1]
+        starts = train.document_starts(x, 1)
+        assert loss == pytest.approx(model.loss(x, batch[:, 1:], starts).item(), rel=1e-5)
+        assert loss != pytest.approx(model.loss(x, batch[:, 1:]).item(), rel=1e-5)
+
+
+class TestEvaluate:
+    def test_bits_per_byte(self, tmp_path):
+        sources = shards(tmp_path, [900])
+        (np.arange(101) % 97).astype("<u2").tofile(tmp_path / "0.val.bin")
+        batches, model = train.Batches(tmp_path, sources, 16, 64, 0), random_model(SMALL)
+        loss, bpb = train.evaluate(model, batches, 10**6, 4, None)
+        nll = sum(model.loss(x[None, :-1], x[None, 1:]).item() * (len(x) - 1)
+                  for x in (torch.arange(at, min(at + 17, 101)) % 97 for at in range(0, 100, 16)))
+        assert loss == pytest.approx(nll / 100, rel=1e-5)
+        assert bpb == pytest.approx(nll / math.log(2) / 300, rel=1e-5)  # 3 bytes a token
+
+
+class TestCost:
+    def test_flops(self):
+        config = SIZES["65b"][0]
+        table = 32000 * 8192
+        assert train.flops_per_token(config, 2048) == 6 * (65285660672 - table) + 6 * 80 * 8192 * 2048
+        tied = SIZES["stories15m"][0]
+        assert train.flops_per_token(tied, 256) == 6 * 15191712 + 6 * 6 * 288 * 256
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_memory_counts_what_autograd_saves(self, dtype):
+        config = replace(SMALL, n_layers=2)
+        model, saved = random_model(config, dtype=dtype), {}
+        inside = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def count(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+        keep, layers = [], {}
+        model.layers[0].register_forward_pre_hook(lambda *_: saved.clear())
+        model.layers[0].register_forward_hook(lambda *_: layers.update(saved))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: keep.append(t) or count(t), lambda t: t):
+            model.hidden(tokens(3, 32))
+        real = sum(size for at, size in layers.items() if at not in inside)
+        found = train.memory_needed(config, 3, 32, dtype)
+        assert found["activations"] == pytest.approx(2 * real, rel=0.03)
+        assert found["weights"] + found["gradients"] + found["AdamW"] == 16 * config.n_params
+
+    def test_what_does_not_fit_is_said_at_once(self):
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="405b needs about .* this machine has .*; try --size"):
+            train.main(["--size", "llama3.1-405b", "--document-mask"])
+        assert time.monotonic() - start < 30
+
+    def test_matmul_rate(self):
+        assert 1e8 < train.matmul_flops("cpu", torch.float32) < 1e15
+        assert train.matmul_flops("mps", torch.float32) is None
+
+    def test_bench(self, capsys):
+        train.main(["--set", "n_layers=1", "vocab_size=300", "--bench", "2", "--batch-tokens", "512"])
+        row = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert set(row) == {"tokens_per_s", "mfu", "peak_gflops", "step_s", "peak_rss_gb", "loss",
+                            "params", "backward", "dtype"}
+        assert row["loss"] == pytest.approx(math.log(300), rel=0.05)
+        assert row["tokens_per_s"] == pytest.approx(512 / row["step_s"])
+        config = replace(SIZES["tiny"][0], n_layers=1, vocab_size=300)
+        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * train.flops_per_token(config, 256)
+                                           / row["peak_gflops"] / 1e9)
+
+
+class TestState:
+    @pytest.fixture
+    def states(self, tmp_path):
+        model = random_model(SMALL)
+        tensors = train.state_tensors(model, train.make_optimizer(model, Recipe(0.1, 1, 1, eps=1e-8)))
+        for step in (1, 2, 3):
+            tensors["model.norm.weight"].fill_(step)
+            train.save_state(tmp_path, step, tensors, {"skipped": step})
+        return tmp_path, tensors
+
+    def test_there_and_back_keeps_two(self, states):
+        folder, tensors = states
+        assert sorted(f.name for f in folder.iterdir()) == ["step-000000002", "step-000000003"]
+        wanted = {name: t.clone() for name, t in tensors.items()}
+        for t in tensors.values():
+            t.fill_(-1)
+        assert train.load_state(folder, tensors) == {"step": 3, "skipped": 3}
+        assert all(torch.equal(t, wanted[name]) for name, t in tensors.items())
+        assert {name.split(".")[0] for name in tensors} == {"model", "exp_avg", "exp_avg_sq", "step"}
+        assert train.load_state(folder / "none", tensors) is None
+
+    @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "facts.json", "manifest.json"])
+    def test_damaged_is_named_and_passed_over(self, states, name, capsys):
+        folder, tensors = states
+        file = folder / "step-000000003" / name
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1  # one bit
+        file.write_bytes(data)
+        assert train.load_state(folder, tensors)["step"] == 2
+        assert torch.all(tensors["model.norm.weight"] == 2)
+        said = capsys.readouterr().err
+        assert "step-000000003 is damaged" in said and said.count("\n") == 1
+        shutil.rmtree(folder / "step-000000002")
+        with pytest.raises(ValueError, match="no state in .* is good; try --fresh"):
+            train.load_state(folder, tensors)
+
+    def hostile(self, state, data):
+        """Replaces the metadata and its hash, as someone who means it would."""
+        (state / ".metadata").write_bytes(data)
+        manifest = json.loads((state / "manifest.json").read_text())
+        manifest[".metadata"] = train.sha256(state / ".metadata")
+        (state / "manifest.json").write_text(json.dumps(manifest))
+
+    def test_hostile_metadata_is_not_executed(self, states, capsys, tmp_path):
+        folder, tensors = states
+        mark = tmp_path.parent / "executed"
+
+        class Bomb:
+            def __reduce__(self):
+                return os.mkdir, (str(mark),)
+        self.hostile(folder / "step-000000003", pickle.dumps(Bomb()))
+        assert train.load_state(folder, tensors)["step"] == 2 and not mark.exists()
+        assert "mkdir" in capsys.readouterr().err
+
+    def test_entries_that_are_not_tensors_are_refused(self, states, capsys):
+        from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+        folder, tensors = states
+        state = folder / "step-000000003"
+        metadata = train.SafeReader(state).read_metadata()
+        metadata.state_dict_metadata["model.norm.weight"] = BytesStorageMetadata()
+        self.hostile(state, pickle.dumps(metadata))
+        assert train.load_state(folder, tensors)["step"] == 2
+        assert "BytesStorageMetadata" in capsys.readouterr().err
+
+    def test_a_full_disk_keeps_the_older_states(self, states):
+        import resource
+        folder, tensors = states
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            with pytest.raises(OSError, match="state of step 4 could not be written.*try"):
+                train.save_state(folder, 4, tensors, {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, old)
+        assert sorted(f.name for f in folder.iterdir()) == ["step-000000002", "step-000000003"]
+        assert train.load_state(folder, tensors)["step"] == 3
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder of real text: some modules of the standard library."""
+    import argparse
+    folder = tmp_path_factory.mktemp("text")
+    for name in ("argparse", "ast", "bdb", "calendar", "cgitb", "cmd", "code", "codecs", "copy", "csv",
+                 "dis", "enum", "filecmp", "fractions", "ftplib", "gzip", "heapq", "imaplib", "json",
+                 "mailbox", "nntplib", "pdb", "platform", "queue", "random", "selectors", "shlex"):
+        file = Path(argparse.__file__).with_name(f"{name}.py")
+        if file.exists():
+            shutil.copy(file, folder)
+    return folder
+
+
+def run_options(text, out, *more):
+    return ["--data", str(text), "--vocab-size", "400", "--set", "dim=32", "n_layers=2", "n_heads=2",
+            "n_kv_heads=1", "hidden_dim=64", "max_seq_len=64", "--batch-tokens", "256", "--micro-batch",
+            "3", "--steps", "30", "--save-every", "6", "--eval-every", "10", "--lr", "0.003",
+            "--out", str(out), *more]
+
+
+@pytest.fixture
+def signals():
+    """train.main sets handlers; put pytest's back."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def whole_run(text, tmp_path_factory):
+    """An undisturbed run of 30 steps, made once."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train.main(run_options(text, out))
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+    return out
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    """Everything about each step that must not depend on how the run got there."""
+    return [(r["step"], r["tokens"], r["loss"], r["lr"], r["grad_norm"], r.get("val_loss"))
+            for r in log_of(out) if "event" not in r]
+
+
+class TestRun:
+    def test_learns_and_leaves_what_it_promises(self, whole_run):
+        rows = log_of(whole_run)
+        assert [r["step"] for r in rows] == list(range(1, 31))
+        assert rows[0]["loss"] == pytest.approx(math.log(400), abs=0.3) and rows[-1]["loss"] < 5.6
+        assert rows[9]["val_bpb"] > rows[29]["val_bpb"] and "val_bpb" not in rows[10]
+        assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "world",
+                "rank_params", "rank_tokens"} <= set(rows[0])
+        assert rows[-1]["tokens"] == 30 * 256 and rows[0]["rank_tokens"] == 256
+        names = {file.name for file in whole_run.iterdir()}
+        assert {"params.json", "consolidated.00.pth", "tokenizer.model", "log.jsonl", "loss.svg",
+                "state"} <= names
+        model = llama.load(whole_run)
+        assert model.config.vocab_size == 400 and model.config.hidden_dim == 64
+
+    def test_killed_and_gone_on_bit_for_bit(self, text, whole_run, tmp_path):
+        options, rng = run_options(text, tmp_path / "r"), np.random.default_rng(0)
+        for kind in (signal.SIGKILL, signal.SIGTERM):
+            at = int(rng.integers(8, 20))
+            done = len((tmp_path / "r/log.jsonl").read_text().splitlines()) if kind is signal.SIGTERM else 0
+            process = subprocess.Popen([sys.executable, "train.py", *options], cwd=HERE,
+                                       stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+            log = tmp_path / "r" / "log.jsonl"
+            while not (log.exists() and log.read_text().count("\n") >= max(at, done + 2)):
+                assert process.poll() is None, process.stderr.read().decode()
+                time.sleep(0.001)
+            process.send_signal(kind)
+            said = process.communicate()[1].decode()
+            assert process.returncode == (-signal.SIGKILL if kind is signal.SIGKILL else 143), said
+        with open(log, "a") as file:
+            file.write('{"step": 2')  # a torn line
+        assert subprocess.run([sys.executable, "train.py", *options], cwd=HERE).returncode == 0
+        assert losses(tmp_path / "r") == losses(whole_run)
+        assert [r for r in log_of(tmp_path / "r") if "event" in r]
+        ours, theirs = (torch.load(d / "consolidated.00.pth") for d in (tmp_path / "r", whole_run))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    def test_goes_on_from_before_a_damaged_state(self, text, whole_run, tmp_path, signals, capsys):
+        shutil.copytree(whole_run, tmp_path / "r")
+        newest = sorted((tmp_path / "r/state").iterdir())[-1]
+        (newest / "__0_0.distcp").write_bytes(b"broken")
+        train.main(run_options(text, tmp_path / "r"))
+        assert "is damaged and passed over" in capsys.readouterr().err
+        assert losses(tmp_path / "r") == losses(whole_run)
+        assert {"event": "resume", "step": 24} in log_of(tmp_path / "r")
+
+    def test_finished_and_other_settings(self, text, whole_run, signals, capsys):
+        train.main(run_options(text, whole_run))
+        assert "finished at step 30; --steps N goes on, --fresh" in capsys.readouterr().err
+        with pytest.raises(ValueError, match=r"trained with lr=0.003; try --out DIR or --fresh"):
+            train.main([*run_options(text, whole_run), "--lr", "0.004"])
+
+    def test_skips_steps_that_are_not_finite_and_stops(self, text, tmp_path, signals, monkeypatch):
+        loss, calls = Llama.loss, []
+
+        def poisoned(model, x, y, boundaries=None):
+            calls.append(model.training)
+            bad = len(calls) in (5, 6, 7) or len(calls) > 30  # three micro-batches: step 2, and from 11
+            return loss(model, x, y, boundaries) * (math.nan if bad else 1)
+        monkeypatch.setattr(Llama, "loss", poisoned)
+        with pytest.raises(ValueError, match="5 steps in a row .* is kept; try a lower --lr"):
+            train.main(run_options(text, tmp_path / "r", "--eval-every", "1000", "--micro-batch", "2"))
+        rows = log_of(tmp_path / "r")
+        assert [r["step"] for r in rows if r["loss"] is None] == [3, 4, 16, 17, 18, 19, 20]
+        assert rows[-1]["skipped"] == 7 and rows[5]["skipped"] == 2
+        assert sorted(s.name for s in (tmp_path / "r/state").iterdir()) == ["step-000000006", "step-000000012"]
+
+    def test_samples(self, whole_run, capsys):
+        generate.main([str(whole_run), "--prompt", "import", "--prompt", "-1 + 2", "--json",
+                       "--num-samples", "2", "--max-new-tokens", "9", "--temperature", "1"])
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [r["prompt"] for r in rows] == ["import"] * 2 + ["-1 + 2"] * 2
+        assert all(len(r["ids"]) == len(r["logprobs"]) == 9 for r in rows)
+        assert rows[0]["ids"] != rows[1]["ids"] and {r["finish_reason"] for r in rows} == {"length"}
+        generate.main([str(whole_run), "--prompt", "import", "--max-new-tokens", "9", "--temperature", "1"])
+        assert capsys.readouterr().out == "import" + rows[0]["text"] + "\n"
+
+    def test_scores(self, whole_run, text, capsys, tmp_path):
+        for name in ("copy.py", "queue.py"):
+            shutil.copy(text / name, tmp_path)
+        generate.main([str(whole_run), "--score", str(tmp_path), "--json"])
+        *rows, total = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert total["document"] == "all" and total["nll"] == pytest.approx(sum(r["nll"] for r in rows))
+        model = llama.load(whole_run)
+        words = tokenizer.load_tokenizer(whole_run / "tokenizer.model")
+        file = text / "copy.py"
+        ids = words.encode(file.read_text(), bos=True)
+        assert rows[0]["tokens"] == len(ids) - 1
+        assert rows[0]["nll"] == pytest.approx(generate.token_nll(model, ids).sum().item(), rel=1e-4)
+        bits = rows[0]["nll"] / math.log(2) / file.stat().st_size
+        assert rows[0]["bits_per_byte"] == pytest.approx(bits)
+
+    def test_bench_of_generation(self, whole_run, capsys):
+        generate.main([str(whole_run), "--bench", "16"])
+        row = json.loads(capsys.readouterr().out)
+        assert set(row) == {"prefill_tokens_per_s", "decode_tokens_per_s", "weight_gb", "bandwidth_gb_s",
+                            "bandwidth_fraction", "load_s", "first_token_s", "dtype", "quantize"}
+        assert row["weight_gb"] == pytest.approx(4 * llama.load(whole_run).config.n_params / 1e9)
+
+
+class TestLog:
+    def test_picture(self, tmp_path):
+        import xml.etree.ElementTree as ElementTree
+        rows = [{"tokens": 1000 * (i + 1), "loss": 8 - i / 20} for i in range(100)]
+        rows[50]["val_loss"], rows[30]["loss"] = 5.0, None
+        train.draw_loss(rows, tmp_path / "loss.svg", "tiny")
+        tree = ElementTree.parse(tmp_path / "loss.svg").getroot()
+        numbers = list(map(float, tree.find(".//{*}polyline").get("points").split()))
+        xs, ys = numbers[::2], numbers[1::2]
+        assert len(xs) == 99 and xs == sorted(xs) and ys == sorted(ys)  # falling loss: y grows
+        assert min(xs) >= 70 and max(xs) == 620 and min(ys) >= 50 and max(ys) <= 350
+        texts = [t.text for t in tree.iter("{http://www.w3.org/2000/svg}text")]
+        assert "tokens" in texts and "tiny" in texts
+        assert len(list(tree.iter("{http://www.w3.org/2000/svg}circle"))) == 1
+
+    def test_nice_steps(self):
+        assert [train.nice_step(x) for x in (6, 10, 29, 0.7, 6e9)] == [1, 2, 5, pytest.approx(0.2), 1e9]
+
+
+class TestMistakes:
+    """What a user gets wrong is answered in one line with exit status 2."""
+
+    CASES = [
+        (["train.py", "--size", "8b"], "no size '8b'"),
+        (["train.py", "--size", "7b"], "7b needs about"),
+        (["train.py", "--set", "dims=3"], "unknown field 'dims'"),
+        (["train.py", "--set", "dim"], "FIELD=NUMBER"),
+        (["train.py", "--set", "vocab_size=3"], "--vocab-size"),
+        (["train.py", "--steps", "-3"], "--steps"),
+        (["train.py", "--seq-len", "4096"], "--seq-len 4096"),
+        (["train.py", "--data", "nowhere.txt"], "no nowhere.txt"),
+        (["train.py", "--data", "README.md=x"], "'x' is not a positive float"),
+        (["train.py", "--mixture", "table2", "."], "no mixture 'table2'"),
+        (["train.py", "--mixture", "table1", "."], "commoncrawl"),
+        (["train.py", "--warmpu", "3"], "--warmpu"),
+        (["generate.py", "nowhere"], "nowhere is no checkpoint"),
+        (["generate.py", "README.md"], "README.md"),
+        (["generate.py", "--top-p", "2"], "--top-p"),
+    ]
+
+    @pytest.mark.parametrize("command, named", CASES)
+    def test_in_process(self, command, named, monkeypatch, capsys, tmp_path):
+        monkeypatch.setattr(sys, "argv", command + ["--out", str(tmp_path)] * (command[0] == "train.py"))
+        monkeypatch.chdir(HERE)
+        with pytest.raises(SystemExit) as end:
+            tokenizer.command({"train.py": train, "generate.py": generate}[command[0]].main)
+        out, err = capsys.readouterr()
+        assert end.value.code == 2 and out == "" and "Traceback" not in err
+        line = err.splitlines()[-1]
+        assert line.startswith("error: ") and named in line and "; try" in line and len(line) < 400
+
+    def test_through_the_shell(self, tmp_path):
+        (tmp_path / "data.txt").write_bytes(bytes(range(256)) * 100)
+        done = subprocess.run([sys.executable, "train.py", "--data", str(tmp_path), "--out",
+                               str(tmp_path / "r")], cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")
+        assert "data.txt" in done.stderr and "Traceback" not in done.stderr
+
+    def test_tokenizer_of_another_size(self, whole_run, tmp_path):
+        shutil.copytree(whole_run, tmp_path / "r")
+        other = tokenizer.train_sentencepiece((HERE / "llama.py").read_text().splitlines(), 350)
+        other.save(tmp_path / "r" / "tokenizer.model")
+        with pytest.raises(ValueError, match="350 tokens and the model 400"):
+            generate.main([str(tmp_path / "r")])
+
+    def test_prompt_longer_than_the_context(self, whole_run):
+        with pytest.raises(ValueError, match="no room in the context of 64"):
+            generate.main([str(whole_run), "--prompt", "word " * 100])
+
+
+class TestReadme:
+    def test_every_symbol_exists(self):
+        table = re.findall(r"^\|.*\|$", (HERE / "README.md").read_text(), re.M)
+        symbols = [s for row in table for s in re.findall(r"`(\w+\.py):([\w.]+)`", row)]
+        assert len(symbols) >= 20
+        for file, symbol in symbols:
+            where = {"llama.py": llama, "train.py": train, "generate.py": generate,
+                     "tokenizer.py": tokenizer}[file]
+            for part in symbol.split("."):
+                where = getattr(where, part)
+
+    def test_budgets(self):
+        for name in ("llama", "tokenizer", "generate", "train"):
+            source = (HERE / f"{name}.py").read_text()
+            assert max(map(len, source.splitlines())) <= 100, name
+            lines = [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
+            assert len(lines) == len(set(lines)), f"two statements on a line of {name}.py"
