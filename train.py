@@ -9,6 +9,7 @@ The same command goes on where it stopped. DIR (runs/SIZE) then holds params.jso
 consolidated.00.pth and tokenizer.model (for generate.py), log.jsonl, loss.svg, state/ and data/.
 """
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -509,71 +510,68 @@ class Log:
         """Cuts an older log back to `step`, a torn last line too."""
         self.path, self.rows, self.shown = folder / "log.jsonl", [], 0.0
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
-            try:
+            with contextlib.suppress(ValueError):
                 self.rows += [row for row in [json.loads(line)] if row["step"] <= step]
-            except ValueError:
-                continue
-        if step:
-            self.rows.append({"event": "resume", "step": step})
+        self.rows += [{"event": "resume", "step": step}] * (step > 0)
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_aside(self.path, lambda file: file.write(text.encode()))
 
     def add(self, row: dict, steps: int, left: float) -> None:
-        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-               for key, value in row.items()}
-        self.rows.append(row)
+        self.rows.append({key: None if isinstance(value, float) and not math.isfinite(value)
+                          else value for key, value in row.items()})
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(self.rows[-1]) + "\n")
         held = next((r["val_bpb"] for r in reversed(self.rows) if "val_bpb" in r), math.nan)
         mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.0%}"
-        line = (f"step {row['step']}/{steps}  loss {row['loss'] or math.nan:.3f}  held out "
-                f"{held:.3f} bits/byte  {row['tokens_per_s']:,.0f} tokens/s  MFU {mfu}  "
-                f"{left // 60:.0f}m{left % 60:02.0f}s left"
-                + f"  {row['skipped']} steps skipped" * (row["skipped"] > 0))
+        line = (f"step {row['step']}/{steps}  loss {row['loss']:.3f}  held out {held:.3f} bits/byte"
+                f"  {row['tokens_per_s']:,.0f} tokens/s  MFU {mfu}  {left // 60:.0f}m"
+                f"{left % 60:02.0f}s left" + f"  {row['skipped']} skipped" * (row["skipped"] > 0))
         if sys.stderr.isatty():
-            print("\r" + line.ljust(110), end="", file=sys.stderr, flush=True)
+            print(f"\r{line:110}", end="", file=sys.stderr, flush=True)
         elif row["step"] == steps or time.monotonic() - self.shown > 10:
             self.shown = time.monotonic()
             say(line)
 
 
 def draw_loss(rows: list[dict], path: Path, title: str) -> None:
-    """Training loss against tokens, as in the paper's Figure 1, with the held-out loss as dots."""
-    train = [(row["tokens"], row["loss"]) for row in rows if row.get("loss") is not None]
-    held = [(row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
-    width = max(1, len(train) // 100)  # of the running mean
-    train = [(tokens, statistics.fmean(loss for _, loss in train[max(0, i - width):i + 1]))
-             for i, (tokens, _) in enumerate(train)]
-    losses = [loss for _, loss in train[len(train) // 50:] + held]
+    """Training loss against tokens, as in the paper's Figure 1, with the held-out loss as dots. The
+    steep first fiftieth is left out; the line is a running mean over a hundredth."""
+    losses = [(row["tokens"], row["loss"]) for row in rows if row.get("loss") is not None]
+    width, held = len(losses) // 100 + 1, [(row["tokens"], row["val_loss"]) for row in rows
+                                           if row.get("val_loss") is not None]
+    line = [(losses[i][0], statistics.fmean(loss for _, loss in losses[max(0, i - width):i + 1]))
+            for i in range(len(losses) // 50, len(losses))]
+    end, values = losses[-1][0], [loss for _, loss in line + held]
+    x_step, y_step = nice_step(end), nice_step(max(values) - min(values))
+    low, high = math.floor(min(values) / y_step), math.ceil(max(values) / y_step)
     unit, word = next((u, w) for u, w in ((1e9, "billions of "), (1e6, "millions of "), (1, ""))
-                      if train[-1][0] >= u)
-    x_step, y_step = nice_step(train[-1][0]), nice_step(max(losses) - min(losses))
-    low, high = math.floor(min(losses) / y_step), math.ceil(max(losses) / y_step)
+                      if end >= u)
 
     def at(tokens: float, loss: float) -> str:
-        share = (min(loss / y_step, high) - low) / max(1, high - low)
-        return f"{70 + 550 * tokens / train[-1][0]:.1f} {350 - 300 * share:.1f}"
+        up = (loss / y_step - low) / max(1, high - low)
+        return f"{70 + 550 * tokens / end:.1f} {350 - 300 * up:.1f}"
 
-    parts = [f'<text x="345" y="28" text-anchor="middle" font-size="15">{title}</text>']
-    parts += [f'<path d="M{at(0, i * y_step)}h550" stroke="#ddd"/><text transform="translate('
-              f'{at(0, i * y_step)})" x="-8" y="4" text-anchor="end">{i * y_step:.4g}</text>'
-              for i in range(low, high + 1)]
-    parts += [f'<text transform="translate({at(i * x_step, low * y_step)})" y="20" '
-              f'text-anchor="middle">{i * x_step / unit:.4g}</text>'
-              for i in range(int(train[-1][0] / x_step) + 1)]
-    line = " ".join(at(*point) for point in train)
-    parts.append(f'<polyline points="{line}" fill="none" stroke="#1f77b4" stroke-width="1.6"/>')
+    def text(place: str, attributes: str, words: str) -> str:
+        return f'<text transform="translate({place})" {attributes}>{words}</text>'
+
+    parts = [text("345 28", 'text-anchor="middle" font-size="15"', title)]
+    for i in range(low, high + 1):
+        parts.append(f'<path d="M{at(0, i * y_step)}h550" stroke="#ddd"/>')
+        parts.append(text(at(0, i * y_step), 'x="-8" y="4" text-anchor="end"', f"{i * y_step:.4g}"))
+    for i in range(int(end / x_step) + 1):
+        place, words = at(i * x_step, low * y_step), f"{i * x_step / unit:.4g}"
+        parts.append(text(place, 'y="20" text-anchor="middle"', words))
+    parts += [f'<polyline points="{" ".join(at(*point) for point in line)}" fill="none" '
+              'stroke="#1f77b4" stroke-width="1.6"/>', '<path d="M620 350H70V50" stroke="#444" '
+              'fill="none"/>', text("345 395", 'text-anchor="middle"', f"{word}tokens"),
+              text("22 200) rotate(-90", 'text-anchor="middle"', "loss (nats a token)"),
+              text("610 66", 'text-anchor="end" fill="#1f77b4"', "training"),
+              text("610 84", 'text-anchor="end" fill="#d62728"', "held out")]
     parts += [f'<circle transform="translate({at(*point)})" r="3.5" fill="#d62728"/>'
               for point in held]
-    parts.append('<path d="M620 350H70V50" stroke="#444" fill="none"/><text x="345" y="395" '
-                 f'text-anchor="middle">{word}tokens</text><text transform="translate(22 200) '
-                 'rotate(-90)" text-anchor="middle">loss (nats a token)</text>'
-                 '<text x="610" y="66" text-anchor="end" fill="#1f77b4">training</text>'
-                 '<text x="610" y="84" text-anchor="end" fill="#d62728">held out</text>')
     svg = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 410" font-family="sans-serif" '
-           'font-size="13"><rect width="640" height="410" fill="white"/>'
-           + "\n".join(parts) + "</svg>")
-    write_aside(path, lambda file: file.write(svg.encode()))
+           'font-size="13"><rect width="640" height="410" fill="white"/>\n')
+    write_aside(path, lambda file: file.write((svg + "\n".join(parts) + "</svg>\n").encode()))
 
 
 def nice_step(span: float) -> float:
