@@ -540,8 +540,11 @@ def read_llama2c(path: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
     if len(header) < 28:
         raise ValueError(f"{path} is too short for a checkpoint; try to fetch it again")
     dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack("<7i", header)
-    config = LlamaConfig(dim, layers, heads, kv_heads, hidden, abs(vocab), context,
-                         tie_embeddings=vocab > 0)
+    try:
+        config = LlamaConfig(dim, layers, heads, kv_heads, hidden, abs(vocab), context,
+                             tie_embeddings=vocab > 0)
+    except ValueError as error:
+        raise ValueError(f"{path} is no llama2.c file of version 0: {error}") from None
     kinds = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
              "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     order = ["tok_embeddings.weight"]

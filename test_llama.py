@@ -95,8 +95,8 @@ class TestSizes:
         for name, row in rows.items():
             c, r = SIZES[name]
             assert (c.dim, c.n_heads, c.n_layers, r.lr, r.train_tokens) == row
-            assert (r.batch_tokens, r.warmup, r.final_lr, r.betas) == (4194304, 2000, 0.1, (0.9, 0.95))
-            assert (r.weight_decay, r.clip, r.eps) == (0.1, 1.0, None)
+            assert (r.batch_tokens, r.warmup, r.final_lr) == (4194304, 2000, 0.1)
+            assert (r.betas, r.weight_decay, r.clip, r.eps) == ((0.9, 0.95), 0.1, 1.0, None)
 
     def test_successors(self):
         eps = {name: c.norm_eps for name, (c, _) in SIZES.items()}
@@ -119,8 +119,9 @@ class TestSizes:
 
     @pytest.mark.parametrize("change, named", [
         ({"dims": 3}, "dims"), ({"dim": 50}, "dim=50"), ({"n_kv_heads": 3}, "n_kv_heads=3"),
-        ({"n_layers": 0}, "n_layers=0"), ({"n_layers": 10**6}, "n_layers"), ({"dim": 4.0}, "dim=4.0"),
-        ({"norm_eps": -1.0}, "norm_eps"), ({"rope_theta": None}, "rope_theta")])
+        ({"n_layers": 0}, "n_layers=0"), ({"n_layers": 10**6}, "n_layers"),
+        ({"dim": 4.0}, "dim=4.0"), ({"norm_eps": -1.0}, "norm_eps"),
+        ({"rope_theta": None}, "rope_theta")])
     def test_bad_fields_are_named(self, change, named):
         with pytest.raises(ValueError, match=named):
             LlamaConfig.from_dict({**asdict(SMALL), **change})
@@ -223,7 +224,8 @@ class TestSwiGLU:
 class TestAttention:
     @pytest.mark.parametrize("heads, kv_heads, T", [(4, 4, 9), (4, 2, 17), (6, 1, 5), (2, 2, 1)])
     def test_equation(self, attention, heads, kv_heads, T):
-        q, k, v = noise(2, heads, T, 8), noise(2, kv_heads, T, 8, seed=1), noise(2, kv_heads, T, 8, seed=2)
+        q = noise(2, heads, T, 8)
+        k, v = noise(2, 2, kv_heads, T, 8, seed=1)
         wanted = torch.empty(2, heads, T, 8, dtype=torch.float64)
         for h in range(heads):  # one query at a time, in float64
             for t in range(T):
@@ -272,10 +274,10 @@ class TestInitialisation:
                 assert torch.equal(p, deep.state_dict()[name]), name
         other = Llama.create(SMALL, 8).state_dict()
         again = Llama.create(SMALL, 7).state_dict()
-        matrices = [name for name, p in small.named_parameters() if p.dim() == 2]
-        assert not any(torch.equal(small.state_dict()[name], other[name]) for name in matrices)
+        first = {name: p[0, 0].item() for name, p in small.named_parameters() if p.dim() == 2}
+        assert not any(torch.equal(small.state_dict()[name], other[name]) for name in first)
         assert all(torch.equal(small.state_dict()[name], again[name]) for name in again)
-        assert len({small.state_dict()[name].flatten()[0].item() for name in matrices}) == len(matrices)
+        assert len(set(first.values())) == len(first)
 
     def test_scales(self):
         config = replace(SMALL, dim=128, n_heads=4, n_layers=8, hidden_dim=300)
@@ -288,28 +290,34 @@ class TestInitialisation:
             assert abs(p.mean().item()) < wanted / 20
 
 
+HF_NAMES = {
+    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
+    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj"}
+
+
+def hf_name(name):
+    layer, kind = re.fullmatch(r"(layers\.\d+\.)?(.*)\.weight", name).groups()
+    return f"{'model.' + layer if layer else ''}{HF_NAMES[kind]}.weight"
+
+
+def in_hf_order(name, w, config):
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2])
+    return hf_order(w, heads) if heads else w
+
+
 def oracle_of(model):
     """transformers' LlamaForCausalLM with our weights."""
     from transformers import LlamaForCausalLM
-    config, state = model.config, model.state_dict()
-    names = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
-             "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-             "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
-             "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
-             "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-             "feed_forward.w3": "mlp.up_proj"}
-    oracle, theirs = LlamaForCausalLM(hf_config(config)), {}
-    for name, w in state.items():
-        layer, kind = re.fullmatch(r"(?:layers\.(\d+)\.)?(.*)\.weight", name).groups()
-        if kind == "attention.wq":
-            w = hf_order(w, config.n_heads)
-        if kind == "attention.wk":
-            w = hf_order(w, config.n_kv_heads)
-        prefix = "" if layer is None else f"model.layers.{layer}."
-        theirs[f"{prefix}{names[kind]}.weight"] = w
-    if config.tie_embeddings:
-        theirs["lm_head.weight"] = theirs["model.embed_tokens.weight"]
-    oracle.load_state_dict(theirs)
+    oracle = LlamaForCausalLM(hf_config(model.config))
+    state = {hf_name(name): in_hf_order(name, w, model.config)
+             for name, w in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    oracle.load_state_dict(state)
     return oracle
 
 
@@ -328,19 +336,9 @@ class TestLlama:
         close(loss, wanted, atol=1e-4)
         loss.backward()
         wanted.backward()
-        ours, norms = dict(model.named_parameters()), dict(oracle.named_parameters())
-        close(ours["tok_embeddings.weight"].grad, norms["model.embed_tokens.weight"].grad, 1e-4)
-        for i in range(3):
-            mine, base = f"layers.{i}.", f"model.layers.{i}."
-            heads = {"q_proj": (model.config.n_heads, "wq"), "k_proj": (model.config.n_kv_heads, "wk")}
-            for theirs_name, (n, name) in heads.items():
-                close(hf_order(ours[f"{mine}attention.{name}.weight"].grad, n),
-                      norms[f"{base}self_attn.{theirs_name}.weight"].grad, 1e-4)
-            for name, other in (("attention.wv", "self_attn.v_proj"), ("attention.wo", "self_attn.o_proj"),
-                                ("attention_norm", "input_layernorm"), ("feed_forward.w1", "mlp.gate_proj"),
-                                ("feed_forward.w2", "mlp.down_proj"), ("feed_forward.w3", "mlp.up_proj"),
-                                ("ffn_norm", "post_attention_layernorm")):
-                close(ours[f"{mine}{name}.weight"].grad, norms[f"{base}{other}.weight"].grad, 1e-4)
+        theirs = dict(oracle.named_parameters())
+        for name, p in model.named_parameters():
+            close(in_hf_order(name, p.grad, model.config), theirs[hf_name(name)].grad, 1e-4)
 
     def test_equation_and_documents(self):
         model, x, y = random_model(SMALL), tokens(2, 20), tokens(2, 20, seed=1)
@@ -408,8 +406,9 @@ class TestCheckpoints:
         llama.save_meta(model, tmp_path)
         return model, tmp_path
 
-    @pytest.mark.parametrize("change", [{}, {"hidden_dim": 500}, {"hidden_dim": 128},
-                                        {"tie_embeddings": True, "rope_theta": 5e5, "rope_scaling": 32.0}])
+    @pytest.mark.parametrize("change", [
+        {}, {"hidden_dim": 500}, {"hidden_dim": 128},
+        {"tie_embeddings": True, "rope_theta": 5e5, "rope_scaling": 32.0}])
     def test_there_and_back(self, tmp_path, change):
         model = random_model(replace(SMALL, **change))
         llama.save_meta(model, tmp_path)
@@ -423,14 +422,17 @@ class TestCheckpoints:
         published = {  # as Meta's files have them
             "7b": {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32,
                    "norm_eps": 1e-06, "vocab_size": -1},
-            "llama2-70b": {"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64,
-                           "n_kv_heads": 8, "n_layers": 80, "norm_eps": 1e-05, "vocab_size": -1},
-            "llama3.1-8b": {"dim": 4096, "ffn_dim_multiplier": 1.3, "multiple_of": 1024, "n_heads": 32,
-                            "n_kv_heads": 8, "n_layers": 32, "norm_eps": 1e-05, "rope_theta": 500000.0,
-                            "use_scaled_rope": True, "vocab_size": 128256},
-            "llama3.2-1b": {"dim": 2048, "ffn_dim_multiplier": 1.5, "multiple_of": 256, "n_heads": 32,
-                            "n_kv_heads": 8, "n_layers": 16, "norm_eps": 1e-05, "rope_theta": 500000.0,
-                            "use_scaled_rope": True, "vocab_size": 128256}}
+            "llama2-70b": {"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3,
+                           "n_heads": 64, "n_kv_heads": 8, "n_layers": 80, "norm_eps": 1e-05,
+                           "vocab_size": -1},
+            "llama3.1-8b": {"dim": 4096, "ffn_dim_multiplier": 1.3, "multiple_of": 1024,
+                            "n_heads": 32, "n_kv_heads": 8, "n_layers": 32, "norm_eps": 1e-05,
+                            "rope_theta": 500000.0, "use_scaled_rope": True,
+                            "vocab_size": 128256},
+            "llama3.2-1b": {"dim": 2048, "ffn_dim_multiplier": 1.5, "multiple_of": 256,
+                            "n_heads": 32, "n_kv_heads": 8, "n_layers": 16, "norm_eps": 1e-05,
+                            "rope_theta": 500000.0, "use_scaled_rope": True,
+                            "vocab_size": 128256}}
         for name, params in published.items():
             config = SIZES[name][0]
             weights = {"tok_embeddings.weight": torch.empty(config.vocab_size, 1, device="meta")}
@@ -526,7 +528,8 @@ def write_llama2c(model, path):
     parts += [state["norm.weight"], torch.full((2 * c.max_seq_len * c.head_dim // 2,), math.nan)]
     parts += [] if c.tie_embeddings else [state["output.weight"]]
     vocab = c.vocab_size if c.tie_embeddings else -c.vocab_size
-    header = struct.pack("<7i", c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads, vocab, c.max_seq_len)
+    header = struct.pack("<7i", c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads, vocab,
+                         c.max_seq_len)
     path.write_bytes(header + b"".join(part.numpy().tobytes() for part in parts))
 
 
@@ -569,7 +572,8 @@ class TestSampling:
         greedy = Sampling(0.0).probabilities(logits)
         assert torch.equal(greedy.argmax(-1), logits.argmax(-1)) and torch.all(greedy.sum(-1) == 1)
 
-    @pytest.mark.parametrize("k, p", [(1, 1.0), (7, 1.0), (0, 0.9), (0, 0.3), (0, 1e-6), (5, 0.5), (99, 1.0)])
+    @pytest.mark.parametrize("k, p", [(1, 1.0), (7, 1.0), (0, 0.9), (0, 0.3), (0, 1e-6),
+                                      (5, 0.5), (99, 1.0)])
     def test_cuts_of_transformers(self, k, p):
         from transformers import TopKLogitsWarper, TopPLogitsWarper
         logits = noise(20, 50) * 3
@@ -594,8 +598,8 @@ class TestGenerate:
         model, ids = random_model(SMALL).eval(), [1, 5, 9]
         steps = list(generate.generate(model, [ids], 12, Sampling(0.0)))
         for (_, token, logprob), in steps:
-            wanted = model(torch.tensor([ids]))[0, -1].log_softmax(-1)
-            assert token == wanted.argmax() and logprob == pytest.approx(wanted.max().item(), abs=1e-4)
+            wanted, best = model(torch.tensor([ids]))[0, -1].log_softmax(-1).max(-1)
+            assert token == best and logprob == pytest.approx(wanted.item(), abs=1e-4)
             ids = ids + [token]
 
     @pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0, 20, 0.95, seed=3)])
@@ -610,8 +614,8 @@ class TestGenerate:
         model = random_model(SMALL).eval()
 
         def draw(seed, numbers):
-            steps = list(generate.generate(model, [[1]] * len(numbers), 20, Sampling(1.0, seed=seed),
-                                           numbers=numbers))
+            steps = list(generate.generate(model, [[1]] * len(numbers), 20,
+                                           Sampling(1.0, seed=seed), numbers=numbers))
             return [spelled(steps, row) for row in range(len(numbers))]
         one, two = draw(0, [0, 1])
         assert one != two and draw(0, [1])[0] == two and draw(1, [0])[0] != one
@@ -619,7 +623,8 @@ class TestGenerate:
     def test_ends_with_a_stop_id_or_the_context(self):
         model = random_model(SMALL).eval()
         free = spelled(list(generate.generate(model, [[1]], 20, Sampling(0.0))), 0)
-        steps = list(generate.generate(model, [[1], [1, 2]], 20, Sampling(0.0), frozenset([free[3]])))
+        stop = frozenset([free[3]])
+        steps = list(generate.generate(model, [[1], [1, 2]], 20, Sampling(0.0), stop))
         assert spelled(steps, 0) == free[:free.index(free[3]) + 1]
         room = list(generate.generate(model, [[1] * 60, [1]], 100, Sampling(0.0)))
         assert len(spelled(room, 0)) == 4 and len(spelled(room, 1)) == 63
@@ -773,7 +778,8 @@ class TestTrainSentencePiece:
         pieces = [trained().processor.id_to_piece(i) for i in range(420)]
         assert pieces[:259] == ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
         assert not any(re.search(r"\d.|.\d|\n", piece) for piece in pieces[259:])
-        assert "▁▁▁▁" in pieces and trained().vocab_size == 420 and trained().processor.pad_id() == -1
+        assert "▁▁▁▁" in pieces and trained().vocab_size == 420
+        assert trained().processor.pad_id() == -1
         long = tokenizer.train_sentencepiece(["xy " * 3000 + "ab " * 2000], 268)
         assert [long.token_bytes(i) for i in long.encode("xy ab")] == [b" xy", b" ab"]
         texts = ["".join(random.Random(i).choices("abcdef \n", k=3000)) for i in range(30)]
@@ -860,7 +866,8 @@ class TestLoadTokenizer:
         for text in FIXED:
             assert again.encode(text) == ours.encode(text)
         for call in (lambda: again.decode([-1]), lambda: again.token_bytes(again.vocab_size),
-                     lambda: again.encode("\ud800"), lambda: ranked().encode("", allowed_special="x")):
+                     lambda: again.encode("\ud800"),
+                     lambda: ranked().encode("", allowed_special="x")):
             with pytest.raises(ValueError, match="; try"):
                 call()
         for _ in range(25):
@@ -947,7 +954,8 @@ class TestDocuments:
 
 
 class TestPrepare:
-    SHA = {t: int(hashlib.sha1(t.encode()).hexdigest(), 16) for t in map("é%d".__mod__, range(600))}
+    SHA = {text: int(hashlib.sha1(text.encode()).hexdigest(), 16)
+           for text in map("é%d".__mod__, range(600))}
     HELD = [t for t, number in SHA.items() if number % 20 == 0]
     REST = [t for t, number in SHA.items() if number % 20]
 
@@ -1029,10 +1037,10 @@ class TestBatches:
         one, two, other = (train.Batches(tmp_path, sources, 16, 64, seed) for seed in (0, 0, 1))
         for step in (9, 3, 7):
             assert one.step(step).shape == (4, 17) and torch.equal(one.step(step), two.step(step))
-            assert torch.equal(one.step(step)[2], torch.from_numpy(one.sequence(4 * step + 2).astype(int)))
+            assert one.step(step)[2].tolist() == one.sequence(4 * step + 2).tolist()
         assert not torch.equal(one.step(0), other.step(0))
         assert not torch.equal(one.step(0), one.step(1))
-        assert torch.equal(one.step(0).diff(), torch.ones(4, 16, dtype=torch.long))  # T + 1 in a row
+        assert torch.all(one.step(0).diff() == 1)  # T + 1 in a row
 
     def test_every_epoch_reads_everything_evenly(self, tmp_path):
         batches = train.Batches(tmp_path, shards(tmp_path, [5000]), 16, 64, 0)
@@ -1044,7 +1052,8 @@ class TestBatches:
         assert batches.epochs(3 * 5000 // 64) == [pytest.approx(3, rel=0.02)]
 
     def test_weights(self, tmp_path):
-        batches = train.Batches(tmp_path, shards(tmp_path, [900, 5000, 300], [1, 2.0, 7]), 16, 64, 0)
+        sources = shards(tmp_path, [900, 5000, 300], [1, 2.0, 7])
+        batches = train.Batches(tmp_path, sources, 16, 64, 0)
         from_source = torch.stack([batches.step(s)[:, 0] // 10_000 for s in range(250)]).flatten()
         share = [(from_source == k).float().mean().item() for k in range(3)]
         assert share == [pytest.approx(p, abs=0.01) for p in (0.1, 0.2, 0.7)]
@@ -1129,7 +1138,8 @@ class TestTrainStep:
         clipped = torch.cat([g.flatten() for g in grads.values()]).norm().item()
         assert norm > 0.01 and clipped == pytest.approx(1e-3, rel=1e-3)
         (_, norm), grads = self.step(random_model(SMALL), 6, clip=1e9)
-        assert torch.cat([g.flatten() for g in grads.values()]).norm().item() == pytest.approx(norm, rel=1e-4)
+        whole = torch.cat([g.flatten() for g in grads.values()]).norm().item()
+        assert whole == pytest.approx(norm, rel=1e-4)
 
     def test_learning_rate_is_the_one_given(self):
         model = random_model(SMALL)
@@ -1172,8 +1182,8 @@ class TestEvaluate:
 class TestCost:
     def test_flops(self):
         config = SIZES["65b"][0]
-        table = 32000 * 8192
-        assert train.flops_per_token(config, 2048) == 6 * (65285660672 - table) + 6 * 80 * 8192 * 2048
+        matrices = 65285660672 - 32000 * 8192
+        assert train.flops_per_token(config, 2048) == 6 * matrices + 6 * 80 * 8192 * 2048
         tied = SIZES["stories15m"][0]
         assert train.flops_per_token(tied, 256) == 6 * 15191712 + 6 * 6 * 288 * 256
 
@@ -1184,12 +1194,13 @@ class TestCost:
         inside = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
         def count(tensor):
+            keep.append(tensor)  # so that no other takes its place
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
         keep, layers = [], {}
         model.layers[0].register_forward_pre_hook(lambda *_: saved.clear())
         model.layers[0].register_forward_hook(lambda *_: layers.update(saved))
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: keep.append(t) or count(t), lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             model.hidden(tokens(3, 32))
         real = sum(size for at, size in layers.items() if at not in inside)
         found = train.memory_needed(config, 3, 32, dtype)
@@ -1207,7 +1218,8 @@ class TestCost:
         assert train.matmul_flops("mps", torch.float32) is None
 
     def test_bench(self, capsys):
-        train.main(["--set", "n_layers=1", "vocab_size=300", "--bench", "2", "--batch-tokens", "512"])
+        train.main(["--set", "n_layers=1", "vocab_size=300", "--bench", "2",
+                    "--batch-tokens", "512"])
         row = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert set(row) == {"tokens_per_s", "mfu", "peak_gflops", "step_s", "peak_rss_gb", "loss",
                             "params", "backward", "dtype"}
@@ -1222,7 +1234,8 @@ class TestState:
     @pytest.fixture
     def states(self, tmp_path):
         model = random_model(SMALL)
-        tensors = train.state_tensors(model, train.make_optimizer(model, Recipe(0.1, 1, 1, eps=1e-8)))
+        optimizer = train.make_optimizer(model, Recipe(0.1, 1, 1, eps=1e-8))
+        tensors = train.state_tensors(model, optimizer)
         for step in (1, 2, 3):
             tensors["model.norm.weight"].fill_(step)
             train.save_state(tmp_path, step, tensors, {"skipped": step})
@@ -1236,7 +1249,8 @@ class TestState:
             t.fill_(-1)
         assert train.load_state(folder, tensors) == {"step": 3, "skipped": 3}
         assert all(torch.equal(t, wanted[name]) for name, t in tensors.items())
-        assert {name.split(".")[0] for name in tensors} == {"model", "exp_avg", "exp_avg_sq", "step"}
+        kinds = {name.split(".")[0] for name in tensors}
+        assert kinds == {"model", "exp_avg", "exp_avg_sq", "step"}
         assert train.load_state(folder / "none", tensors) is None
 
     @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "facts.json", "manifest.json"])
@@ -1303,9 +1317,8 @@ def text(tmp_path_factory):
     """A folder of real text: some modules of the standard library."""
     import argparse
     folder = tmp_path_factory.mktemp("text")
-    for name in ("argparse", "ast", "bdb", "calendar", "cgitb", "cmd", "code", "codecs", "copy", "csv",
-                 "dis", "enum", "filecmp", "fractions", "ftplib", "gzip", "heapq", "imaplib", "json",
-                 "mailbox", "nntplib", "pdb", "platform", "queue", "random", "selectors", "shlex"):
+    for name in ("argparse ast bdb calendar cmd code codecs copy csv dis enum filecmp fractions "
+                 "ftplib gzip heapq mailbox pdb platform queue random selectors shlex").split():
         file = Path(argparse.__file__).with_name(f"{name}.py")
         if file.exists():
             shutil.copy(file, folder)
@@ -1313,10 +1326,10 @@ def text(tmp_path_factory):
 
 
 def run_options(text, out, *more):
-    return ["--data", str(text), "--vocab-size", "400", "--set", "dim=32", "n_layers=2", "n_heads=2",
-            "n_kv_heads=1", "hidden_dim=64", "max_seq_len=64", "--batch-tokens", "256", "--micro-batch",
-            "3", "--steps", "30", "--save-every", "6", "--eval-every", "10", "--lr", "0.003",
-            "--out", str(out), *more]
+    shape = "dim=32 n_layers=2 n_heads=2 n_kv_heads=1 hidden_dim=64 max_seq_len=64"
+    options = "--vocab-size 400 --batch-tokens 256 --micro-batch 3 --steps 30 --save-every 6"
+    return ["--data", str(text), "--set", *shape.split(), *options.split(), "--eval-every", "10",
+            "--lr", "0.003", "--out", str(out), *more]
 
 
 @pytest.fixture
@@ -1368,10 +1381,10 @@ class TestRun:
         options, rng = run_options(text, tmp_path / "r"), np.random.default_rng(0)
         for kind in (signal.SIGKILL, signal.SIGTERM):
             at = int(rng.integers(8, 20))
-            done = len((tmp_path / "r/log.jsonl").read_text().splitlines()) if kind is signal.SIGTERM else 0
+            log = tmp_path / "r" / "log.jsonl"
+            done = log.read_text().count("\n") if log.exists() else 0
             process = subprocess.Popen([sys.executable, "train.py", *options], cwd=HERE,
                                        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-            log = tmp_path / "r" / "log.jsonl"
             while not (log.exists() and log.read_text().count("\n") >= max(at, done + 2)):
                 assert process.poll() is None, process.stderr.read().decode()
                 time.sleep(0.001)
@@ -1406,15 +1419,16 @@ class TestRun:
 
         def poisoned(model, x, y, boundaries=None):
             calls.append(model.training)
-            bad = len(calls) in (5, 6, 7) or len(calls) > 30  # three micro-batches: step 2, and from 11
+            bad = len(calls) in (5, 6, 7) or len(calls) > 30  # of two micro-batches a step
             return loss(model, x, y, boundaries) * (math.nan if bad else 1)
         monkeypatch.setattr(Llama, "loss", poisoned)
         with pytest.raises(ValueError, match="5 steps in a row .* is kept; try a lower --lr"):
-            train.main(run_options(text, tmp_path / "r", "--eval-every", "1000", "--micro-batch", "2"))
+            train.main(run_options(text, tmp_path / "r", "--eval-every", "99", "--micro-batch", "2"))
         rows = log_of(tmp_path / "r")
         assert [r["step"] for r in rows if r["loss"] is None] == [3, 4, 16, 17, 18, 19, 20]
         assert rows[-1]["skipped"] == 7 and rows[5]["skipped"] == 2
-        assert sorted(s.name for s in (tmp_path / "r/state").iterdir()) == ["step-000000006", "step-000000012"]
+        states = sorted(state.name for state in (tmp_path / "r" / "state").iterdir())
+        assert states == ["step-000000006", "step-000000012"]
 
     def test_samples(self, whole_run, capsys):
         generate.main([str(whole_run), "--prompt", "import", "--prompt", "-1 + 2", "--json",
@@ -1423,7 +1437,8 @@ class TestRun:
         assert [r["prompt"] for r in rows] == ["import"] * 2 + ["-1 + 2"] * 2
         assert all(len(r["ids"]) == len(r["logprobs"]) == 9 for r in rows)
         assert rows[0]["ids"] != rows[1]["ids"] and {r["finish_reason"] for r in rows} == {"length"}
-        generate.main([str(whole_run), "--prompt", "import", "--max-new-tokens", "9", "--temperature", "1"])
+        generate.main([str(whole_run), "--prompt", "import", "--max-new-tokens", "9",
+                       "--temperature", "1"])
         assert capsys.readouterr().out == "import" + rows[0]["text"] + "\n"
 
     def test_scores(self, whole_run, text, capsys, tmp_path):
@@ -1431,21 +1446,23 @@ class TestRun:
             shutil.copy(text / name, tmp_path)
         generate.main([str(whole_run), "--score", str(tmp_path), "--json"])
         *rows, total = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        assert total["document"] == "all" and total["nll"] == pytest.approx(sum(r["nll"] for r in rows))
+        assert total["nll"] == pytest.approx(sum(r["nll"] for r in rows)) and len(rows) == 2
         model = llama.load(whole_run)
         words = tokenizer.load_tokenizer(whole_run / "tokenizer.model")
         file = text / "copy.py"
         ids = words.encode(file.read_text(), bos=True)
         assert rows[0]["tokens"] == len(ids) - 1
-        assert rows[0]["nll"] == pytest.approx(generate.token_nll(model, ids).sum().item(), rel=1e-4)
+        nll = generate.token_nll(model, ids).sum().item()
+        assert rows[0]["nll"] == pytest.approx(nll, rel=1e-4)
         bits = rows[0]["nll"] / math.log(2) / file.stat().st_size
         assert rows[0]["bits_per_byte"] == pytest.approx(bits)
 
     def test_bench_of_generation(self, whole_run, capsys):
         generate.main([str(whole_run), "--bench", "16"])
         row = json.loads(capsys.readouterr().out)
-        assert set(row) == {"prefill_tokens_per_s", "decode_tokens_per_s", "weight_gb", "bandwidth_gb_s",
-                            "bandwidth_fraction", "load_s", "first_token_s", "dtype", "quantize"}
+        assert set(row) == {"prefill_tokens_per_s", "decode_tokens_per_s", "weight_gb",
+                            "bandwidth_gb_s", "bandwidth_fraction", "load_s", "first_token_s",
+                            "dtype", "quantize"}
         assert row["weight_gb"] == pytest.approx(4 * llama.load(whole_run).config.n_params / 1e9)
 
 
@@ -1465,7 +1482,8 @@ class TestLog:
         assert len(list(tree.iter("{http://www.w3.org/2000/svg}circle"))) == 1
 
     def test_nice_steps(self):
-        assert [train.nice_step(x) for x in (6, 10, 29, 0.7, 6e9)] == [1, 2, 5, pytest.approx(0.2), 1e9]
+        steps = [train.nice_step(span) for span in (6, 10, 29, 0.7, 6e9)]
+        assert steps == [1, 2, 5, pytest.approx(0.2), 1e9]
 
 
 class TestMistakes:
@@ -1491,7 +1509,8 @@ class TestMistakes:
 
     @pytest.mark.parametrize("command, named", CASES)
     def test_in_process(self, command, named, monkeypatch, capsys, tmp_path):
-        monkeypatch.setattr(sys, "argv", command + ["--out", str(tmp_path)] * (command[0] == "train.py"))
+        out = ["--out", str(tmp_path)] * (command[0] == "train.py")
+        monkeypatch.setattr(sys, "argv", command + out)
         monkeypatch.chdir(HERE)
         with pytest.raises(SystemExit) as end:
             tokenizer.command({"train.py": train, "generate.py": generate}[command[0]].main)
@@ -1534,5 +1553,6 @@ class TestReadme:
         for name in ("llama", "tokenizer", "generate", "train"):
             source = (HERE / f"{name}.py").read_text()
             assert max(map(len, source.splitlines())) <= 100, name
-            lines = [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
+            nodes = ast.walk(ast.parse(source))
+            lines = [node.lineno for node in nodes if isinstance(node, ast.stmt)]
             assert len(lines) == len(set(lines)), f"two statements on a line of {name}.py"
