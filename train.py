@@ -656,7 +656,7 @@ def parser() -> Parser:
     g = p.add_argument_group("length and recipe (default: the size's own)")
     g.add_argument("--steps", type=whole, metavar="N")
     g.add_argument("--minutes", type=number, metavar="X", help="of the whole command: sets the "
-                   "steps once, from the measured speed (default for tiny: 4.5)")
+                   "steps once, from the measured speed (default for tiny: 4.6)")
     g.add_argument("--batch-tokens", type=whole, metavar="N", help="tokens of a step")
     g.add_argument("--micro-batch", type=whole, metavar="N", help="sequences computed at once; "
                    "fewer need less memory and give the same result")
@@ -694,13 +694,13 @@ def main(argv: list[str]) -> None:
     config = replace(config, vocab_size=tokenizer.vocab_size)
     batches = Batches(folder / "data", sources, args.seq_len, args.batch_tokens, args.seed)
     model = create(config)
-    minutes = args.minutes or (4.5 if args.size == "tiny" and not args.steps else None)
+    minutes = args.minutes or (4.6 if args.size == "tiny" and not args.steps else None)
     if args.steps or not minutes:
         run["steps"] = args.steps or math.ceil(recipe.train_tokens / recipe.batch_tokens)
     elif run.get("minutes") != minutes:
         step_s, _ = timed_steps(args, model, recipe, 5)
         left = 60 * minutes - (time.perf_counter() - started) - 5
-        run |= {"minutes": minutes, "steps": max(10, int(left / (1.1 * step_s)))}
+        run |= {"minutes": minutes, "steps": max(10, int(left / (1.05 * step_s)))}
         model.init_weights(args.seed)
     write_aside(folder / "run.json", lambda file: file.write(json.dumps(run, indent=1).encode()))
     say(f"{args.size}: {config.n_params:,} parameters, {run['steps']} steps of {batches.rows} x "
