@@ -1075,7 +1075,7 @@ class TestBatches:
         assert len(batches.held_out(60)[0][1]) == 4
 
     def test_document_starts(self):
-        x = torch.tensor([[5, 1, 6, 7], [1, 6, 1, 1]])
+        x = torch.tensor([[5, 1, 6, 7], [6, 6, 1, 1]])
         assert train.document_starts(x, 1) == [0, 1, 4, 6, 7, 8]
 
 
@@ -1410,8 +1410,11 @@ class TestRun:
         assert {"event": "resume", "step": 24} in log_of(tmp_path / "r")
 
     def test_finished_and_other_settings(self, text, whole_run, signals, capsys):
+        (whole_run / "consolidated.00.pth").unlink()  # as if killed just before it was written
+        before = losses(whole_run)
         train.main(run_options(text, whole_run))
         assert "finished at step 30; --steps N goes on, --fresh" in capsys.readouterr().err
+        assert losses(whole_run) == before and llama.load(whole_run).config.dim == 32
         with pytest.raises(ValueError, match=r"trained with lr=0.003; try --out DIR or --fresh"):
             train.main([*run_options(text, whole_run), "--lr", "0.004"])
 

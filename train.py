@@ -468,11 +468,11 @@ def open_run(folder: Path, settings: dict, fresh: bool) -> dict:
         if run.get(name) != value:
             raise ValueError(f"{folder} was trained with {name}={run.get(name)}; "
                              "try --out DIR or --fresh")
-    if run["code"] != code:
+    if run.get("code") != code:
         say("warning: llama.py is not what this run began with; its losses may differ")
-    if run["threads"] != torch.get_num_threads():
-        say(f"going on with the {run['threads']} threads that this run began with")
-        torch.set_num_threads(run["threads"])
+    if (threads := int(run["threads"])) != torch.get_num_threads():
+        say(f"going on with the {threads} threads that this run began with")
+        torch.set_num_threads(threads)
     return run
 
 
@@ -512,15 +512,16 @@ class Log:
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError):
                 self.rows += [row for row in [json.loads(line)] if row["step"] <= step]
-        self.rows += [{"event": "resume", "step": step}] * (step > 0)
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_aside(self.path, lambda file: file.write(text.encode()))
 
-    def add(self, row: dict, steps: int, left: float) -> None:
+    def add(self, row: dict) -> None:
         self.rows.append({key: None if isinstance(value, float) and not math.isfinite(value)
                           else value for key, value in row.items()})
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(self.rows[-1]) + "\n")
+
+    def show(self, row: dict, steps: int, left: float) -> None:
         held = next((r["val_bpb"] for r in reversed(self.rows) if "val_bpb" in r), math.nan)
         mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.0%}"
         line = (f"step {row['step']}/{steps}  loss {row['loss']:.3f}  held out {held:.3f} bits/byte"
@@ -600,10 +601,11 @@ def train(args, run: dict, folder: Path, model: Llama, batches: Batches, recipe:
     optimizer, steps, bad, times = make_optimizer(model, recipe), run["steps"], 0, []
     tensors = state_tensors(model, optimizer)
     facts = load_state(folder / "state", tensors) or {"step": 0, "skipped": 0}
+    log, skipped, stopper = Log(folder, facts["step"]), facts["skipped"], Stopper()
     if facts["step"] >= steps:
         say(f"{folder} is finished at step {facts['step']}; --steps N goes on, --fresh starts over")
-        return
-    log, skipped, stopper = Log(folder, facts["step"]), facts["skipped"], Stopper()
+    elif facts["step"]:
+        log.add({"event": "resume", "step": facts["step"]})
     tokens, flops = batches.rows * batches.seq_len, flops_per_token(model.config, batches.seq_len)
     eval_every = args.eval_every or max(1, min(1000, steps // 10))
     save_every = args.save_every or eval_every
@@ -623,7 +625,8 @@ def train(args, run: dict, folder: Path, model: Llama, batches: Batches, recipe:
             limit = FINAL_EVAL_TOKENS if done == steps else EVAL_TOKENS
             row["val_loss"], row["val_bpb"] = evaluate(model, batches, limit, args.micro_batch,
                                                         bos_id)
-        log.add(row, steps, (steps - done) * statistics.median(times[-50:]))
+        log.add(row)
+        log.show(row, steps, (steps - done) * statistics.median(times[-50:]))
         if bad == BAD_STEPS:
             raise ValueError(f"{bad} steps in a row had a loss or gradient that is not finite; the "
                              f"last good state in {folder / 'state'} is kept; try a lower --lr")
@@ -677,6 +680,9 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> None:
     started, device, args = time.perf_counter(), best_device(), parser().parse_args(argv)
+    # What is free of the settings may differ when a run goes on; a chosen micro-batch is kept.
+    free = {"steps", "minutes", "eval_every", "save_every", "out", "fresh", "bench"}
+    free |= set() if args.micro_batch else {"micro_batch"}
     config, recipe = resolve(args, device)
     peak = matmul_flops(device, DTYPES[args.dtype])
     dtype = None if args.dtype == "fp32" else DTYPES[args.dtype]
@@ -686,9 +692,9 @@ def main(argv: list[str]) -> None:
         print(json.dumps(bench(args, create(config), recipe, peak)))
         return
     folder = Path(args.out or f"runs/{args.size}")
-    free = ("steps", "minutes", "eval_every", "save_every", "out", "fresh", "bench")
     settings = {name: value for name, value in vars(args).items() if name not in free}
     run = open_run(folder, settings, args.fresh)
+    args.micro_batch = run.setdefault("micro_batch", args.micro_batch)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, sources = prepare_data(args, folder, config.vocab_size)
     config = replace(config, vocab_size=tokenizer.vocab_size)
