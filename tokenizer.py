@@ -71,8 +71,10 @@ def command(main):
         status = 141
     except (ValueError, OSError) as error:
         name = getattr(error, "filename", None)
-        text = f"{error.strerror}: {name}" if name else str(error)
-        print("error:", " ".join(text.split()), file=sys.stderr)
+        text = " ".join((f"{error.strerror}: {name}" if name else str(error)).split())
+        if "; try" not in text:
+            text += "; try another path or disk" * isinstance(error, OSError) or "; try --help"
+        print("error:", text, file=sys.stderr)
         status = 2
     sys.exit(status)
 
@@ -474,7 +476,8 @@ def survey(reader, skipped):
         first = f", the first as {skipped[0]}" if skipped else ""
         raise ValueError(f"no text; {len(skipped)} files were skipped{first}; try other --data")
     if low == high or pieces == held:
-        raise ValueError("too little text to hold out a part; try over 64 KiB or several files")
+        raise ValueError(f"too little text ({size:,} bytes in {pieces} pieces) to hold out a part of; "
+                         "try over 64 KiB or several files")
     return size, count, None if held else low
 
 

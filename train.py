@@ -528,7 +528,8 @@ class Log:
                 f"  {row['tokens_per_s']:,.0f} tokens/s  MFU {mfu}  {left // 60:.0f}m"
                 f"{left % 60:02.0f}s left" + f"  {row['skipped']} skipped" * (row["skipped"] > 0))
         if sys.stderr.isatty():
-            print(f"\r{line:110}", end="", file=sys.stderr, flush=True)
+            end = "\n" if row["step"] == steps else ""
+            print(f"\r{line:110}", end=end, file=sys.stderr, flush=True)
         elif row["step"] == steps or time.monotonic() - self.shown > 10:
             self.shown = time.monotonic()
             say(line)
