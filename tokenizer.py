@@ -25,6 +25,7 @@ import signal
 import struct
 import sys
 import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -37,6 +38,7 @@ LARGEST, PER_WORKER = 1 << 26, 1 << 24  # bytes of a tokenizer or .jsonl line; w
 LINES = re.compile(rb"\n(?:\r?\n)+"), re.compile(rb"\n")  # where to cut: blank lines, then ends
 LEFT_OUT = re.compile(r"(site|dist)-packages|tests?|idlelib|lib2to3|tkinter|turtledemo|ensurepip|"
                       r"topics\.py|config-.*|_sysconfigdata.*|\..*")
+Reader = Callable[[list[str]], Iterator[Iterable[str]]]  # documents, each in pieces; notes skips
 SPECIAL = {  # after the ranks, up to 256; each - is a reserved one
     "3.0": "begin_of_text end_of_text - - - - start_header_id end_header_id - eot_id",
     "3.1": "begin_of_text end_of_text - - finetune_right_pad_id step_id start_header_id "
@@ -51,11 +53,11 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
 
-    def error(self, message):
+    def error(self, message: str):
         raise ValueError(f"{message}; try --help")
 
 
-def command(main):
+def command(main: Callable[[list[str]], int | None]):
     """Run main(arguments) and exit with its status; a user's mistake is one line and status 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # by itself Windows' console is not UTF-8
@@ -86,7 +88,7 @@ class Tokenizer:
 
     adds_bos = True
 
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         Path(path).write_bytes(self.data)
 
     def check(self, text="", ids=()):
@@ -119,18 +121,18 @@ class SentencePiece(Tokenizer):
         if self.decode(self.encode(probe)) != probe or min(self.bos_id, self.eos_id) < 0:
             raise ValueError("this SentencePiece model is cut off, or loses text; try LLaMA's kind")
 
-    def encode(self, text, bos=False, eos=False, continues=False):
+    def encode(self, text: str, bos=False, eos=False, continues=False) -> list[int]:
         """A text gets a space in front, so that its first word is the word found elsewhere; one
         that `continues` an earlier piece gets none."""
         self.check(text)
         ids = (self.inner if continues else self.processor).encode(text)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """Control tokens have no text, and the space in front is gone again."""
         return self.processor.decode(self.check(ids=ids))
 
-    def token_bytes(self, token):
+    def token_bytes(self, token: int) -> bytes:
         self.check(ids=[token])
         if self.processor.is_byte(token):
             return bytes([int(self.processor.id_to_piece(token)[3:5], 16)])
@@ -138,7 +140,7 @@ class SentencePiece(Tokenizer):
         return self.decode([*self.inner.encode("a"), token])[1:].encode()
 
 
-def sentencepiece_model(pieces):
+def sentencepiece_model(pieces: list[tuple[str, float, int]]) -> bytes:
     """The `.model` bytes of a BPE with LLaMA's settings and these pieces: (text, score, type).
 
     Protobuf by hand: a field is number << 3 | wire type, then a varint (type 0), or a length and
@@ -162,7 +164,7 @@ def sentencepiece_model(pieces):
     return b"".join(model)
 
 
-def read_llama2c(data):
+def read_llama2c(data: bytes) -> bytes:
     """The `.model` bytes of llama2.c's tokenizer.bin: uint32 longest; per id a float32 score, a
     uint32 length and the text with plain spaces. Ids: unk, bos, eos, 256 bytes, then pieces."""
     pieces, at, longest = [], 4, int.from_bytes(data[:4], "little")
@@ -182,7 +184,7 @@ def read_llama2c(data):
     return sentencepiece_model(marks + pieces[259:])
 
 
-def even_sample(texts, bound):
+def even_sample(texts: Iterable[str], bound: int) -> list[str]:
     """Every n-th text, where n doubles whenever the kept ones exceed `bound` characters."""
     kept, size, stride = [], 0, 1
     for i, text in enumerate(texts):
@@ -195,7 +197,8 @@ def even_sample(texts, bound):
     return kept
 
 
-def train_sentencepiece(texts, vocab_size, sample=1 << 24):
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, sample: int = 1 << 24
+                        ) -> SentencePiece:
     """LLaMA's tokenizer, with the flags in LLaMA's own file, from pieces of text (`sample` of their
     characters at most). The same texts give the same bytes."""
     lines = (line for text in even_sample(texts, sample) for line in text.split("\n"))
@@ -217,7 +220,7 @@ def train_sentencepiece(texts, vocab_size, sample=1 << 24):
 
 
 @functools.cache
-def pretoken_pattern(top):
+def pretoken_pattern(top: int) -> re.Pattern:
     r"""Llama 3's split of a text of characters below `top`; merges stay inside a part:
 
     (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}
@@ -237,7 +240,7 @@ def pretoken_pattern(top):
                       rf"| ?[^{S}{LN}]+[\r\n]*|[{S}]*[\r\n]+|[{S}]+(?![^{S}])|[{S}]+")
 
 
-def read_ranks(data):
+def read_ranks(data: bytes) -> dict[bytes, int]:
     """{bytes: rank} of a tiktoken file: lines "base64 rank", the ranks in order from 0."""
     ranks = {}
     for rank, line in enumerate(data.splitlines()):
@@ -272,7 +275,8 @@ class BytePair(Tokenizer):
         stops = {"<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"} & self.special.keys()
         self.stop_ids = frozenset(self.special[name] for name in stops)
 
-    def encode(self, text, bos=False, eos=False, continues=False, allowed_special=()):
+    def encode(self, text: str, bos=False, eos=False, continues=False, allowed_special=()
+               ) -> list[int]:
         """What looks like a special token is ordinary text, unless allowed_special has its name.
         `continues` changes nothing: no space is ever added."""
         self.check(text)
@@ -294,7 +298,7 @@ class BytePair(Tokenizer):
                 ids += found
         return ids + [self.eos_id] * eos
 
-    def merge(self, piece):
+    def merge(self, piece: bytes) -> list[int]:
         """Ids of a pretoken: itself if it is a token; else its bytes, of which again and again the
         adjacent pair of lowest rank, the leftmost of equals, becomes one part.
 
@@ -323,18 +327,18 @@ class BytePair(Tokenizer):
             i = end[i]
         return ids
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """Special tokens become their names, as in tiktoken; broken UTF-8 becomes U+FFFD."""
         tokens = [self.tokens[i] for i in self.check(ids=ids)]
         return b"".join(tokens).decode("utf-8", "replace")
 
-    def token_bytes(self, token):
+    def token_bytes(self, token: int) -> bytes:
         """b"" for special tokens, which are not text."""
         self.check(ids=[token])
         return self.tokens[token] if token < len(self.ranks) else b""
 
 
-def load_tokenizer(path, names="3.1"):
+def load_tokenizer(path: str | Path, names: str = "3.1") -> Tokenizer:
     """The tokenizer in a file: SentencePiece's .model, tiktoken's lines or llama2.c's .bin, told
     apart by content, never by name. `names` are the special tokens of a tiktoken file."""
     try:
@@ -354,11 +358,11 @@ class StreamDecoder:
     """Text from ids that come one at a time. With `start` they begin a text, and the space that
     SentencePiece put in front is dropped. Special tokens give no text."""
 
-    def __init__(self, tokenizer, start):
+    def __init__(self, tokenizer: Tokenizer, start: bool):
         self.tokenizer, self.start = tokenizer, start
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, token):
+    def push(self, token: int) -> str:
         """The text that became whole with this id: "" inside a character of several bytes."""
         data = self.tokenizer.token_bytes(token)
         # The tokenizer itself drops the space from a text of this one token.
@@ -366,12 +370,12 @@ class StreamDecoder:
         self.start = self.start and not data
         return self.decoder.decode(data[drop:])
 
-    def flush(self):
+    def flush(self) -> str:
         """The rest: U+FFFD for a character that never became whole."""
         return self.decoder.decode(b"", final=True)
 
 
-def cut(chunks):
+def cut(chunks: Iterable[bytes]) -> Iterator[str]:
     """The pieces (str) of a document, joined the document, from small chunks of its UTF-8 bytes. Up
     to 64 KiB it is one. A longer one is cut at the first blank line after 16 KiB, or at the first
     line end where no blank line follows within 64 KiB, or hard at 64 KiB."""
@@ -432,7 +436,7 @@ def files_below(path, left_out):
         yield from (Path(folder, n) for n in sorted(names) if not left_out.fullmatch(n))
 
 
-def documents(paths, skipped):
+def documents(paths: Iterable[str | Path], skipped: list[str]) -> Iterator[Iterable[str]]:
     """The documents of files and folders (hidden files left out); ValueError for a missing path."""
     for path in map(Path, paths):
         if not path.exists():
@@ -441,7 +445,7 @@ def documents(paths, skipped):
             yield from file_documents(file, skipped)
 
 
-def standard_library(skipped):
+def standard_library(skipped: list[str]) -> Iterator[Iterable[str]]:
     """The default text: the running Python's library as code, pydoc's topics as prose. Left out are
     tests, packages that are not everywhere, and files that hold the machine's paths."""
     files = [f for f in files_below(Path(os.__file__).parent, LEFT_OUT) if f.suffix == ".py"]
@@ -457,12 +461,12 @@ def digest(piece):
     return int.from_bytes(hashlib.sha1(piece.encode(), usedforsecurity=False).digest(), "big")
 
 
-def held_out(piece, chosen=None):
+def held_out(piece: str, chosen: int | None = None) -> bool:
     """Whether a piece is for evaluation: its SHA-1 is 0 mod 20, or the chosen one of `survey`."""
     return digest(piece) % 20 == 0 or digest(piece) == chosen
 
 
-def survey(reader, skipped):
+def survey(reader: Reader, skipped: list[str]) -> tuple[int, int, int | None]:
     """(bytes, documents, chosen) of reader(skipped); chosen is the smallest SHA-1 if no piece is
     held out by its own, else None. ValueError where either split would be empty."""
     size = count = pieces = held = high = 0
@@ -476,12 +480,12 @@ def survey(reader, skipped):
         first = f", the first as {skipped[0]}" if skipped else ""
         raise ValueError(f"no text; {len(skipped)} files were skipped{first}; try other --data")
     if low == high or pieces == held:
-        raise ValueError(f"too little text ({size:,} bytes in {pieces} pieces) to hold out a part of; "
+        raise ValueError(f"too little text ({size:,} bytes in {pieces} pieces) to hold out a part; "
                          "try over 64 KiB or several files")
     return size, count, None if held else low
 
 
-def training_text(reader):
+def training_text(reader: Reader) -> Iterator[str]:
     """The pieces that are not held out, for train_sentencepiece."""
     _, _, chosen = survey(reader, [])
     return (p for document in reader([]) for p in document if not held_out(p, chosen))
@@ -525,7 +529,8 @@ def encoded(items, tokenizer, workers):
             yield from zip(group, pool.map(encode_record, group, chunksize=64))
 
 
-def prepare(name, reader, tokenizer, folder, workers=None, report=None):
+def prepare(name: str, reader: Reader, tokenizer: Tokenizer, folder: str | Path,
+            workers: int | None = None, report: Callable[[int, int], None] | None = None) -> dict:
     """Write folder/name.train.bin and .val.bin: of each document and split BOS, its pieces, EOS, in
     the integers of encode_record; the bytes do not depend on workers. reader(skipped) gives the
     documents, each time anew; report(done, total) counts bytes. Returns what was counted."""
