@@ -6,6 +6,8 @@
     python generate.py runs/tiny --score README.md                    # bits per byte of a text
     python generate.py runs/tiny --bench 64                           # tokens a second
 """
+import argparse
+import contextlib
 import json
 import math
 import sys
@@ -73,8 +75,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"--temperature {self.temperature} is negative; try 0 for greedy")
+        if not 0 <= self.temperature < math.inf:  # nan neither
+            raise ValueError(f"--temperature {self.temperature} is below 0; try 0 for greedy")
         if self.top_k < 0:
             raise ValueError(f"--top-k {self.top_k} is negative; try 0 for all")
         if not 0 < self.top_p <= 1:
@@ -88,7 +90,8 @@ class Sampling:
         """
         if self.temperature == 0:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-        z, order = (logits / self.temperature).sort(-1, descending=True)
+        z = (logits - logits.max(-1, keepdim=True).values) / self.temperature
+        z, order = z.sort(-1, descending=True)
         if self.top_k:
             z[:, self.top_k:] = float("-inf")
         p = z.softmax(-1)
@@ -114,7 +117,7 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampli
         raise ValueError(f"a prompt of {max(lengths)} tokens leaves no room in the context of "
                          f"{room}; try a shorter one")
     weight = model.tok_embeddings.weight
-    random = [torch.Generator().manual_seed(sampling.seed * 2**20 + number)
+    random = [torch.Generator().manual_seed((sampling.seed * 2**20 + number) % 2**63)
               for number in numbers or [0] * len(prompts)]
     size = min(room, max(lengths) + max_new_tokens)
     cache = KVCache(model.config, len(prompts), size, model.dtype or weight.dtype, weight.device)
@@ -184,23 +187,27 @@ class Sample:
 def sample_texts(model: Llama, tokenizer, prompts: list[str], max_new_tokens: int,
                  sampling: Sampling, num_samples: int = 1, stop_texts: list[str] = (),
                  show=None) -> list[Sample]:
-    """num_samples texts of each prompt, one batch; show(text) gets the first's as it comes."""
+    """num_samples texts of each prompt, one batch; show(text) gets the first as it comes."""
     samples = [Sample(tokenizer, prompt, tokenizer.stop_ids, list(stop_texts))
                for prompt in prompts for _ in range(num_samples)]
-    ids = [tokenizer.encode(sample.prompt, bos=tokenizer.adds_bos or not sample.prompt)
-           if sample.prompt else [tokenizer.bos_id] for sample in samples]
+    ids = [tokenizer.encode(sample.prompt, bos=tokenizer.adds_bos) if sample.prompt
+           else [tokenizer.bos_id] for sample in samples]
     numbers = list(range(num_samples)) * len(prompts)
-    for step in generate(model, ids, max_new_tokens, sampling, tokenizer.stop_ids, numbers):
+    show = show or (lambda text: None)
+    for n, step in enumerate(generate(model, ids, max_new_tokens, sampling, tokenizer.stop_ids,
+                                      numbers)):
+        if n == 0:
+            show(prompts[0])
         for row, token, logprob in step:
             if samples[row].finish_reason is None:
                 text = samples[row].push(token, logprob)
-                if show and row == 0:
+                if row == 0:
                     show(text)
         if all(sample.finish_reason for sample in samples):
             break
     for row, sample in enumerate(samples):
         rest = sample.end("length") if sample.finish_reason is None else ""
-        if show and row == 0:
+        if row == 0:
             show(rest)
     return samples
 
@@ -220,8 +227,9 @@ def token_nll(model: Llama, ids: list[int]) -> Tensor:
     step, done, parts = max(1, context // 2), 0, []
     for start in range(0, len(ids) - 1, step):
         window = torch.tensor(ids[start:start + context + 1], device=device)
-        logits = model(window[None, :-1])[0]
-        nll = F.cross_entropy(logits, window[1:], reduction="none")
+        h = model.hidden(window[None, :-1])[0]
+        nll = torch.cat([F.cross_entropy(model.logits(part), targets, reduction="none")  # not T x V
+                         for part, targets in zip(h.split(512), window[1:].split(512))])
         parts.append(nll[done - start:].cpu())
         done = start + len(nll)
         if done == len(ids) - 1:
@@ -233,7 +241,8 @@ def score(model: Llama, tokenizer, path: str) -> Iterator[dict]:
     """Per document of a file or folder, then in all: tokens, nll, perplexity, bits per byte."""
     skipped, rows = [], []
     for number, pieces in enumerate(documents([path], skipped)):
-        text = "".join(pieces)
+        if not (text := "".join(pieces)):
+            continue
         ids = tokenizer.encode(text, bos=True)
         rows.append((len(ids) - 1, float(token_nll(model, ids).double().sum()), len(text.encode())))
         yield {"document": number, **figures(*rows[-1])}
@@ -292,14 +301,10 @@ def bench(model: Llama, n: int, load_s: float, dtype: str) -> dict:
 def positive(kind: type):
     """A type for argparse: int or float, above zero and finite."""
     def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < math.inf:
-            raise ValueError(f"{text!r} is not a positive {kind.__name__}; try 1")
-        return value
-    parse.__name__ = f"positive {kind.__name__}"  # for argparse's own message
+        with contextlib.suppress(ValueError):
+            if 0 < kind(text) < math.inf:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive {kind.__name__}")
     return parse
 
 
@@ -336,6 +341,8 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
+    if "" in args.stop:
+        raise ValueError("--stop needs a text; try --stop with one, or none")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     checkpoint = Path(args.checkpoint) if args.checkpoint else newest_run()
     start = time.perf_counter()
@@ -349,7 +356,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps(bench(model, args.bench, load_s, dtype)))
         return
     tokenizer = tokenizer_beside(checkpoint, model.config.vocab_size, args.tokenizer)
-    if args.score:
+    if args.score is not None:
         for row in score(model, tokenizer, args.score):
             print(json.dumps(row) if args.json else "document {document}: {tokens} tokens, nll "
                   "{nll:.2f}, perplexity {perplexity:.2f}, {bits_per_byte:.3f} bits per byte"
@@ -361,8 +368,6 @@ def main(argv: list[str]) -> None:
     def show(text: str) -> None:
         print(text, end="", flush=True)
 
-    if alone:
-        show(prompts[0])
     samples = sample_texts(model, tokenizer, prompts, args.max_new_tokens, sampling,
                            args.num_samples, args.stop, show if alone else None)
     for number, sample in enumerate(samples):

@@ -52,10 +52,12 @@ class LlamaConfig:
     def __post_init__(self):
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
-            if kind is bool or (value is None and field.default is None):
+            if kind is bool and type(value) is bool or value is None and field.default is None:
                 continue
-            if type(value) not in {int, kind if kind is int else float} or not 0 < value < 2**31:
-                raise ValueError(f"{field.name}={value!r} must be a positive number; try 8")
+            if type(value) not in {int, kind if kind is int else float} or not 0 < value < 2**24:
+                wanted = {int: "a positive whole number", bool: "true or false"}
+                raise ValueError(f"{field.name}={value!r} must be {wanted.get(kind, 'positive')}; "
+                                 "try the published value")
         if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads or self.n_layers > 1024:
             raise ValueError(f"dim={self.dim} must split into n_heads={self.n_heads} of even size, "
                              f"they into n_kv_heads={self.n_kv_heads} groups, and n_layers="
@@ -171,8 +173,8 @@ def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
 
         f_i = theta^(-2i/E),  i = 0 .. E/2 - 1
 
-    Llama 3.1 stretches the slow ones by a factor s, so that the angles met in 128K positions are
-    those known from C = 8192. With w_i = 2 pi / f_i, the positions that one turn takes:
+    Llama 3.1 slows the slow ones down by a factor s, so that positions far beyond the C = 8192
+    of its training meet angles it knows. With w_i = 2 pi / f_i, the positions that one turn takes:
 
         w_i < C/4: f_i      w_i > C: f_i / s      between: (1-m) f_i/s + m f_i,  m = (C/w_i - 1) / 3
     """
@@ -524,7 +526,9 @@ def read_meta(folder: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
         raise ValueError(f"{folder} is cut short or no checkpoint ({str(error)[:100]}); "
                          "try to fetch it again") from None
     weights.pop("rope.freqs", None)  # LLaMA 1 and 2 hold this table; here it is computed
-    if not all(isinstance(w, Tensor) and w.is_floating_point() for w in weights.values()):
+    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if not all(isinstance(w, Tensor) and w.dtype in kinds and w.layout is torch.strided
+               and w.device.type == "cpu" for w in weights.values()):
         raise ValueError(f"{file} is not a table of weights; try the one that was published")
     config = read_params(params, weights)
     if config.tie_embeddings:

@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
 
 def command(main: Callable[[list[str]], int | None]):
     """Run main(arguments) and exit with its status; a user's mistake is one line and status 2."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # by itself Windows' console is not UTF-8
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
@@ -89,7 +89,13 @@ class Tokenizer:
     adds_bos = True
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_bytes(self.data)
+        """Written aside and renamed: what was there stays until all of it is on the disk."""
+        aside = Path(f"{path}.tmp")
+        try:
+            aside.write_bytes(self.data)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
 
     def check(self, text="", ids=()):
         if re.search("[\ud800-\udfff]", text):
@@ -430,8 +436,12 @@ def file_documents(file, skipped):
 
 
 def files_below(path, left_out):
-    """The files of a folder, recursively and in order, without names that match left_out."""
+    """The files of a folder, recursively and in order, without names that match left_out and
+    without the folders of runs, which hold a run.json."""
     for folder, folders, names in os.walk(path):
+        if "run.json" in names:
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not left_out.fullmatch(name))
         yield from (Path(folder, n) for n in sorted(names) if not left_out.fullmatch(n))
 
@@ -530,25 +540,27 @@ def encoded(items, tokenizer, workers):
 
 
 def prepare(name: str, reader: Reader, tokenizer: Tokenizer, folder: str | Path,
-            workers: int | None = None, report: Callable[[int, int], None] | None = None) -> dict:
+            workers: int | None = None) -> dict:
     """Write folder/name.train.bin and .val.bin: of each document and split BOS, its pieces, EOS, in
     the integers of encode_record; the bytes do not depend on workers. reader(skipped) gives the
-    documents, each time anew; report(done, total) counts bytes. Returns what was counted."""
+    documents, each time anew. Returns what was counted."""
     skipped, folder, tokens, texts = [], Path(folder), [0, 0], [0, 0]
     size, count, chosen = survey(reader, skipped)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = workers or min(cores or 1, 61, 1 + size // PER_WORKER)  # 61: the limit of Windows
     folder.mkdir(parents=True, exist_ok=True)
     aside = [folder / f"{name}.{split}.bin.tmp" for split in ("train", "val")]
-    with open(aside[0], "wb") as train, open(aside[1], "wb") as val:
-        for (split, _, piece), ids in encoded(records(reader, chosen), tokenizer, workers):
-            (train, val)[split].write(ids.tobytes())
-            tokens[split] += len(ids)
-            texts[split] += len((piece or "").encode())
-            if report:
-                report(sum(texts), size)
-    for path in aside:
-        os.replace(path, path.with_suffix(""))
+    try:
+        with open(aside[0], "wb") as train, open(aside[1], "wb") as val:
+            for (split, _, piece), ids in encoded(records(reader, chosen), tokenizer, workers):
+                (train, val)[split].write(ids.tobytes())
+                tokens[split] += len(ids)
+                texts[split] += len((piece or "").encode())
+        for path in aside:
+            os.replace(path, path.with_suffix(""))
+    finally:
+        for path in aside:
+            path.unlink(missing_ok=True)
     return {"name": name, "train_tokens": tokens[0], "val_tokens": tokens[1],
             "train_bytes": texts[0], "val_bytes": texts[1], "documents": count,
             "skipped": len(skipped), "first_skipped": skipped[0] if skipped else None,

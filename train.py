@@ -1,4 +1,4 @@
-"""Training: text, recipe, state, and one line that shows how it goes (LLaMA, sections 2.1 to 2.3).
+"""Training: text, recipe, state, and a line that shows how it goes (LLaMA, sections 2.1 to 2.4).
 
     python train.py                                 # `tiny` on Python's own library, 5 minutes
     python train.py --data book.txt notes/ --minutes 20                             # your text
@@ -6,9 +6,10 @@
     python train.py --size stories15m --bench 5     # speed alone, on random tokens
 
 The same command goes on where it stopped. DIR (runs/SIZE) then holds params.json,
-consolidated.00.pth and tokenizer.model (for generate.py), log.jsonl, loss.svg, state/ and data/.
+consolidated.00.pth and tokenizer.model (for generate.py), log.jsonl, loss.svg, state/ and tokens/.
 """
 import argparse
+import bisect
 import contextlib
 import hashlib
 import io
@@ -23,7 +24,7 @@ import statistics
 import sys
 import time
 import warnings
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path, PurePath
 
@@ -34,8 +35,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from generate import DTYPES, Sampling, best_device, positive, sample_texts
-from llama import (ATTENTION, SIZES, Llama, LlamaConfig, Recipe, attention_fused, rope_table,
-                   save_meta, write_aside)
+from llama import (ATTENTION, SIZES, Llama, LlamaConfig, Recipe, rope_table, save_meta,
+                   write_aside)
 from tokenizer import (Parser, command, documents, load_tokenizer, prepare, standard_library,
                        train_sentencepiece, training_text)
 
@@ -55,8 +56,8 @@ class Batches:
 
     Sequence number g = s n + i is at the point u_g = frac(u_0 + g phi) of the unit interval, phi
     the golden ratio. The interval is divided among the sources by their weights, and within its
-    part u says where in the source the sequence begins. No sequence of points covers the interval
-    more evenly, so each source is read with its weight and epoch after epoch without gaps.
+    part u says where in the source the sequence begins. Steps of phi spread points best: each
+    source has its weight, and all but some 14 % of it is read in an epoch, the rest in the next.
     """
 
     def __init__(self, folder: Path, sources: list[dict], seq_len: int, batch_tokens: int,
@@ -64,9 +65,13 @@ class Batches:
         self.seq_len, self.rows = seq_len, batch_tokens // seq_len  # T and N
         self.first = int.from_bytes(hashlib.sha256(f"batches {seed}".encode()).digest()[:8], "big")
         self.sources = sources
-        self.train, self.val = ([np.memmap(folder / f"{source['name']}.{split}.bin", mode="r",
-                                           dtype=source["dtype"]) for source in sources]
-                                for split in ("train", "val"))
+        try:
+            self.train, self.val = ([np.memmap(folder / f"{source['name']}.{split}.bin", mode="r",
+                                               shape=source[f"{split}_tokens"],
+                                               dtype=source["dtype"]) for source in sources]
+                                    for split in ("train", "val"))
+        except (KeyError, TypeError, ValueError, OverflowError, OSError):
+            raise ValueError(f"the token shards in {folder} are damaged; try --fresh") from None
         for source, tokens in zip(sources, self.train):
             if len(tokens) <= seq_len:
                 raise ValueError(f"{source['path']} has {len(tokens)} tokens and a sequence needs "
@@ -77,7 +82,7 @@ class Batches:
     def sequence(self, number: int) -> np.ndarray:
         """The T + 1 tokens of sequence g, counted over the whole run."""
         u = (self.first + number * 0x9E3779B97F4A7C15) % 2**64  # 2**64 / golden ratio
-        k = max(k for k, edge in enumerate(self.edges[:-1]) if edge <= u)
+        k = bisect.bisect_right(self.edges, u) - 1
         places = len(self.train[k]) - self.seq_len
         start = (u - self.edges[k]) * places // (self.edges[k + 1] - self.edges[k])
         return self.train[k][start:start + self.seq_len + 1]
@@ -121,7 +126,10 @@ def data_sources(args) -> list[tuple[str, float | None, object]]:
     for data in args.data:
         path, equals, weight = data.rpartition("=")
         whole = not equals or os.path.exists(data)
-        asked.append((data, None) if whole else (path, positive(float)(weight)))
+        try:
+            asked.append((data, None) if whole else (path, positive(float)(weight)))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"the weight {error}; try --data {path}=0.5") from None
     for path, _ in asked:
         if not os.path.exists(path):
             raise ValueError(f"there is no {path}; try --data with a file or folder of text")
@@ -133,10 +141,9 @@ def data_sources(args) -> list[tuple[str, float | None, object]]:
 
 def prepare_data(args, folder: Path, vocab_size: int):
     """The run's tokenizer and token shards, made once: (tokenizer, facts of each source)."""
-    data = folder / "data"
-    if (data / "data.json").exists():
-        known = json.loads((data / "data.json").read_text(encoding="utf-8"))
-        return load_tokenizer(folder / "tokenizer.model"), known
+    index = folder / "tokens" / "sources.json"
+    if index.exists():
+        return load_tokenizer(folder / "tokenizer.model"), read_json(index, list)
     sources, known = data_sources(args), []
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
@@ -146,21 +153,32 @@ def prepare_data(args, folder: Path, vocab_size: int):
         tokenizer = train_sentencepiece(texts, vocab_size)
     for number, (path, weight, read) in enumerate(sources):
         say(f"cutting {path} into tokens")
-        facts = prepare(str(number), read, tokenizer, data)
+        facts = prepare(str(number), read, tokenizer, index.parent)
         known.append({**facts, "path": path, "weight": weight})
         if facts["skipped"]:
             say(f"passed over {facts['skipped']}, the first: {facts['first_skipped']}")
     tokenizer.save(folder / "tokenizer.model")
-    write_aside(data / "data.json", lambda file: file.write(json.dumps(known).encode()))
+    write_aside(index, lambda file: file.write(json.dumps(known).encode()))
     return tokenizer, known
 
 
+def read_json(path: Path, kind: type):
+    """The JSON of a run's own file; ValueError if it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} is damaged; try --fresh to start over, or another --out")
+    return value
+
+
 # ---------------------------------------------------------------------------------------------
-# The recipe (section 2.2 "Optimizer", Table 2)
+# The recipe (section 2.3 "Optimizer", Table 2)
 
 
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine down to final_lr of the peak at the last step (section 2.2)."""
+    """Linear warm-up, then a cosine down to final_lr of the peak at the last step (section 2.3)."""
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     done = (step - recipe.warmup) / max(1, steps - 1 - recipe.warmup)
@@ -248,8 +266,8 @@ def matmul_flops(device: str, dtype: torch.dtype) -> float | None:
     return 2 * 1024**3 / min(times)
 
 
-def memory_needed(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dtype
-                  ) -> dict[str, int]:
+def memory_needed(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dtype,
+                  attention: str) -> dict[str, int]:
     """Bytes of a step on `rows` sequences at once, by what they hold. What a layer saves for its
     backward is counted by running one on fake tensors, which have shapes and no memory."""
     saved = {}
@@ -263,7 +281,8 @@ def memory_needed(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dty
         x = torch.empty(rows, seq_len, config.dim, dtype=dtype, requires_grad=True)
         positions = torch.arange(seq_len)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            layer(x, *rope_table(config, positions), partial(attention_fused, positions=positions))
+            attend = partial(ATTENTION[attention], positions=positions)
+            layer(x, *rope_table(config, positions), attend)
     for p in layer.parameters():
         saved.pop(p.untyped_storage()._cdata, None)
     return {"weights": 4 * config.n_params, "gradients": 4 * config.n_params,
@@ -293,20 +312,19 @@ def fit_memory(args, config: LlamaConfig, device: str) -> int:
     there = memory_there(device)
     rows = args.micro_batch or max(1, min(8192, args.batch_tokens) // args.seq_len)
     while True:
-        need = memory_needed(config, rows, args.seq_len, DTYPES[args.dtype])
+        need = memory_needed(config, rows, args.seq_len, DTYPES[args.dtype], args.attention)
         total = sum(need.values())
         if total < 0.9 * there:  # a tenth for what is not counted
             return rows
         if args.micro_batch or rows == 1:
             break
         rows //= 2
-    fitting = [name for name, (c, _) in SIZES.items() if 20 * c.n_params < there]
-    advice = ["--micro-batch 1"] * (rows > 1) + [f"--seq-len {args.seq_len // 2}"]
-    if 18 * config.n_params > there:
-        advice = [f"--size {max(fitting, key=lambda name: SIZES[name][0].n_params)}"]
+    smaller = max((c.n_params, name) for name, (c, _) in SIZES.items() if 20 * c.n_params < there)
+    advice = f"--size {smaller[1]}" if 18 * config.n_params > there else (
+        f"--micro-batch 1 or --seq-len {args.seq_len // 2}")
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in need.items())
     raise ValueError(f"{args.size} needs about {total / 1e9:.0f} GB to train ({parts}) and this "
-                     f"machine has {there / 1e9:.0f} GB free; try {' or '.join(advice)}")
+                     f"machine has {there / 1e9:.0f} GB free; try {advice}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -347,11 +365,7 @@ def state_tensors(model: Llama, optimizer) -> dict[str, Tensor]:
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict) -> None:
@@ -386,6 +400,8 @@ def load_state(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
             if wrong:
                 raise ValueError(f"{sorted(wrong)[0]} is not what was written")
             facts = json.loads((state / "facts.json").read_text(encoding="utf-8"))
+            if state.name != f"step-{facts['step']:09d}" or type(facts["skipped"]) is not int:
+                raise ValueError("facts.json is not of this step")
             reader = SafeReader(state)
             reader.read_metadata()  # first alone: dcp.load would wrap what is wrong with it
             dcp.load(tensors, storage_reader=reader, no_dist=True)
@@ -424,16 +440,17 @@ def resolve(args, device: str) -> tuple[LlamaConfig, Recipe]:
         raise ValueError("the vocabulary is the tokenizer's; try --vocab-size")
     if args.vocab_size:
         changes["vocab_size"] = args.vocab_size
+    if args.tokenizer:
+        changes["vocab_size"] = load_tokenizer(args.tokenizer).vocab_size
     config = LlamaConfig.from_dict({**asdict(config), **changes})
     recipe, assumed = recipe.filled()
-    given = [f.name for f in fields(recipe) if getattr(args, f.name, None) is not None]
-    recipe = replace(recipe, **{name: getattr(args, name) for name in given})
-    assumed = [f"{name}={getattr(recipe, name)}" for name in assumed
-               if name not in given + ["train_tokens"]]
-    if assumed:
-        say(f"never published for {args.size}, taken from Llama 2: {', '.join(assumed)}")
-    for name in ("lr", "warmup", "batch_tokens", "document_mask"):
-        setattr(args, name, getattr(recipe, name))
+    names = ("lr", "warmup", "batch_tokens", "document_mask")
+    asked = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
+    recipe = replace(recipe, **asked)
+    vars(args).update({name: getattr(recipe, name) for name in names})
+    if gaps := [name for name in assumed if name not in asked and name != "train_tokens"]:
+        say(f"never published for {args.size}, taken from Llama 2: "
+            + ", ".join(f"{name}={getattr(recipe, name)}" for name in gaps))
     args.seq_len = args.seq_len or min(config.max_seq_len, recipe.batch_tokens)
     if args.seq_len > min(config.max_seq_len, recipe.batch_tokens):
         raise ValueError(f"--seq-len {args.seq_len} is over the context, {config.max_seq_len}, "
@@ -446,7 +463,7 @@ def resolve(args, device: str) -> tuple[LlamaConfig, Recipe]:
 
 def has_bf16(device: str) -> bool:
     if device == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities()
     return device == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
@@ -454,8 +471,8 @@ def has_bf16(device: str) -> bool:
 def open_run(folder: Path, settings: dict, fresh: bool) -> dict:
     """What a run remembers: a new one, or the old one if its settings are the same."""
     file = folder / "run.json"
-    if fresh:
-        for name in ("state", "data"):
+    if fresh and file.exists():  # only of a run is anything removed
+        for name in ("state", "tokens"):
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in ("run.json", "log.jsonl", "loss.svg", "params.json", "consolidated.00.pth"):
             (folder / name).unlink(missing_ok=True)
@@ -463,14 +480,14 @@ def open_run(folder: Path, settings: dict, fresh: bool) -> dict:
     code = sha256(Path(__file__).with_name("llama.py"))
     if not file.exists():
         return {**settings, "threads": torch.get_num_threads(), "code": code}
-    run = json.loads(file.read_text(encoding="utf-8"))
+    run = read_json(file, dict)
     for name, value in settings.items():
         if run.get(name) != value:
             raise ValueError(f"{folder} was trained with {name}={run.get(name)}; "
                              "try --out DIR or --fresh")
     if run.get("code") != code:
         say("warning: llama.py is not what this run began with; its losses may differ")
-    if (threads := int(run["threads"])) != torch.get_num_threads():
+    if (threads := run.get("threads")) != torch.get_num_threads():
         say(f"going on with the {threads} threads that this run began with")
         torch.set_num_threads(threads)
     return run
@@ -510,7 +527,7 @@ class Log:
         """Cuts an older log back to `step`, a torn last line too."""
         self.path, self.rows, self.shown = folder / "log.jsonl", [], 0.0
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 self.rows += [row for row in [json.loads(line)] if row["step"] <= step]
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_aside(self.path, lambda file: file.write(text.encode()))
@@ -522,10 +539,11 @@ class Log:
             file.write(json.dumps(self.rows[-1]) + "\n")
 
     def show(self, row: dict, steps: int, left: float) -> None:
-        held = next((r["val_bpb"] for r in reversed(self.rows) if "val_bpb" in r), math.nan)
+        held = next((f"  held out {r['val_bpb']:.3f} bits/byte" for r in reversed(self.rows)
+                     if r.get("val_bpb")), "")
         mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.0%}"
-        line = (f"step {row['step']}/{steps}  loss {row['loss']:.3f}  held out {held:.3f} bits/byte"
-                f"  {row['tokens_per_s']:,.0f} tokens/s  MFU {mfu}  {left // 60:.0f}m"
+        line = (f"step {row['step']}/{steps}  loss {row['loss']:.3f}{held}  "
+                f"{row['tokens_per_s']:,.0f} tokens/s  MFU {mfu}  {left // 60:.0f}m"
                 f"{left % 60:02.0f}s left" + f"  {row['skipped']} skipped" * (row["skipped"] > 0))
         if sys.stderr.isatty():
             end = "\n" if row["step"] == steps else ""
@@ -537,13 +555,13 @@ class Log:
 
 def draw_loss(rows: list[dict], path: Path, title: str) -> None:
     """Training loss against tokens, as in the paper's Figure 1, with the held-out loss as dots. The
-    steep first fiftieth is left out; the line is a running mean over a hundredth."""
+    line has up to 500 points, each the mean of a stretch; the steep first fiftieth is left out."""
     losses = [(row["tokens"], row["loss"]) for row in rows if row.get("loss") is not None]
-    width, held = len(losses) // 100 + 1, [(row["tokens"], row["val_loss"]) for row in rows
-                                           if row.get("val_loss") is not None]
-    line = [(losses[i][0], statistics.fmean(loss for _, loss in losses[max(0, i - width):i + 1]))
-            for i in range(len(losses) // 50, len(losses))]
-    end, values = losses[-1][0], [loss for _, loss in line + held]
+    held = [(row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
+    stretch, end = -(-len(losses) // 500), losses[-1][0]
+    parts = [losses[i:i + stretch] for i in range(len(losses) // 50, len(losses), stretch)]
+    line = [(part[-1][0], statistics.fmean(loss for _, loss in part)) for part in parts]
+    values = [loss for _, loss in line + held]
     x_step, y_step = nice_step(end), nice_step(max(values) - min(values))
     low, high = math.floor(min(values) / y_step), math.ceil(max(values) / y_step)
     unit, word = next((u, w) for u, w in ((1e9, "billions of "), (1e6, "millions of "), (1, ""))
@@ -587,8 +605,12 @@ class Stopper:
 
     def __init__(self):
         self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
+        self.before = {number: signal.signal(number, self.stop)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def close(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def stop(self, number: int, frame) -> None:
         self.signal = number
@@ -601,7 +623,8 @@ def train(args, run: dict, folder: Path, model: Llama, batches: Batches, recipe:
     """From the newest good state to the last step, then the weights in Meta's layout."""
     optimizer, steps, bad, times = make_optimizer(model, recipe), run["steps"], 0, []
     tensors = state_tensors(model, optimizer)
-    facts = load_state(folder / "state", tensors) or {"step": 0, "skipped": 0}
+    facts = load_state(folder / "state", tensors)
+    facts = {"step": 0, "skipped": 0} if facts is None else facts
     log, skipped, stopper = Log(folder, facts["step"]), facts["skipped"], Stopper()
     if facts["step"] >= steps:
         say(f"{folder} is finished at step {facts['step']}; --steps N goes on, --fresh starts over")
@@ -611,6 +634,7 @@ def train(args, run: dict, folder: Path, model: Llama, batches: Batches, recipe:
     eval_every = args.eval_every or max(1, min(1000, steps // 10))
     save_every = args.save_every or eval_every
     recipe = replace(recipe, warmup=min(recipe.warmup, steps // 10))
+    share = steps * tokens // 10  # a tenth of the run's tokens at the end, at a third of their cost
     for step in range(facts["step"], steps):
         start, done = time.perf_counter(), step + 1
         lr, batch = learning_rate(step, steps, recipe), batches.step(step)
@@ -623,7 +647,7 @@ def train(args, run: dict, folder: Path, model: Llama, batches: Batches, recipe:
                "mfu": peak and round(speed * flops / peak, 3), "rank_tokens": tokens,
                "rank_params": model.config.n_params}
         if done % eval_every == 0 or done == steps:
-            limit = FINAL_EVAL_TOKENS if done == steps else EVAL_TOKENS
+            limit = min(EVAL_TOKENS, share // 10) if done < steps else min(FINAL_EVAL_TOKENS, share)
             row["val_loss"], row["val_bpb"] = evaluate(model, batches, limit, args.micro_batch,
                                                         bos_id)
         log.add(row)
@@ -635,6 +659,7 @@ def train(args, run: dict, folder: Path, model: Llama, batches: Batches, recipe:
             save_state(folder / "state", done, tensors, {"skipped": skipped})
         if stopper.signal:
             sys.exit(128 + stopper.signal)
+    stopper.close()
     save_meta(model, folder)
     draw_loss(log.rows, folder / "loss.svg", f"{args.size}, {model.config.n_params:,} parameters")
 
@@ -658,7 +683,7 @@ def parser() -> Parser:
     g.add_argument("--tokenizer", metavar="PATH", help="default: one is trained on the text")
     g.add_argument("--vocab-size", type=whole, metavar="N", help="of the tokenizer to train")
     g = p.add_argument_group("length and recipe (default: the size's own)")
-    g.add_argument("--steps", type=whole, metavar="N")
+    g.add_argument("--steps", type=whole, metavar="N", help="more than before: a run goes on")
     g.add_argument("--minutes", type=number, metavar="X", help="of the whole command: sets the "
                    "steps once, from the measured speed (default for tiny: 4.6)")
     g.add_argument("--batch-tokens", type=whole, metavar="N", help="tokens of a step")
@@ -666,7 +691,7 @@ def parser() -> Parser:
                    "fewer need less memory and give the same result")
     g.add_argument("--seq-len", type=whole, metavar="N", help="default: the size's context")
     g.add_argument("--lr", type=number, metavar="X", help="lower it if the loss is not finite")
-    g.add_argument("--warmup", type=int, metavar="N", help="steps; a tenth of the run at most")
+    g.add_argument("--warmup", type=whole, metavar="N", help="steps; a tenth of the run at most")
     g.add_argument("--seed", type=int, default=0, metavar="N")
     g.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto",
                    help="to compute in; weights stay fp32; auto: bf16 where the processor has it")
@@ -694,20 +719,23 @@ def main(argv: list[str]) -> None:
         return
     folder = Path(args.out or f"runs/{args.size}")
     settings = {name: value for name, value in vars(args).items() if name not in free}
+    data_sources(args)  # what cannot be read is said before anything is removed
     run = open_run(folder, settings, args.fresh)
     args.micro_batch = run.setdefault("micro_batch", args.micro_batch)
     folder.mkdir(parents=True, exist_ok=True)
+    write_aside(folder / "run.json", lambda file: file.write(json.dumps(run, indent=1).encode()))
     tokenizer, sources = prepare_data(args, folder, config.vocab_size)
     config = replace(config, vocab_size=tokenizer.vocab_size)
-    batches = Batches(folder / "data", sources, args.seq_len, args.batch_tokens, args.seed)
+    batches = Batches(folder / "tokens", sources, args.seq_len, args.batch_tokens, args.seed)
     model = create(config)
     minutes = args.minutes or (4.6 if args.size == "tiny" and not args.steps else None)
     if args.steps or not minutes:
+        run.pop("minutes", None)
         run["steps"] = args.steps or math.ceil(recipe.train_tokens / recipe.batch_tokens)
-    elif run.get("minutes") != minutes:
+    elif run.get("minutes") != minutes or "steps" not in run:
         step_s, _ = timed_steps(args, model, recipe, 5)
         left = 60 * minutes - (time.perf_counter() - started) - 5
-        run |= {"minutes": minutes, "steps": max(10, int(left / (1.05 * step_s)))}
+        run |= {"minutes": minutes, "steps": max(10, int(left / (1.12 * step_s)))}  # evaluations
         model.init_weights(args.seed)
     write_aside(folder / "run.json", lambda file: file.write(json.dumps(run, indent=1).encode()))
     say(f"{args.size}: {config.n_params:,} parameters, {run['steps']} steps of {batches.rows} x "
