@@ -1472,6 +1472,12 @@ class TestRun:
         train.main([*run_options(text, tmp_path / "mine", "--fresh"), "--steps", "2"])
         assert len(losses(tmp_path / "mine")) == 2
 
+    def test_a_mistake_before_there_is_text_leaves_no_settings(self, text, tmp_path, signals):
+        with pytest.raises(ValueError, match="; try"):
+            train.main([*run_options(text, tmp_path / "r"), "--vocab-size", "99999"])
+        train.main([*run_options(text, tmp_path / "r"), "--steps", "2"])
+        assert len(losses(tmp_path / "r")) == 2
+
     @pytest.mark.parametrize("name, data", [
         ("run.json", "[]"), ("run.json", "{"), ("tokens/sources.json", "{}"),
         ("tokens/sources.json", "[{}]"), ("tokens/0.train.bin", "")])

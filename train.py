@@ -478,7 +478,7 @@ def open_run(folder: Path, settings: dict, fresh: bool) -> dict:
             (folder / name).unlink(missing_ok=True)
     settings = json.loads(json.dumps(settings))  # as JSON gives it back
     code = sha256(Path(__file__).with_name("llama.py"))
-    if not file.exists():
+    if not (file.exists() and (folder / "tokens" / "sources.json").exists()):  # nothing yet to keep
         return {**settings, "threads": torch.get_num_threads(), "code": code}
     run = read_json(file, dict)
     for name, value in settings.items():
@@ -719,7 +719,8 @@ def main(argv: list[str]) -> None:
         return
     folder = Path(args.out or f"runs/{args.size}")
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    data_sources(args)  # what cannot be read is said before anything is removed
+    if args.fresh:
+        data_sources(args)  # what is not there is said before anything is removed
     run = open_run(folder, settings, args.fresh)
     args.micro_batch = run.setdefault("micro_batch", args.micro_batch)
     folder.mkdir(parents=True, exist_ok=True)
