@@ -227,7 +227,7 @@ def visible(positions: Tensor, n_keys: int, boundaries: list[int] | None = None)
     mask = torch.arange(n_keys, device=positions.device) <= positions[..., None]
     if boundaries is None:
         return mask
-    starts = torch.tensor(boundaries[1:-1], device=positions.device)
+    starts = torch.tensor(boundaries[1:-1], dtype=torch.long, device=positions.device)
     document = torch.bucketize(torch.arange(boundaries[-1], device=positions.device), starts,
                                right=True).view(-1, 1, n_keys)
     return mask & (document[..., None] == document[..., None, :])

@@ -249,6 +249,7 @@ class TestAttention:
     def test_document_mask(self, attention):
         q, k, v = noise(2, 4, 9, 8), noise(2, 2, 9, 8, seed=1), noise(2, 2, 9, 8, seed=2)
         found = attention(q, k, v, torch.arange(9), [0, 4, 5, 9, 12, 18])
+        close(attention(q, k, v, torch.arange(9), [0, 9, 18]), attention(q, k, v, torch.arange(9)))
         for row, start, end in [(0, 0, 4), (0, 4, 5), (0, 5, 9), (1, 0, 3), (1, 3, 9)]:
             part = (slice(row, row + 1), slice(None), slice(start, end))
             close(found[part], F.scaled_dot_product_attention(
@@ -585,7 +586,8 @@ class TestSampling:
         close(Sampling(1.0, k, p).probabilities(logits), wanted.softmax(-1))
 
     def test_bad_settings(self):
-        for bad in ({"temperature": -1.0}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}):
+        for bad in ({"temperature": -1.0}, {"temperature": math.nan}, {"top_k": -1},
+                    {"top_p": 0.0}, {"top_p": 1.5}):
             with pytest.raises(ValueError, match="try"):
                 Sampling(**bad)
 
@@ -1487,6 +1489,17 @@ class TestRun:
         with pytest.raises(ValueError, match="damaged; try --fresh"):
             train.main(run_options(text, tmp_path / "r"))
 
+    def test_bad_files_are_named_and_counted(self, text, tmp_path, signals, capsys):
+        shutil.copytree(text, tmp_path / "t")
+        (tmp_path / "t" / "bad.txt").write_bytes(b"\xff\xfe\x00")
+        (tmp_path / "t" / "empty.txt").touch()
+        (tmp_path / "t" / "lines.jsonl").write_text('{"text": "a"}\n{"txt": 3}\nx\n')
+        train.main([*run_options(tmp_path / "t", tmp_path / "r"), "--steps", "1"])
+        said = capsys.readouterr().err
+        for name in ("bad.txt: not UTF-8 text", "empty.txt: empty", "lines.jsonl: 2 lines are not"):
+            assert f"passed over {tmp_path / 't'}/{name}" in said
+        assert "passed over 3 in all" in said
+
     def test_skips_steps_that_are_not_finite_and_stops(self, text, tmp_path, signals, monkeypatch):
         loss, calls = Llama.loss, []
 
@@ -1622,7 +1635,7 @@ class TestReadme:
             for part in symbol.split("."):
                 where = getattr(where, part)
 
-    def test_budgets(self):
+    def test_one_statement_a_line_of_100_columns(self):
         for name in ("llama", "tokenizer", "generate", "train"):
             source = (HERE / f"{name}.py").read_text()
             assert max(map(len, source.splitlines())) <= 100, name

@@ -563,7 +563,7 @@ def prepare(name: str, reader: Reader, tokenizer: Tokenizer, folder: str | Path,
             path.unlink(missing_ok=True)
     return {"name": name, "train_tokens": tokens[0], "val_tokens": tokens[1],
             "train_bytes": texts[0], "val_bytes": texts[1], "documents": count,
-            "skipped": len(skipped), "first_skipped": skipped[0] if skipped else None,
+            "skipped": len(skipped), "first_skipped": skipped[:20],
             "dtype": ids.dtype.name}
 
 

@@ -44,7 +44,7 @@ TABLE_1 = {"commoncrawl": 67.0, "c4": 15.0, "github": 4.5, "wikipedia": 4.5, "bo
            "arxiv": 2.5, "stackexchange": 2.0}  # sampling proportions in percent (LLaMA, Table 1)
 EVAL_TOKENS, FINAL_EVAL_TOKENS = 2**15, 2**21  # held-out tokens read on the way, and at the end
 BAD_STEPS = 5  # non-finite steps in a row that stop a run
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the data sheets
+PEAK_FLOPS = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}  # dense bf16, data sheets
 
 # ---------------------------------------------------------------------------------------------
 # Batches (section 2.1)
@@ -155,8 +155,10 @@ def prepare_data(args, folder: Path, vocab_size: int):
         say(f"cutting {path} into tokens")
         facts = prepare(str(number), read, tokenizer, index.parent)
         known.append({**facts, "path": path, "weight": weight})
+        for reason in facts["first_skipped"]:
+            say(f"passed over {reason}")
         if facts["skipped"]:
-            say(f"passed over {facts['skipped']}, the first: {facts['first_skipped']}")
+            say(f"passed over {facts['skipped']} in all of {path}")
     tokenizer.save(folder / "tokenizer.model")
     write_aside(index, lambda file: file.write(json.dumps(known).encode()))
     return tokenizer, known
@@ -257,7 +259,8 @@ def matmul_flops(device: str, dtype: torch.dtype) -> float | None:
     """FLOP/s of large matrix products: measured on a CPU, a table's on a GPU, None if unknown."""
     if device != "cpu":
         name = torch.cuda.get_device_name() if device == "cuda" else device
-        return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+        return next((peak for gpu, peak in PEAK_FLOPS.items()
+                     if gpu in name and dtype is torch.bfloat16), None)
     a, times, end = torch.ones(1024, 1024, dtype=dtype), [], time.perf_counter() + 0.25
     while time.perf_counter() < end:
         start = time.perf_counter()
@@ -515,7 +518,7 @@ def bench(args, model: Llama, recipe: Recipe, peak: float | None) -> dict:
         import resource
         unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return {"tokens_per_s": speed, "mfu": mfu, "peak_gflops": peak and peak / 1e9,
+    return {"tokens_per_s": speed, "mfu": mfu or "unknown", "peak_gflops": peak and peak / 1e9,
             "step_s": step_s, "peak_rss_gb": rss, "loss": loss, "params": model.config.n_params,
             "backward": "autograd", "dtype": args.dtype}
 
@@ -558,6 +561,8 @@ def draw_loss(rows: list[dict], path: Path, title: str) -> None:
     line has up to 500 points, each the mean of a stretch; the steep first fiftieth is left out."""
     losses = [(row["tokens"], row["loss"]) for row in rows if row.get("loss") is not None]
     held = [(row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
+    if not losses:
+        return
     stretch, end = -(-len(losses) // 500), losses[-1][0]
     parts = [losses[i:i + stretch] for i in range(len(losses) // 50, len(losses), stretch)]
     line = [(part[-1][0], statistics.fmean(loss for _, loss in part)) for part in parts]
