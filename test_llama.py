@@ -972,7 +972,7 @@ class TestPrepare:
     def test_too_little_text(self):
         for texts in (["a"], ["a", "a"], self.HELD[:1], self.HELD[:2], []):
             with pytest.raises(ValueError, match="(too little|no) text.*try"):
-                tokenizer.survey(lambda skipped: [texts], [])
+                tokenizer.survey(lambda skipped: [texts])
 
     @pytest.mark.parametrize("ours, texts, held, size", [  # held: if none by itself, the least
         (trained, [*SHA], HELD, 2), (functools.partial(many, 65024), [*SHA], HELD, 2),
@@ -989,9 +989,11 @@ class TestPrepare:
                     ids[split] += ours.encode(text, bos=i == 0, continues=i > 0)
                 ids[split] += [ours.eos_id] * bool(mine)
         reader = lambda skipped: iter(documents)
-        assert [*tokenizer.training_text(reader)] == [text for text in texts if text not in held]
+        known = tokenizer.survey(reader)
+        free = [text for text in texts if text not in held]
+        assert [*tokenizer.training_text(reader, known.chosen)] == free
         for workers in (1, 2):
-            entry = tokenizer.prepare("x", reader, ours, tmp_path, workers)
+            entry = tokenizer.prepare("x", reader, known, ours, tmp_path, workers)
             found = {f.name: np.fromfile(f, f"<u{size}").tolist() for f in tmp_path.iterdir()}
             assert found == {"x.train.bin": ids[0], "x.val.bin": ids[1]}
             counts = [entry[f"{split}_{unit}"] for unit in ("bytes", "tokens")

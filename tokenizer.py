@@ -28,6 +28,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -472,14 +473,20 @@ def digest(piece):
 
 
 def held_out(piece: str, chosen: int | None = None) -> bool:
-    """Whether a piece is for evaluation: its SHA-1 is 0 mod 20, or the chosen one of `survey`."""
+    """Whether a piece is for evaluation: its SHA-1 is 0 mod 20, or the chosen one of a Survey."""
     return digest(piece) % 20 == 0 or digest(piece) == chosen
 
 
-def survey(reader: Reader, skipped: list[str]) -> tuple[int, int, int | None]:
-    """(bytes, documents, chosen) of reader(skipped); chosen is the smallest SHA-1 if no piece is
-    held out by its own, else None. ValueError where either split would be empty."""
-    size = count = pieces = held = high = 0
+class Survey(NamedTuple):
+    size: int            # bytes of text
+    documents: int
+    chosen: int | None   # the smallest SHA-1 if no piece is held out by its own, else None
+    skipped: list[str]   # "path: reason" of what is not text
+
+
+def survey(reader: Reader) -> Survey:
+    """What a source holds, read once. ValueError where either split would be empty."""
+    skipped, size, count, pieces, held, high = [], 0, 0, 0, 0, 0
     low = 1 << 160  # above any SHA-1
     for document in reader(skipped):
         count += 1
@@ -492,12 +499,11 @@ def survey(reader: Reader, skipped: list[str]) -> tuple[int, int, int | None]:
     if low == high or pieces == held:
         raise ValueError(f"too little text ({size:,} bytes in {pieces} pieces) to hold out a part; "
                          "try over 64 KiB or several files")
-    return size, count, None if held else low
+    return Survey(size, count, None if held else low, skipped)
 
 
-def training_text(reader: Reader) -> Iterator[str]:
+def training_text(reader: Reader, chosen: int | None) -> Iterator[str]:
     """The pieces that are not held out, for train_sentencepiece."""
-    _, _, chosen = survey(reader, [])
     return (p for document in reader([]) for p in document if not held_out(p, chosen))
 
 
@@ -539,20 +545,20 @@ def encoded(items, tokenizer, workers):
             yield from zip(group, pool.map(encode_record, group, chunksize=64))
 
 
-def prepare(name: str, reader: Reader, tokenizer: Tokenizer, folder: str | Path,
+def prepare(name: str, reader: Reader, known: Survey, tokenizer: Tokenizer, folder: str | Path,
             workers: int | None = None) -> dict:
     """Write folder/name.train.bin and .val.bin: of each document and split BOS, its pieces, EOS, in
     the integers of encode_record; the bytes do not depend on workers. reader(skipped) gives the
     documents, each time anew. Returns what was counted."""
-    skipped, folder, tokens, texts = [], Path(folder), [0, 0], [0, 0]
-    size, count, chosen = survey(reader, skipped)
+    folder, tokens, texts = Path(folder), [0, 0], [0, 0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = workers or min(cores or 1, 61, 1 + size // PER_WORKER)  # 61: the limit of Windows
+    workers = workers or min(cores or 1, 61, 1 + known.size // PER_WORKER)  # Windows: 61
     folder.mkdir(parents=True, exist_ok=True)
     aside = [folder / f"{name}.{split}.bin.tmp" for split in ("train", "val")]
     try:
         with open(aside[0], "wb") as train, open(aside[1], "wb") as val:
-            for (split, _, piece), ids in encoded(records(reader, chosen), tokenizer, workers):
+            tasks = records(reader, known.chosen)
+            for (split, _, piece), ids in encoded(tasks, tokenizer, workers):
                 (train, val)[split].write(ids.tobytes())
                 tokens[split] += len(ids)
                 texts[split] += len((piece or "").encode())
@@ -562,8 +568,7 @@ def prepare(name: str, reader: Reader, tokenizer: Tokenizer, folder: str | Path,
         for path in aside:
             path.unlink(missing_ok=True)
     return {"name": name, "train_tokens": tokens[0], "val_tokens": tokens[1],
-            "train_bytes": texts[0], "val_bytes": texts[1], "documents": count,
-            "skipped": len(skipped), "first_skipped": skipped[:20],
+            "train_bytes": texts[0], "val_bytes": texts[1], "documents": known.documents,
             "dtype": ids.dtype.name}
 
 
@@ -601,7 +606,8 @@ def main(arguments):
         if os.path.exists(args.out) and not args.force:
             raise ValueError(f"{args.out} exists; try --force or another --out")
         reader = functools.partial(documents, args.data) if args.data else standard_library
-        train_sentencepiece(training_text(reader), args.vocab_size).save(args.out)
+        texts = training_text(reader, survey(reader).chosen)
+        train_sentencepiece(texts, args.vocab_size).save(args.out)
         args.tokenizer = args.out
     tokenizer = load_tokenizer(args.tokenizer)
     if args.command in ("train", "info"):

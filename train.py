@@ -38,7 +38,7 @@ from generate import DTYPES, Sampling, best_device, positive, sample_texts
 from llama import (ATTENTION, SIZES, Llama, LlamaConfig, Recipe, rope_table, save_meta,
                    write_aside)
 from tokenizer import (Parser, command, documents, load_tokenizer, prepare, standard_library,
-                       train_sentencepiece, training_text)
+                       survey, train_sentencepiece, training_text)
 
 TABLE_1 = {"commoncrawl": 67.0, "c4": 15.0, "github": 4.5, "wikipedia": 4.5, "books": 4.5,
            "arxiv": 2.5, "stackexchange": 2.0}  # sampling proportions in percent (LLaMA, Table 1)
@@ -144,24 +144,28 @@ def prepare_data(args, folder: Path, vocab_size: int):
     index = folder / "tokens" / "sources.json"
     if index.exists():
         return load_tokenizer(folder / "tokenizer.model"), read_json(index, list)
-    sources, known = data_sources(args), []
+    sources, facts = data_sources(args), []
+    say(f"reading {', '.join(path for path, _, _ in sources)}")
+    surveys = [survey(read) for _, _, read in sources]
+    for (path, _, _), known in zip(sources, surveys):
+        for reason in known.skipped[:20]:
+            say(f"passed over {reason}")
+        if known.skipped:
+            say(f"passed over {len(known.skipped)} in all of {path}")
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
     else:
         say(f"training a tokenizer of {vocab_size} tokens")
-        texts = (text for _, _, read in sources for text in training_text(read))
+        texts = (text for (_, _, read), known in zip(sources, surveys)
+                 for text in training_text(read, known.chosen))
         tokenizer = train_sentencepiece(texts, vocab_size)
-    for number, (path, weight, read) in enumerate(sources):
+    for (path, weight, read), known in zip(sources, surveys):
         say(f"cutting {path} into tokens")
-        facts = prepare(str(number), read, tokenizer, index.parent)
-        known.append({**facts, "path": path, "weight": weight})
-        for reason in facts["first_skipped"]:
-            say(f"passed over {reason}")
-        if facts["skipped"]:
-            say(f"passed over {facts['skipped']} in all of {path}")
+        made = prepare(str(len(facts)), read, known, tokenizer, index.parent)
+        facts.append({**made, "path": path, "weight": weight})
     tokenizer.save(folder / "tokenizer.model")
-    write_aside(index, lambda file: file.write(json.dumps(known).encode()))
-    return tokenizer, known
+    write_aside(index, lambda file: file.write(json.dumps(facts).encode()))
+    return tokenizer, facts
 
 
 def read_json(path: Path, kind: type):
