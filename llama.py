@@ -121,7 +121,7 @@ WIDE = partial(LlamaConfig, vocab_size=128256, max_seq_len=8192, rope_theta=5e5)
 LONG = partial(WIDE, max_seq_len=131072, rope_scaling=8.0)
 
 SIZES = {  # D, L, H, K, F, V, context, eps, theta, factor, tied
-    "tiny": (LlamaConfig(128, 4, 2, 2, 352, 2048, 256), Recipe(5e-3, 2048, None, 100, eps=1e-8)),
+    "tiny": (LlamaConfig(96, 4, 2, 2, 256, 2048, 256), Recipe(6e-3, 2048, None, 100, eps=1e-8)),
     "7b": (LlamaConfig(4096, 32, 32, 32, 11008, 32000, 2048, 1e-6), LLAMA1_SMALL),
     "13b": (LlamaConfig(5120, 40, 40, 40, 13824, 32000, 2048, 1e-6), LLAMA1_SMALL),
     "33b": (LlamaConfig(6656, 60, 52, 52, 17920, 32000, 2048, 1e-6), LLAMA1_LARGE),
