@@ -754,8 +754,9 @@ def main(argv: list[str]) -> None:
         say(f"{source['path']}: {source['train_tokens']:,} tokens, read {epochs:.2f} times")
     bos_id = tokenizer.bos_id if args.document_mask else None
     train(args, run, folder, model, batches, recipe, bos_id, peak)
-    sample = sample_texts(model.eval(), tokenizer, [""], 120, Sampling(seed=args.seed))[0]
-    print(f"--- a sample of {folder}\n{sample.text}")
+    prompt = "" if args.data or args.mixture else "class"  # the default text is Python
+    sample = sample_texts(model.eval(), tokenizer, [prompt], 120, Sampling(seed=args.seed))[0]
+    print(f"--- a sample of {folder}\n{prompt}{sample.text}")
 
 
 if __name__ == "__main__":
