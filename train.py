@@ -744,6 +744,8 @@ def main(argv: list[str]) -> None:
         run["steps"] = args.steps or math.ceil(recipe.train_tokens / recipe.batch_tokens)
     elif run.get("minutes") != minutes or "steps" not in run:
         step_s, _ = timed_steps(args, model, recipe, 5)
+        count = max(5, int(1.2 * minutes / step_s))  # a fiftieth of the time, to be sure of it
+        step_s, _ = timed_steps(args, model, recipe, count)
         left = 60 * minutes - (time.perf_counter() - started) - 5
         run |= {"minutes": minutes, "steps": max(10, int(left / (1.12 * step_s)))}  # evaluations
         model.init_weights(args.seed)
