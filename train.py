@@ -706,7 +706,7 @@ def parser() -> Parser:
                    help="to compute in; weights stay fp32; auto: bf16 where the processor has it")
     g = p.add_argument_group("run")
     g.add_argument("--out", metavar="DIR", help="default: runs/SIZE")
-    g.add_argument("--fresh", action="store_true", help="start over: what a run left in DIR is removed")
+    g.add_argument("--fresh", action="store_true", help="start over: a run in DIR is removed")
     g.add_argument("--eval-every", type=whole, metavar="N", help="steps")
     g.add_argument("--save-every", type=whole, metavar="N", help="steps between states")
     g.add_argument("--bench", type=whole, metavar="N", help="no run: the speed of N steps")
