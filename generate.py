@@ -227,9 +227,7 @@ def token_nll(model: Llama, ids: list[int]) -> Tensor:
     step, done, parts = max(1, context // 2), 0, []
     for start in range(0, len(ids) - 1, step):
         window = torch.tensor(ids[start:start + context + 1], device=device)
-        h = model.hidden(window[None, :-1])[0]
-        nll = torch.cat([F.cross_entropy(model.logits(part), targets, reduction="none")  # not T x V
-                         for part, targets in zip(h.split(512), window[1:].split(512))])
+        nll = model.nll(window[None, :-1], window[None, 1:])[0]
         parts.append(nll[done - start:].cpu())
         done = start + len(nll)
         if done == len(ids) - 1:

@@ -29,6 +29,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 2**23  # 64 MB in fp32: larger is no faster, and smaller products are slower
 
 # ---------------------------------------------------------------------------------------------
 # Sizes and recipes (LLaMA Table 2, Llama 2 Table 1 and appendix, Llama 3 Table 3, model cards)
@@ -156,16 +160,33 @@ SIZES = {  # D, L, H, K, F, V, context, eps, theta, factor, tied
 # The pieces (LLaMA, section 2.2)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def fp32(x: Tensor) -> Tensor:
+    """x in fp32; float64 stays, for gradcheck."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, r: Tensor | None = None
+             ) -> tuple[Tensor, Tensor]:
     """RMSNorm (section 2.2, "Pre-normalization"; Zhang and Sennrich 2019).
 
-        y_i = g_i x_i / sqrt( (1/D) sum_j x_j^2 + eps )
+        y_i = g_i r x_i,   r = 1 / sqrt( (1/D) sum_j x_j^2 + eps )
 
-    x (..., D), weight g (D,) -> (..., D). In fp32, rounded to the type of x before the weight.
+    x (..., D), weight g (D,) -> y (..., D), r (..., 1). In fp32, rounded to the type of x before
+    the weight. A backward that kept r gives it back, and y is recomputed from it.
     """
-    x32 = x.float()
-    normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight.to(x.dtype)
+    if r is None:
+        r = torch.rsqrt(fp32(x).pow(2).mean(-1, keepdim=True) + eps)
+    return (x * r).to(x.dtype) * weight.to(x.dtype), r
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, r: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """dx (..., D) and dg (D,) of rms_norm. With n = r x and dn = g dy, from dr/dx_i = -r^3 x_i / D:
+
+        dx = r ( dn - n (1/D) sum_j n_j dn_j ),   dg = sum over tokens of dy n
+    """
+    n, dn = x * r, fp32(dy) * weight
+    dx = (dn - n * (n * dn).mean(-1, keepdim=True)) * r
+    return dx.to(x.dtype), (dy * n).flatten(0, -2).sum(0)
 
 
 def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
@@ -188,8 +209,9 @@ def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
 
 
 def rope_table(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angle p f_i for each position p; positions (...) -> two of (..., E/2)."""
-    angle = positions[..., None].float() * rope_frequencies(config, positions.device)
+    """cos and sin of the angle p f_i for each position p; positions (T,) or (B, T) -> two of
+    (T, 1, E/2) or (B, T, 1, E/2), the same for every head."""
+    angle = positions[..., None, None].float() * rope_frequencies(config, positions.device)
     return angle.cos(), angle.sin()
 
 
@@ -199,10 +221,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         [y_2i  ]   [cos p f_i   -sin p f_i] [x_2i  ]
         [y_2i+1] = [sin p f_i    cos p f_i] [x_2i+1]
 
-    x (B, H or K, T, E), cos and sin (T, E/2) or (B, 1, T, E/2) -> like x. The rotation is
-    orthogonal: with -sin it is its own inverse, and its backward.
+    x (B, T, H or K, E), cos and sin of rope_table -> like x. The rotation R_p is orthogonal: with
+    -sin it is its own inverse, and its backward. q k^T = x_q R_(s-p) x_k knows distances alone, so
+    a document may begin at any position: its logits are the same.
     """
-    x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    x0, x1 = fp32(x).unflatten(-1, (-1, 2)).unbind(-1)
     y = torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1)
     return y.flatten(-2).to(x.dtype)
 
@@ -215,61 +238,221 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
     return F.silu(a) * b
 
 
-def visible(positions: Tensor, n_keys: int, boundaries: list[int] | None = None) -> Tensor:
+def swiglu_backward(dy: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """da and db of swiglu, all (..., F). With s = sigmoid(a):
+
+        da = dy b s (1 + a (1 - s)),   db = dy a s
+    """
+    return torch.ops.aten.silu_backward(dy * b, a), dy * F.silu(a)
+
+
+# Attention, three times: its equation, the equation in tiles, and the fused kernel. Each is a pair:
+#   forward(q, k, v, positions, boundaries) -> o, lse        q, o (B, H, T, E), k, v (B, K, S, E)
+#   backward(do, q, k, v, o, lse, boundaries) -> dq, dk, dv  in training, where S = T
+# lse (B, H, T), the logsumexp of the scores, is all that backward needs to have A again. Query
+# head h reads key/value head h // (H/K). positions (T,), or (B, T) where rows differ. boundaries:
+# where documents begin in the B*T tokens laid end to end, 0 and every row's first token among
+# them, then B*T, as int32; only without a cache, where S = T.
+
+
+def first_visible(positions: Tensor, boundaries: Tensor | None) -> Tensor:
+    """The first key that each query sees, like positions or (B, T): 0, or its document's first
+    token (Llama 3, section 3.2). The last one is its own position."""
+    if boundaries is None:
+        return torch.zeros_like(positions)
+    T = positions.shape[-1]
+    token = torch.arange(boundaries[-1], device=positions.device)
+    start = boundaries[torch.bucketize(token, boundaries, right=True) - 1]
+    return (start % T).view(-1, T)
+
+
+def visible(positions: Tensor, first: Tensor, keys: Tensor) -> Tensor:
     """The mask of attention: may the query at position p see the key at position s?
 
-        s <= p  and, with a document mask, both in the same document (Llama 3, section 3.2)
+        first visible <= s <= p
 
-    positions (T,), or (B, 1, T) where rows differ -> bool (T, S) or (B, 1, T, S), S = n_keys.
-    boundaries: where documents begin in the B*T tokens laid end to end, 0 and every row's first
-    token among them, then B*T; only without a cache, where S = T.
+    positions and first (T,) or (B, T), keys (S,) -> bool (T, S) or (B, 1, T, S).
     """
-    mask = torch.arange(n_keys, device=positions.device) <= positions[..., None]
-    if boundaries is None:
-        return mask
-    starts = torch.tensor(boundaries[1:-1], dtype=torch.long, device=positions.device)
-    document = torch.bucketize(torch.arange(boundaries[-1], device=positions.device), starts,
-                               right=True).view(-1, 1, n_keys)
-    return mask & (document[..., None] == document[..., None, :])
+    mask = (first[..., None] <= keys) & (keys <= positions[..., None])
+    return mask if mask.dim() == 2 else mask[:, None]
+
+
+def masked_scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """q k^T / sqrt(E) where the mask is true, else -inf: (B, H, T, S) in fp32."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return (fp32(q @ k.mT) / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
+
+
+def weighted_values(p: Tensor, v: Tensor) -> Tensor:
+    """p v with each key/value head read by its H/K query heads: (B, H, T, S) -> (B, H, T, E)."""
+    return p.to(v.dtype) @ v.repeat_interleave(p.shape[1] // v.shape[1], dim=1)
 
 
 def attention_equation(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
-                       boundaries: list[int] | None = None) -> Tensor:
+                       boundaries: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention as its equation says (Vaswani et al. 2017, equation 1), to read.
 
-        A = softmax( q k^T / sqrt(E) + mask ),  o = A v,   mask 0 where visible, else -inf
+        S = q k^T / sqrt(E) + mask,   A = softmax(S),   o = A v,   lse = log sum exp S
 
-    q (B, H, T, E), k and v (B, K, S, E) -> (B, H, T, E). Query head h reads key/value head
-    h // (H/K). Softmax in fp32. Holds T x S numbers a head: see attention_fused.
+    mask 0 where visible, else -inf. Softmax in fp32. Holds T x S numbers a head.
     """
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1])
-    mask = visible(positions, k.shape[2], boundaries)
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v
+    keys = torch.arange(k.shape[2], device=k.device)
+    scores = masked_scores(q, k, visible(positions, first_visible(positions, boundaries), keys))
+    return weighted_values(scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def tile_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
+                  mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the scores of some queries and some keys (all of them, or a tile) give to dq, dk, dv.
+
+        A = exp(S - lse)   dv = A^T do   dA = do v^T   dS = A (dA - delta)
+        dq = dS k / sqrt(E)   dk = dS^T q / sqrt(E)
+
+    delta (B, H, T) = sum_e do_e o_e, which is the sum over s of A dA in softmax's own backward.
+    """
+    groups = q.shape[1] // k.shape[1]
+    a = (masked_scores(q, k, mask) - lse[..., None]).exp()
+    da = fp32(do @ v.repeat_interleave(groups, dim=1).mT)
+    ds = (a * (da - delta[..., None]) / math.sqrt(q.shape[-1])).to(q.dtype)
+    dk, dv = ds.mT @ q, a.to(do.dtype).mT @ do
+    dk, dv = (d.unflatten(1, (-1, groups)).sum(2) for d in (dk, dv))  # over the heads that read it
+    return weighted_values(ds, k), dk, dv
+
+
+def attention_equation_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+                                boundaries: Tensor | None = None) -> tuple[Tensor, ...]:
+    """dq, dk, dv of attention_equation: one tile that holds everything."""
+    positions = torch.arange(q.shape[2], device=q.device)
+    mask = visible(positions, first_visible(positions, boundaries), positions)
+    return tile_backward(do, q, k, v, lse, (fp32(do) * o).sum(-1), mask)
+
+
+def tiles(positions: Tensor, boundaries: Tensor | None, n_keys: int, size: int):
+    """Every block of `size` queries with its tiles, (keys, mask), in which one of them sees one."""
+    first = first_visible(positions, boundaries)
+    keys = torch.arange(n_keys, device=positions.device)
+    for block in torch.arange(positions.shape[-1]).split(size):
+        rows = slice(int(block[0]), int(block[-1]) + 1)
+        low, high = int(first[..., rows].min()), int(positions[..., rows].max())
+        columns = [slice(j, min(j + size, high + 1)) for j in range(low, high + 1, size)]
+        yield rows, [(c, visible(positions[..., rows], first[..., rows], keys[c])) for c in columns]
+
+
+def attention_tiled(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
+                    boundaries: Tensor | None = None, size: int = 128) -> tuple[Tensor, Tensor]:
+    """The equation with an online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al.
+    2022, algorithm 1): never T x S numbers, only size x size tiles, and none that is all masked.
+
+    Over the tiles of a block of queries, with m the largest score so far, l = sum exp(S - m) and
+    u = sum exp(S - m) v:
+
+        m' = max(m, max S)   c = exp(m - m')   l' = c l + sum exp(S - m')   u' = c u + exp(S - m') v
+
+    At the end o = u / l and lse = m + log l.
+    """
+    blocks = []
+    for rows, columns in tiles(positions, boundaries, k.shape[2], size):
+        u = l = torch.zeros((), device=q.device)
+        m = u - 1e30  # finite: in one tile a query may see nothing
+        for here, mask in columns:
+            scores = masked_scores(q[:, :, rows], k[:, :, here], mask)
+            before, m = m, torch.maximum(m, scores.amax(-1, keepdim=True))
+            p, c = (scores - m).exp(), (before - m).exp()
+            l = c * l + p.sum(-1, keepdim=True)
+            u = c * u + weighted_values(p, v[:, :, here])
+        blocks.append(((u / l).to(q.dtype), (m + l.log())[..., 0]))
+    o, lse = (torch.cat(parts, dim=2) for parts in zip(*blocks))
+    return o, lse
+
+
+def attention_tiled_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+                             boundaries: Tensor | None = None, size: int = 128
+                             ) -> tuple[Tensor, ...]:
+    """dq, dk, dv of attention_tiled, tile by tile from lse (Dao et al. 2022, algorithm 4)."""
+    positions, delta = torch.arange(q.shape[2], device=q.device), (fp32(do) * o).sum(-1)
+    dq, dk, dv = (torch.zeros_like(z, dtype=delta.dtype) for z in (q, k, v))
+    for rows, columns in tiles(positions, boundaries, k.shape[2], size):
+        for here, mask in columns:
+            parts = tile_backward(do[:, :, rows], q[:, :, rows], k[:, :, here], v[:, :, here],
+                                  lse[:, :, rows], delta[:, :, rows], mask)
+            for whole, where, part in zip((dq, dk, dv), (rows, here, here), parts):
+                whole[:, :, where] += part
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+def has_flash(q: Tensor) -> bool:
+    """May the two flash kernels below be called by hand on tensors like q?"""
+    return q.device.type == "cpu" or (
+        q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0))
+
+
+def by_document(T: int, boundaries: Tensor | None, *tensors: Tensor):
+    """Views (1, heads, t, ...) of (B, heads, T, ...) on every document, together; whole if None."""
+    if boundaries is None:
+        return [tensors]
+    ends = boundaries.tolist()
+    return [[x[start // T:start // T + 1, :, start % T:start % T + end - start] for x in tensors]
+            for start, end in zip(ends, ends[1:])]
 
 
 def attention_fused(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
-                    boundaries: list[int] | None = None) -> Tensor:
-    """The same function by the fused kernel (section 2.4: the weights are never stored, and scores
-    that the causal mask hides are not computed). Documents are taken one by one."""
-    attend = partial(F.scaled_dot_product_attention, enable_gqa=True)
-    if boundaries is not None:
-        parts = []
-        for start, end in zip(boundaries, boundaries[1:]):
-            b, t = divmod(start, q.shape[2])
-            here = (slice(b, b + 1), slice(None), slice(t, t + end - start))
-            parts.append(attend(q[here], k[here], v[here], is_causal=True))
-        o = torch.cat(parts, dim=2).squeeze(0)  # (H, B T, E)
-        return o.unflatten(1, (-1, q.shape[2])).transpose(0, 1)
-    one_for_all = positions.dim() == 1
-    if one_for_all and q.shape[2] == k.shape[2]:
-        return attend(q, k, v, is_causal=True)
-    if one_for_all and q.shape[2] == 1:
-        return attend(q, k, v)  # the newest token sees everything
-    return attend(q, k, v, attn_mask=visible(positions, k.shape[2]))
+                    boundaries: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The same function by fused kernels (section 2.4: the weights are never stored, and scores
+    that the mask hides are not computed). Documents: one by one on a CPU, by the kernel for
+    sequences of any length on CUDA. lse is None where no flash kernel gives it."""
+    flash, T = torch.ops.aten, q.shape[2]
+    if positions.dim() > 1 or T != k.shape[2] or not has_flash(q):
+        one = positions.dim() == 1 and T == 1  # the newest token sees everything
+        keys = torch.arange(k.shape[2], device=k.device)
+        mask = None if one else visible(positions, first_visible(positions, boundaries), keys)
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True), None
+    if q.device.type == "cpu":
+        kernel = partial(flash._scaled_dot_product_flash_attention_for_cpu, is_causal=True)
+        parts = [kernel(*part) for part in by_document(T, boundaries, q, k, v)]
+        if boundaries is None:
+            return parts[0]
+        o, lse = (torch.cat(part, dim=2).squeeze(0) for part in zip(*parts))  # (heads, B T, ...)
+        return o.unflatten(1, (-1, T)).transpose(0, 1), lse.unflatten(1, (-1, T)).transpose(0, 1)
+    rows = 1 if boundaries is None else 2
+    laid = [x.transpose(1, 2).flatten(0, rows - 1) for x in (q, k, v)]
+    o, lse, *_ = flash._flash_attention_forward(*laid, boundaries, boundaries, T, T, 0.0, True,
+                                                False)
+    return o.view(-1, T, *o.shape[-2:]).transpose(1, 2), lse
 
 
-ATTENTION = {"fused": attention_fused, "equation": attention_equation}
+def attention_fused_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor,
+                             lse: Tensor | None, boundaries: Tensor | None = None
+                             ) -> tuple[Tensor, ...]:
+    """dq, dk, dv by the kernels' own backward; without lse, by autograd on the forward again."""
+    flash, T = torch.ops.aten, q.shape[2]
+    if lse is None:
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            again, _ = attention_fused(*inputs, torch.arange(T, device=q.device), boundaries)
+        return torch.autograd.grad(again, inputs, do)
+    if q.device.type == "cpu":
+        kernel = partial(flash._scaled_dot_product_flash_attention_for_cpu_backward, dropout_p=0.0,
+                         is_causal=True)
+        if boundaries is None:
+            return kernel(do, q, k, v, o, lse)
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        for *part, dq, dk, dv in by_document(T, boundaries, do, q, k, v, o, lse, *grads):
+            for whole, d in zip((dq, dk, dv), kernel(*part)):
+                whole.copy_(d)
+        return tuple(grads)
+    rows = 1 if boundaries is None else 2
+    laid = [x.transpose(1, 2).flatten(0, rows - 1) for x in (do, q, k, v, o)]
+    random = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none
+    grads = flash._flash_attention_backward(*laid, lse, boundaries, boundaries, T, T, 0.0, True,
+                                            random, random)
+    return tuple(d.view(-1, T, *d.shape[-2:]).transpose(1, 2) for d in grads)
+
+
+BACKWARD = ("manual", "autograd", "recompute")
+ATTENTION = {"fused": (attention_fused, attention_fused_backward),
+             "tiled": (attention_tiled, attention_tiled_backward),
+             "equation": (attention_equation, attention_equation_backward)}
 
 # ---------------------------------------------------------------------------------------------
 # The layer and the model
@@ -292,7 +475,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)[0]
 
 
 class Attention(nn.Module):
@@ -308,10 +491,11 @@ class Attention(nn.Module):
         self.wo = Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        split = (-1, self.head_dim)  # (B, T, H E) -> (B, H, T, E), local heads only
-        q, k, v = (w(x).unflatten(-1, split).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-        o = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
-        return self.wo(o.transpose(1, 2).flatten(2))  # (B, H, T, E) -> (B, T, D)
+        split = (-1, self.head_dim)  # (B, T, H E) -> (B, T, H, E), local heads only
+        q, k, v = (w(x).unflatten(-1, split) for w in (self.wq, self.wk, self.wv))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        o, _ = attend(*(z.transpose(1, 2) for z in (q, k, v)))  # (B, H, T, E)
+        return self.wo(o.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -340,9 +524,95 @@ class Layer(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend, attend_backward=None) -> Tensor:
+        """attend(q, k, v) -> o, lse; with attend_backward, the layer's own backward by hand."""
+        if attend_backward is not None:
+            a, f = self.attention, self.feed_forward
+            modules = (self.attention_norm, a.wq, a.wk, a.wv, a.wo, self.ffn_norm, f.w1, f.w2, f.w3)
+            return LayerByHand.apply(x, cos, sin, attend, attend_backward, a.head_dim,
+                                     self.ffn_norm.eps, *(m.weight for m in modules))
         h = x + self.attention(self.attention_norm(x), cos, sin, attend)
         return h + self.feed_forward(self.ffn_norm(h))
+
+
+class LayerByHand(torch.autograd.Function):
+    """The layer with its backward written out (section 2.4): what linear layers put out is saved,
+    what is cheap is computed again.
+
+    Forward, R the rotation of apply_rope:
+
+        n = rms_norm(x)    q, k, v = R(n Wq^T), R(n Wk^T), n Wv^T    o, lse = attention(q, k, v)
+        h = x + o Wo^T     m = rms_norm(h)    a, b = m W1^T, m W3^T    s = swiglu(a, b)
+        y = h + s W2^T
+
+    Backward, dz for the gradient of the loss by z. A product z = u W^T gives du = dz W and, summed
+    over tokens, dW = dz^T u; a sum hands its gradient to both terms:
+
+        ds = dy W2              dW2 = dy^T s             da, db = swiglu_backward(ds)
+        dm = da W1 + db W3      dW1 = da^T m             dW3 = db^T m
+        dh = dy + rms_norm_backward(dm)
+        do = dh Wo              dWo = dh^T o             dq, dk, dv = attention_backward(do)
+        dq, dk = R^-1(dq), R^-1(dk)
+        dn = dq Wq + dk Wk + dv Wv                       dWq, dWk, dWv = dq^T n, dk^T n, dv^T n
+        dx = dh + rms_norm_backward(dn)
+
+    A token's bytes in a layer of 7B in bf16 (D = 4096, F = 11008, H = K = 32, E = 128):
+
+        saved                           elements           bytes
+        x, q, o, h                      4 D                32,768
+        k, v                            2 K E              16,384
+        a, b                            2 F                44,032     93,184 so far
+        lse, r of each norm             H + 2, in fp32        136     93,320 in all
+        computed again: n, m, s = D + D + F, and attention's weights, 2 T H
+
+    Autograd keeps 153,600 and more. Frozen weights have no gradient computed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, attend, attend_backward, head_dim, eps, *weights):
+        g_n, wq, wk, wv, wo, g_m, w1, w2, w3 = (w.to(x.dtype) for w in weights)
+        n, r_n = rms_norm(x, g_n, eps)
+        q, k, v = (F.linear(n, w).unflatten(-1, (-1, head_dim)) for w in (wq, wk, wv))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, T, H, E) -> (B, H, T, E)
+        o, lse = attend(q, k, v)
+        h = x + F.linear(o.transpose(1, 2).flatten(2), wo)
+        m, r_m = rms_norm(h, g_m, eps)
+        a, b = F.linear(m, w1), F.linear(m, w3)
+        ctx.save_for_backward(x, r_n, q, k, v, o, lse, h, r_m, a, b, cos, sin, *weights)
+        ctx.attend_backward = attend_backward
+        return h + F.linear(swiglu(a, b), w2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, r_n, q, k, v, o, lse, h, r_m, a, b, cos, sin, *weights = ctx.saved_tensors
+        g_n, wq, wk, wv, wo, g_m, w1, w2, w3 = (w.to(dy.dtype) for w in weights)
+        wanted = iter(ctx.needs_input_grad[-len(weights):])
+
+        def by_weight(dz: Tensor, u: Tensor, wanted: bool) -> Tensor | None:
+            return dz.flatten(0, 1).T @ u.flatten(0, 1) if wanted else None
+
+        need_n, need_q, need_k, need_v, need_o, need_m, need_1, need_2, need_3 = wanted
+        da, db = swiglu_backward(dy @ w2, a, b)
+        dw2 = by_weight(dy, swiglu(a, b), need_2)
+        dm = da @ w1 + db @ w3
+        m, _ = rms_norm(h, g_m, 0, r_m)
+        dw1, dw3 = by_weight(da, m, need_1), by_weight(db, m, need_3)
+        dh, dg_m = rms_norm_backward(dm, h, r_m, g_m)
+        dh += dy
+        do = (dh @ wo).unflatten(-1, (-1, q.shape[-1])).transpose(1, 2)
+        dwo = by_weight(dh, o.transpose(1, 2).flatten(2), need_o)
+        dq, dk, dv = (d.transpose(1, 2) for d in ctx.attend_backward(do, q, k, v, o, lse))
+        dq, dk = apply_rope(dq, cos, -sin), apply_rope(dk, cos, -sin)
+        dq, dk, dv = (d.flatten(2) for d in (dq, dk, dv))
+        dn = dq @ wq + dk @ wk + dv @ wv
+        n, _ = rms_norm(x, g_n, 0, r_n)
+        dwq, dwk, dwv = (by_weight(d, n, need) for d, need in ((dq, need_q), (dk, need_k),
+                                                               (dv, need_v)))
+        dx, dg_n = rms_norm_backward(dn, x, r_n, g_n)
+        dx += dh
+        return (dx, *[None] * 6, dg_n, dwq, dwk, dwv, dwo, dg_m, dw1, dw2, dw3)
 
 
 class KVCache:
@@ -359,11 +629,11 @@ class KVCache:
         self.lengths = [0] * batch
 
     def positions(self, T: int) -> Tensor:
-        """Positions of the next T tokens: (T,) if all rows are as long, else (B, 1, T)."""
+        """Positions of the next T tokens: (T,) if all rows are as long, else (B, T)."""
         new = torch.arange(T, device=self.k.device)
         if len(set(self.lengths)) == 1:
             return new + self.lengths[0]
-        return new + torch.tensor(self.lengths, device=self.k.device)[:, None, None]
+        return new + torch.tensor(self.lengths, device=self.k.device)[:, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Puts k and v (B, K, T, E) at their positions; all of the layer's, two of (B, K, S, E)."""
@@ -373,7 +643,7 @@ class KVCache:
                 cache[:, :, self.lengths[0]:end] = new
             else:
                 row = torch.arange(len(cache), device=cache.device)[:, None]
-                cache[row, :, positions[:, 0]] = new.transpose(1, 2)
+                cache[row, :, positions] = new.transpose(1, 2)
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
@@ -383,14 +653,17 @@ class Llama(nn.Module):
         p(token t+1 | tokens 0..t) = softmax( Wo RMSNorm(h_L) )_t
 
     attention names an entry of ATTENTION; dtype is the type to compute in (None: that of the
-    weights), while norms, softmax and loss are in fp32.
+    weights), while norms, softmax and loss are in fp32. backward: `manual` is LayerByHand,
+    `autograd` torch's own, `recompute` keeps the input of each layer alone and computes the rest
+    again (Chen et al. 2016).
     """
 
-    def __init__(self, config: LlamaConfig, attention: str = "fused",
+    def __init__(self, config: LlamaConfig, attention: str = "fused", backward: str = "manual",
                  dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
         self.attention = ATTENTION[attention]
+        self.backward = backward
         self.dtype = dtype
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
@@ -424,7 +697,7 @@ class Llama(nn.Module):
             p.copy_(torch.empty(p.shape).normal_(0, std, generator=random))
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None,
-               boundaries: list[int] | None = None) -> Tensor:
+               boundaries: Tensor | None = None) -> Tensor:
         """What the output projection reads: tokens (B, T) -> RMSNorm(h_L), (B, T, D).
 
         With a cache, tokens go on from what it holds, and it grows by T in every row.
@@ -432,36 +705,97 @@ class Llama(nn.Module):
         T = tokens.shape[1]
         positions = torch.arange(T, device=tokens.device) if cache is None else cache.positions(T)
         cos, sin = rope_table(self.config, positions)
+        attention, attention_backward = self.attention
+        by_hand = None
+        if self.backward == "manual" and cache is None and torch.is_grad_enabled():
+            by_hand = partial(attention_backward, boundaries=boundaries)
         h = self.tok_embeddings(tokens)
         h = h.to(self.dtype or h.dtype)
         for i, layer in enumerate(self.layers):
-            def attend(q: Tensor, k: Tensor, v: Tensor, i: int = i) -> Tensor:
+            def attend(q: Tensor, k: Tensor, v: Tensor, i: int = i) -> tuple[Tensor, Tensor | None]:
                 if cache is not None:
                     k, v = cache.append(i, k, v, positions)
-                return self.attention(q, k, v, positions, boundaries)
+                return attention(q, k, v, positions, boundaries)
 
-            h = layer(h, cos, sin, attend)
+            if self.backward == "recompute" and torch.is_grad_enabled():
+                h = checkpoint(layer, h, cos, sin, attend, use_reentrant=False)
+            else:
+                h = layer(h, cos, sin, attend, by_hand)
         if cache is not None:
             cache.lengths = [length + T for length in cache.lengths]
         return self.norm(h)
 
     def logits(self, h: Tensor) -> Tensor:
         """Scores of the next token in fp32: (..., D) -> (..., V)."""
-        output = self.tok_embeddings if self.output is None else self.output
-        return F.linear(h, output.weight.to(h.dtype)).float()
+        return fp32(F.linear(h, self.output_weight.to(h.dtype)))
+
+    @property
+    def output_weight(self) -> Tensor:
+        return (self.tok_embeddings if self.output is None else self.output).weight
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None,
-                boundaries: list[int] | None = None) -> Tensor:
+                boundaries: Tensor | None = None) -> Tensor:
         """tokens (B, T) -> logits (B, T, V) in fp32."""
         return self.logits(self.hidden(tokens, cache, boundaries))
 
-    def loss(self, tokens: Tensor, targets: Tensor, boundaries: list[int] | None = None) -> Tensor:
+    def nll(self, tokens: Tensor, targets: Tensor, boundaries: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood of each target in nats: two of (B, T) -> (B, T), no gradient."""
+        h = self.hidden(tokens, boundaries=boundaries).flatten(0, 1)
+        return next_token_nll(h, self.output_weight, targets.flatten())[0].view_as(targets)
+
+    def loss(self, tokens: Tensor, targets: Tensor, boundaries: Tensor | None = None) -> Tensor:
         """Mean negative log-likelihood of the targets in nats: two of (B, T) -> scalar.
 
             loss = -1/(B T) sum log p(target | tokens up to here)
         """
-        logits = self(tokens, boundaries=boundaries)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        h = self.hidden(tokens, boundaries=boundaries).flatten(0, 1)
+        return MeanLoss.apply(h, self.output_weight, targets.flatten())
+
+
+def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor, wanted=(False, False)
+                   ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Cross entropy of the output projection, and in the same pass the gradient of its mean, for
+    some rows at a time: the N x V logits are never all in memory.
+
+        z = h W^T    p = softmax(z)    nll_i = -log p_i,target
+        dz = (p - onehot(target)) / N    dh = dz W    dW = dz^T h
+
+    h (N, D), W (V, D), targets (N,) -> nll (N,) in fp32, and dh (N, D), dW (V, D) where wanted.
+    """
+    w, rows = weight.to(h.dtype), max(1, LOGITS_AT_ONCE // len(weight))
+    nll = torch.empty(len(h), dtype=fp32(h[:0]).dtype, device=h.device)
+    dh = torch.empty_like(h) if wanted[0] else None
+    dw = None
+    for at in range(0, len(h), rows):
+        here = slice(at, at + rows)
+        log_p, target = fp32(F.linear(h[here], w)).log_softmax(-1), targets[here, None]
+        nll[here] = -log_p.gather(1, target)[:, 0]
+        if not any(wanted):
+            continue
+        dz = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=nll.dtype))
+        dz = dz.div_(len(h)).to(h.dtype)
+        if dh is not None:
+            dh[here] = dz @ w
+        if wanted[1]:
+            part = dz.T @ h[here]
+            dw = part if dw is None else fp32(dw).add_(part)  # one chunk alone needs no sum
+    return nll, dh, dw
+
+
+class MeanLoss(torch.autograd.Function):
+    """The mean of next_token_nll, whose gradient is there before backward asks for it."""
+
+    @staticmethod
+    def forward(ctx, h, weight, targets):
+        nll, dh, dw = next_token_nll(h, weight, targets, ctx.needs_input_grad[:2])
+        ctx.save_for_backward(dh, dw)
+        return nll.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        # In place, to spare a copy: torch refuses a second backward, which would be scaled twice.
+        return *(None if d is None else d.mul_(dloss) for d in ctx.saved_tensors), None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import sys
 import time
 import unicodedata
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +37,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import generate
 import llama
 import tokenizer
 import train
 from generate import Sampling
-from llama import SIZES, KVCache, Llama, LlamaConfig, Recipe
+from llama import SIZES, KVCache, LayerByHand, Llama, LlamaConfig, Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 HERE = Path(__file__).resolve().parent
@@ -61,6 +66,41 @@ def tokens(*shape, vocab=97, seed=0):
 
 def close(found, wanted, atol=1e-5):
     torch.testing.assert_close(found, wanted, atol=atol, rtol=1e-4, check_dtype=False)
+
+
+def starts(*tokens):
+    """Boundaries: where documents begin in the tokens of a batch laid end to end, and the end."""
+    return torch.tensor(tokens, dtype=torch.int32)
+
+
+def check_pair(forward, backward, *shapes):
+    """backward(dy, *x, *forward(*x)) against numerical derivatives in float64."""
+    class Pair(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *x):
+            y, *rest = forward(*x)
+            ctx.known = (*x, y.detach(), *rest)
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            return backward(dy, *ctx.known)
+    x = [noise(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(Pair.apply, [z.requires_grad_() for z in x])
+
+
+class Calls(TorchDispatchMode):
+    """Notes the arguments of every operation inside, by its name, and all shapes that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.args, self.shapes = {}, []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        self.args.setdefault(operation.__name__, []).append(args)
+        self.shapes += [x.shape for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+        return made
 
 
 def random_model(config, seed=1, **options):
@@ -130,9 +170,9 @@ class TestSizes:
 class TestRMSNorm:
     def test_equation(self):
         x, g = noise(3, 5, 48), noise(48, seed=1)
-        close(llama.rms_norm(x, g, 1e-5), F.rms_norm(x, (48,), g, 1e-5))
+        close(llama.rms_norm(x, g, 1e-5)[0], F.rms_norm(x, (48,), g, 1e-5))
         tiny = x * 1e-3  # where eps is what counts
-        close(llama.rms_norm(tiny, g, 1e-5), F.rms_norm(tiny, (48,), g, 1e-5))
+        close(llama.rms_norm(tiny, g, 1e-5)[0], F.rms_norm(tiny, (48,), g, 1e-5))
         close(llama.RMSNorm(48, 0.5)(x), F.rms_norm(x, (48,), torch.ones(48), 0.5))
 
     def test_rounds_before_the_weight(self):
@@ -140,9 +180,15 @@ class TestRMSNorm:
         oracle = LlamaRMSNorm(48, 1e-5).bfloat16()
         oracle.weight.data = noise(48, seed=1, dtype=torch.bfloat16)
         x = noise(64, 48, dtype=torch.bfloat16) * 100
-        found = llama.rms_norm(x, oracle.weight, 1e-5)
+        found, r = llama.rms_norm(x, oracle.weight, 1e-5)
         assert found.dtype == torch.bfloat16 and torch.equal(found, oracle(x))
-        assert llama.rms_norm(x, oracle.weight.float(), 1e-5).dtype == torch.bfloat16
+        assert llama.rms_norm(x, oracle.weight.float(), 1e-5)[0].dtype == torch.bfloat16
+        assert r.dtype == torch.float32 and r.shape == (64, 1)
+        assert torch.equal(llama.rms_norm(x, oracle.weight, 0, r)[0], found)
+
+    def test_gradient(self):
+        check_pair(lambda x, g: llama.rms_norm(x, g, 0.1),
+                   lambda dy, x, g, y, r: llama.rms_norm_backward(dy, x, r, g), (2, 3, 5), (5,))
 
 
 def hf_order(w, n_heads):
@@ -175,8 +221,9 @@ class TestRoPE:
         torch.testing.assert_close(llama.rope_frequencies(config), oracle, rtol=1e-5, atol=0)
 
     def test_rotation_by_complex_numbers(self):
-        x, positions = noise(2, 4, 7, 12), torch.arange(3, 10)
-        angle = positions[:, None] * 1e4 ** (-torch.arange(0, 12, 2, dtype=torch.float64) / 12)
+        x, positions = noise(2, 7, 4, 12), torch.arange(3, 10)
+        f = 1e4 ** (-torch.arange(0, 12, 2, dtype=torch.float64) / 12)
+        angle = positions[:, None, None] * f
         z = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
         wanted = torch.view_as_real(z * torch.exp(1j * angle)).flatten(-2)
         cos, sin = llama.rope_table(replace(SMALL, dim=48), positions)
@@ -185,23 +232,29 @@ class TestRoPE:
     def test_transformers_rotation_after_the_permutation(self):
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-        x, positions = noise(1, 4, 9, 12), torch.arange(9)
-        halves = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        x, positions = noise(1, 9, 4, 12), torch.arange(9)
+        halves = x.transpose(1, 2).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         cos, sin = LlamaRotaryEmbedding(hf_config(SMALL))(x, positions[None])
         wanted = apply_rotary_pos_emb(halves, halves, cos, sin)[0]
         found = llama.apply_rope(x, *llama.rope_table(SMALL, positions))
-        close(found.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), wanted)
+        found = found.transpose(1, 2).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        close(found, wanted)
 
     def test_own_inverse_and_rows_of_their_own(self):
-        x = noise(2, 4, 7, 12)
-        cos, sin = llama.rope_table(SMALL, torch.arange(7) + torch.tensor([0, 5])[:, None, None])
-        assert cos.shape == (2, 1, 7, 6)
+        x = noise(2, 7, 4, 12)
+        cos, sin = llama.rope_table(SMALL, torch.arange(7) + torch.tensor([0, 5])[:, None])
+        assert cos.shape == (2, 7, 1, 6)
         y = llama.apply_rope(x, cos, sin)
         close(llama.apply_rope(y, cos, -sin), x)
         close(y[1:], llama.apply_rope(x[1:], *llama.rope_table(SMALL, torch.arange(5, 12))))
         half = llama.apply_rope(x.bfloat16(), cos, sin)
         assert half.dtype == torch.bfloat16
         torch.testing.assert_close(half.float(), y, atol=0.03, rtol=0.03)
+
+    def test_gradient(self):
+        cos, sin = llama.rope_table(replace(SMALL, dim=16), torch.arange(3, 6))
+        check_pair(lambda x: [llama.apply_rope(x, cos, sin)],
+                   lambda dy, x, y: llama.apply_rope(dy, cos, -sin), (2, 3, 2, 4))
 
 
 class TestSwiGLU:
@@ -219,52 +272,119 @@ class TestSwiGLU:
         x = noise(2, 3, 48)
         close(ours(x), oracle(x))
 
+    def test_gradient(self):
+        check_pair(lambda a, b: [llama.swiglu(a, b)],
+                   lambda dy, a, b, y: llama.swiglu_backward(dy, a, b), (3, 4), (3, 4))
 
-@pytest.mark.parametrize("attention", [llama.attention_equation, llama.attention_fused])
+
+TILED = [partial(f, size=4) for f in (llama.attention_tiled, llama.attention_tiled_backward)]
+
+
+def dense_mask(B, T, documents):
+    """Which key each query sees, (B, 1, T, T): none after it, none of another document."""
+    number = torch.tensor([sum(start <= i for start in documents) for i in range(B * T)])
+    number = number.view(B, 1, T)
+    return (number[..., None] == number[..., None, :]) & torch.ones(T, T).tril().bool()
+
+
+@pytest.fixture(params=["equation", "tiled", "fused", "fallback"])
+def attention(request, monkeypatch):
+    """The pair (forward, backward); fallback: what fused does where there is no flash kernel."""
+    if request.param == "fallback":
+        monkeypatch.setattr(llama, "has_flash", lambda q: False)
+    return {**llama.ATTENTION, "tiled": TILED}.get(request.param, llama.ATTENTION["fused"])
+
+
 class TestAttention:
-    @pytest.mark.parametrize("heads, kv_heads, T", [(4, 4, 9), (4, 2, 17), (6, 1, 5), (2, 2, 1)])
-    def test_equation(self, attention, heads, kv_heads, T):
-        q = noise(2, heads, T, 8)
+    @pytest.mark.parametrize("kv_heads, T, documents", [
+        (4, 9, None), (2, 17, None), (1, 5, None), (2, 1, None), (2, 9, [0, 4, 5, 9, 12, 18]),
+        (1, 9, [0, 9, 18]), (4, 33, [0, 33, 50, 66])])
+    def test_equation(self, attention, kv_heads, T, documents):
+        q, do = noise(2, 2, 4, T, 8)
         k, v = noise(2, 2, kv_heads, T, 8, seed=1)
-        wanted = torch.empty(2, heads, T, 8, dtype=torch.float64)
-        for h in range(heads):  # one query at a time, in float64
-            for t in range(T):
-                kv = h // (heads // kv_heads)
-                keys, values = k[:, kv, :t + 1].double(), v[:, kv, :t + 1].double()
-                scores = (keys @ q[:, h, t, :, None].double())[..., 0] / math.sqrt(8)
-                wanted[:, h, t] = (scores.softmax(-1)[:, None] @ values)[:, 0]
-        close(attention(q, k, v, torch.arange(T)), wanted.float())
+        mask = dense_mask(2, T, documents or [0, T])
+        exact = [x.double().requires_grad_() for x in (q, k, v)]
+        wanted = F.scaled_dot_product_attention(*exact, attn_mask=mask, enable_gqa=True)
+        boundaries = starts(*documents) if documents else None
+        o, lse = attention[0](q, k, v, torch.arange(T), boundaries)
+        close(o, wanted.float())
+        if lse is not None:
+            scores = q @ k.repeat_interleave(4 // kv_heads, 1).mT / math.sqrt(8)
+            close(lse, scores.masked_fill(~mask, -math.inf).logsumexp(-1))
+        found = attention[1](do, q, k, v, o, lse, boundaries)
+        for mine, theirs in zip(found, torch.autograd.grad(wanted, exact, do.double())):
+            close(mine, theirs.float())
 
     def test_later_queries_and_rows_of_different_length(self, attention):
+        def attend(*args):
+            return attention[0](*args)[0]
         q, k, v = noise(2, 4, 3, 8), noise(2, 2, 9, 8, seed=1), noise(2, 2, 9, 8, seed=2)
-        late = attention(q, k, v, torch.arange(6, 9))
-        full = attention(torch.cat([noise(2, 4, 6, 8, seed=3), q], 2), k, v, torch.arange(9))
+        late = attend(q, k, v, torch.arange(6, 9))
+        full = attend(torch.cat([noise(2, 4, 6, 8, seed=3), q], 2), k, v, torch.arange(9))
         close(late, full[:, :, 6:])
-        ragged = attention(q, k, v, torch.arange(3) + torch.tensor([6, 2])[:, None, None])
+        ragged = attend(q, k, v, torch.arange(3) + torch.tensor([6, 2])[:, None])
         close(ragged[:1], late[:1])
-        close(ragged[1:], attention(q[1:], k[1:, :, :5], v[1:, :, :5], torch.arange(2, 5)))
-        newest = attention(q[:, :, 2:], k, v, torch.arange(8, 9))
+        close(ragged[1:], attend(q[1:], k[1:, :, :5], v[1:, :, :5], torch.arange(2, 5)))
+        newest = attend(q[:, :, 2:], k, v, torch.arange(8, 9))
         close(newest, late[:, :, 2:])
+        close(attend(q[:, :, 2:], k, v, torch.tensor([[8], [4]])), ragged[:, :, 2:])
 
-    def test_document_mask(self, attention):
-        q, k, v = noise(2, 4, 9, 8), noise(2, 2, 9, 8, seed=1), noise(2, 2, 9, 8, seed=2)
-        found = attention(q, k, v, torch.arange(9), [0, 4, 5, 9, 12, 18])
-        close(attention(q, k, v, torch.arange(9), [0, 9, 18]), attention(q, k, v, torch.arange(9)))
-        for row, start, end in [(0, 0, 4), (0, 4, 5), (0, 5, 9), (1, 0, 3), (1, 3, 9)]:
-            part = (slice(row, row + 1), slice(None), slice(start, end))
-            close(found[part], F.scaled_dot_product_attention(
-                q[part], k[part], v[part], is_causal=True, enable_gqa=True))
+    @pytest.mark.parametrize("kv_heads, documents", [(2, None), (1, [0, 2, 5, 6, 10])])
+    def test_gradient(self, attention, kv_heads, documents):
+        options = {"boundaries": starts(*documents) if documents else None}
+        check_pair(partial(attention[0], positions=torch.arange(5), **options),
+                   partial(attention[1], **options), (2, 2, 5, 2), *[(2, kv_heads, 5, 2)] * 2)
 
-    def test_half_precision_and_gradient(self, attention):
-        q, k, v = (noise(1, 2, 33, 8, seed=s).requires_grad_() for s in range(3))
-        wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
-        grads = torch.autograd.grad(wanted.square().sum(), (q, k, v))
-        found = attention(q, k, v, torch.arange(33))
-        for mine, theirs in zip(torch.autograd.grad(found.square().sum(), (q, k, v)), grads):
-            close(mine, theirs)
-        half = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), torch.arange(33))
-        assert half.dtype == torch.bfloat16
-        torch.testing.assert_close(half.double(), wanted, atol=0.03, rtol=0.03)
+    def test_half_precision(self, attention):
+        q, k, v, do = (noise(1, 2, 33, 8, seed=s).requires_grad_() for s in range(4))
+        wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        half = [x.detach().bfloat16() for x in (q, k, v)]
+        o, lse = attention[0](*half, torch.arange(33))
+        grads = attention[1](do.detach().bfloat16(), *half, o, lse)
+        for mine, theirs in zip((o, *grads), (wanted, *torch.autograd.grad(wanted, (q, k, v), do))):
+            assert mine.dtype == torch.bfloat16
+            torch.testing.assert_close(mine.float(), theirs, atol=0.05, rtol=0.03)
+
+    @pytest.mark.parametrize("documents", [[0, 34, 68], [0, 3, 20, 34, 51, 68]])
+    def test_tiles_are_small_and_none_is_all_masked(self, documents):
+        forward, backward = TILED
+        q, k, v = noise(2, 2, 34, 8), *noise(2, 2, 1, 34, 8, seed=1)
+        seen = dense_mask(2, 34, documents).any(0)[0]
+        spans = [(rows.any(0).nonzero(), len(rows)) for rows in seen.split(4)]
+        scores = sum((keys.max() - keys.min() + 1).item() * rows for keys, rows in spans)
+        with FlopCounterMode(display=False) as first, Calls() as there:
+            o, lse = forward(q, k, v, torch.arange(34), starts(*documents))
+        with FlopCounterMode(display=False) as second, Calls() as back:
+            backward(o, q, k, v, o, lse, starts(*documents))
+        assert all(min(s[-2:]) <= 8 for s in there.shapes + back.shapes if len(s) > 1)
+        of_a_product = 2 * 2 * 2 * 8 * scores  # B H E multiplications and additions a score
+        assert first.get_total_flops() == 2 * of_a_product  # q k^T, A v
+        assert second.get_total_flops() == 5 * of_a_product  # and dv, dA, dq, dk
+
+    @pytest.mark.parametrize("kv_heads, documents", [(4, None), (2, [0, 5, 9, 18])])
+    def test_on_cuda(self, kv_heads, documents, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        with FakeTensorMode(), torch.device("cuda"), Calls() as seen:  # no memory, and no GPU
+            q, do = (torch.empty(2, 9, 4, 16, dtype=torch.bfloat16) for _ in "qo")
+            k, v = (torch.empty(2, 9, kv_heads, 16, dtype=torch.bfloat16) for _ in "kv")
+            q, k, v, do = (x.transpose(1, 2) for x in (q, k, v, do))
+            boundaries = torch.tensor(documents, dtype=torch.int32) if documents else None
+            o, lse = llama.attention_fused(q, k, v, torch.arange(9), boundaries)
+            grads = llama.attention_fused_backward(do, q, k, v, o, lse, boundaries)
+            assert not llama.has_flash(q.float())
+            assert not llama.has_flash(torch.empty(2, 4, 9, 12, dtype=q.dtype))
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+            assert not llama.has_flash(q)
+        facts = [(x.shape, x.dtype, x.device, x.stride()) for x in (o, *grads, q, q, k, v)]
+        assert facts[:4] == facts[4:]
+        assert lse.shape == ((4, 18) if documents else (2, 4, 9)) and lse.dtype == torch.float32
+        for direction, given in (("forward", (q, k, v)), ("backward", (do, q, k, v, o, lse))):
+            (args,), n = seen.args[f"_flash_attention_{direction}.default"], len(given)
+            for x, like in zip(args[:min(n, 5)], given):  # packed: no row's end in between
+                packed = like.transpose(1, 2).flatten(0, 1 if documents else 0)
+                assert (x.shape, x.stride()) == (packed.shape, packed.stride())
+            assert args[n] is args[n + 1] is boundaries  # the kernel's own document mask
+            assert args[n + 2:n + 6] == (9, 9, 0.0, True)  # longest, no dropout, causal
 
 
 class TestInitialisation:
@@ -347,12 +467,19 @@ class TestLlama:
         for name in llama.ATTENTION:
             other = Llama.create(SMALL, 0, attention=name)
             other.load_state_dict(model.state_dict())
-            other.loss(x, y, [0, 7, 20, 40]).backward()
+            other.loss(x, y, starts(0, 7, 20, 40)).backward()
             grads[name] = [p.grad for p in other.parameters()]
-        for one, two in zip(*grads.values()):
-            close(one, two)
-        alone = model(x[:1, 7:])  # what a document's logits are does not depend on where it stands
-        close(model(x, boundaries=[0, 7, 20, 40])[:1, 7:], alone, atol=1e-4)
+        for one, *others in zip(*grads.values()):
+            for other in others:
+                close(one, other)
+
+    def test_a_document_may_stand_anywhere(self):
+        model, x = random_model(SMALL), tokens(1, 60)
+        alone = model(x[:, 50:])
+        assert (model(x)[:, 50:] - alone).abs().max() > 0.1
+        for before in (1, 17, 50):
+            found = model(x[:, 50 - before:], boundaries=starts(0, before, before + 10))
+            close(found[:, before:], alone)
 
     def test_half_precision_computes_in_half_and_keeps_fp32_weights(self):
         model = random_model(SMALL, dtype=torch.bfloat16)
@@ -372,6 +499,190 @@ class TestLlama:
         assert model.loss(x, y).item() == pytest.approx(-chosen.mean().item(), rel=1e-5)
 
 
+def gradients(model, shape=(2, 19), documents=None):
+    """The losses of two batches, and the gradients that both together leave."""
+    found = []
+    for seed in (0, 1):
+        boundaries = starts(*documents) if documents else None
+        loss = model.loss(tokens(*shape, seed=seed), tokens(*shape, seed=seed + 2), boundaries)
+        loss.backward()
+        found.append(loss.detach())
+    return found + [p.grad for p in model.parameters()]
+
+
+class TestLayerByHand:
+    @pytest.mark.parametrize("kv_heads", [2, 1])
+    def test_gradient(self, kv_heads):
+        forward, backward = llama.ATTENTION["equation"]
+        tables = llama.rope_table(replace(SMALL, dim=16), torch.arange(3))
+        attend = partial(forward, positions=torch.arange(3), boundaries=starts(0, 1, 3, 6))
+        attend_backward = partial(backward, boundaries=starts(0, 1, 3, 6))
+        kv = (4 * kv_heads, 8)
+        shapes = [(2, 3, 8), (8,), (8, 8), kv, kv, (8, 8), (8,), (6, 8), (8, 6), (6, 8)]
+        inputs = [noise(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate(shapes)]
+        assert torch.autograd.gradcheck(lambda x, *weights: LayerByHand.apply(
+            x, *tables, attend, attend_backward, 4, 0.1, *weights),
+            [z.requires_grad_() for z in inputs])
+
+    @pytest.mark.parametrize("change, shape, documents", [
+        ({}, (2, 19), None), ({"n_kv_heads": 4}, (1, 8), None), ({}, (3, 1), None),
+        ({"n_kv_heads": 1, "tie_embeddings": True}, (2, 7), [0, 3, 7, 9, 14])])
+    def test_equals_autograd(self, change, shape, documents):
+        config = replace(SMALL, **change)
+        wanted, *others = (gradients(random_model(config, backward=name), shape, documents)
+                           for name in ("autograd", "manual", "recompute"))
+        scale = max(gradient.abs().max().item() for gradient in wanted[2:])
+        for other in others:
+            for mine, theirs in zip(other, wanted):
+                close(mine, theirs, atol=1e-5 * scale)
+
+    def test_half_precision_is_as_good_as_autograd(self):
+        exact = gradients(random_model(SMALL))
+        hand, torchs = (gradients(random_model(SMALL, backward=name, dtype=torch.bfloat16))
+                        for name in ("manual", "autograd"))
+        for mine, theirs, true in zip(hand[2:], torchs[2:], exact[2:]):
+            assert (mine - true).norm() <= 1.25 * (theirs - true).norm() < 0.05 * true.norm()
+
+    def test_frozen_weights_cost_nothing(self):
+        def run(frozen=None):
+            model = random_model(SMALL)
+            for name, p in model.named_parameters():
+                p.requires_grad_(name != frozen)
+            with FlopCounterMode(display=False) as counter:
+                return gradients(model), counter
+        whole, counter = run()
+        names = [name for name, _ in random_model(SMALL).named_parameters()]
+        for i, name in enumerate(names, 2):
+            if name.startswith(("layers.1", "output")):
+                found, less = run(name)
+                assert found[i] is None
+                assert all(torch.equal(a, b) for a, b in zip(found, whole) if a is not None)
+                spared = 2 * (2 * 38 * whole[i].numel()) if whole[i].dim() == 2 else 0
+                assert less.get_total_flops() == counter.get_total_flops() - spared, name
+
+    @pytest.mark.parametrize("documents", [None, [0, 5, 19, 38]])
+    def test_compiled(self, documents):
+        model = random_model(replace(SMALL, n_layers=1))
+        wanted = gradients(model, documents=documents)
+        model.zero_grad()  # the loop over documents runs outside of the graph
+        model.loss = torch.compile(model.loss, backend="aot_eager", fullgraph=documents is None)
+        for mine, theirs in zip(gradients(model, documents=documents), wanted):
+            close(mine, theirs)
+
+    def test_three_backwards_and_their_work(self):
+        work, made = {}, []
+        for name in llama.BACKWARD:
+            model = random_model(SMALL, backward=name)
+            model.layers[0].register_forward_hook(lambda m, i, o: made.append(o.grad_fn.name()))
+            with FlopCounterMode(display=False) as counter:
+                model.hidden(tokens(2, 19)).sum().backward()
+            work[name] = counter.get_total_flops()
+        again = work["manual"] // 3 - 3 * 2 * 38 * 48 * 100  # of W2 s nothing is saved: spared
+        assert work["manual"] == work["autograd"] == work["recompute"] - again
+        assert made[0] == "LayerByHandBackward" != made[1]
+
+    def saved(self, by_hand):
+        """Bytes a token that a layer of 7B saves in bf16, without weights and rope's table."""
+        storages = {}
+
+        def keep(x):
+            storages[x.untyped_storage()._cdata] = x.untyped_storage()
+            return x
+        with FakeTensorMode():
+            config, positions = replace(SIZES["7b"][0], n_layers=1, vocab_size=1), torch.arange(64)
+            layer, tables = Llama(config).layers[0], llama.rope_table(config, positions)
+            for p in layer.parameters():
+                p.data = p.bfloat16()
+            forward, backward = llama.ATTENTION["fused"]
+            x = torch.empty(1, 64, 4096, dtype=torch.bfloat16, requires_grad=True)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                y = layer(x, *tables, partial(forward, positions=positions),
+                          backward if by_hand else None)
+        aside = getattr(y.grad_fn, "__dict__", {}).values()
+        assert not any(isinstance(z, torch.Tensor) for z in aside)
+        for tensor in (*layer.parameters(), *tables):
+            storages.pop(tensor.untyped_storage()._cdata, None)
+        return sum(storage.nbytes() for storage in storages.values()) / 64
+
+    def test_saves_what_its_table_says(self):
+        def said(pattern):
+            return int(re.search(pattern, LayerByHand.__doc__)[1].replace(",", ""))
+        rows = [said(rf"{row} .*? ([\d,]{{3,}})") for row in (
+            "x, q, o, h", "k, v", "a, b", "lse, r of each norm")]
+        assert sum(rows[:3]) == said(r"([\d,]+) so far") == 93_184
+        assert sum(rows) == said(r"([\d,]+) in all") == self.saved(True)
+        assert self.saved(False) >= said(r"Autograd keeps ([\d,]+)") >= self.saved(True) / 0.62
+
+    def test_on_cuda(self, monkeypatch):
+        monkeypatch.setattr(llama, "has_flash", lambda q: True)
+        with torch.device("meta"):  # shapes alone, and the kernels of CUDA
+            model, x = Llama(SMALL, dtype=torch.bfloat16), torch.empty(2, 9, dtype=torch.long)
+            boundaries = torch.empty(4, dtype=torch.int32)
+        for documents in (None, boundaries):
+            with Calls() as seen:
+                model.loss(x, x, documents).backward()
+            for direction in ("forward", "backward"):
+                assert len(seen.args[f"_flash_attention_{direction}.default"]) == SMALL.n_layers
+
+
+class TestMeanLoss:
+    """Four rows of logits at once, so that 18 rows are five chunks and the last is shorter."""
+
+    @pytest.fixture(autouse=True)
+    def chunks(self, monkeypatch):
+        monkeypatch.setattr(llama, "LOGITS_AT_ONCE", 4 * 97 + 1)
+
+    def inputs(self):
+        return noise(18, 6), noise(97, 6, seed=1), tokens(18)
+
+    def test_equals_cross_entropy(self):
+        h, w, targets = self.inputs()
+        exact = [x.double().requires_grad_() for x in (h, w)]
+        wanted = F.cross_entropy(exact[0] @ exact[1].T, targets, reduction="none")
+        nll, dh, dw = llama.next_token_nll(h, w, targets, (True, True))
+        close(nll, wanted.float())
+        for mine, theirs in zip((dh, dw), torch.autograd.grad(wanted.mean(), exact)):
+            close(mine, theirs.float(), atol=1e-6)
+        assert llama.next_token_nll(h, w, targets)[1:] == (None, None)
+
+    def test_gradient(self):
+        def forward(h, w):
+            nll, *gradients = llama.next_token_nll(h, w, tokens(9), (True, True))
+            return nll.mean(), *gradients
+        check_pair(forward, lambda dy, h, w, y, dh, dw: (dy * dh, dy * dw), (9, 2), (97, 2))
+
+    def test_half_precision(self):
+        h, w, targets = self.inputs()
+        exact = llama.next_token_nll(h, w, targets, (True, True))
+        half = llama.next_token_nll(h.bfloat16(), w, targets, (True, True))
+        assert [x.dtype for x in half] == [torch.float32, torch.bfloat16, torch.float32]
+        for mine, theirs in zip(half, exact):
+            assert (mine - theirs).norm() < 0.02 * theirs.norm()
+
+    def test_a_second_backward_is_refused(self):
+        h, w, targets = self.inputs()
+        loss = 3 * llama.MeanLoss.apply(h.requires_grad_(), w.requires_grad_(), targets)
+        loss.backward(retain_graph=True)
+        for x, d in zip((h, w), llama.next_token_nll(h, w, targets, (True, True))[1:]):
+            close(x.grad, 3 * d)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    def test_never_holds_more_logits(self):
+        h, w, targets = noise(400, 4), noise(97, 4, seed=1), tokens(400)
+        with Calls() as seen:
+            llama.next_token_nll(h, w, targets, (True, True))
+        logits = [shape for shape in seen.shapes if 97 in shape and shape != w.shape]
+        assert max(map(math.prod, logits)) == 4 * 97
+
+    def test_nll_of_a_model(self):
+        model, x, y = random_model(SMALL), tokens(2, 9), tokens(2, 9, seed=1)
+        nll = model.nll(x, y, starts(0, 4, 9, 18))
+        assert nll.shape == (2, 9)
+        close(nll.mean(), model.loss(x, y, starts(0, 4, 9, 18)))
+        close(nll[0, 4:], model.nll(x[:1, 4:], y[:1, 4:])[0])
+
+
 class TestKVCache:
     def test_equal_to_none_in_any_steps(self):
         model, x = random_model(SMALL).eval(), tokens(2, 20)
@@ -389,11 +700,11 @@ class TestKVCache:
         padded = x[:, :9].where(torch.arange(9) < torch.tensor(lengths)[:, None], 0)
         model(padded, cache)
         cache.lengths = list(lengths)
-        for step in range(4):
-            new = torch.stack([x[row, n + step] for row, n in enumerate(lengths)])[:, None]
+        for T in (1, 3, 1):
+            new = torch.stack([x[row, n:n + T] for row, n in enumerate(cache.lengths)])
             logits = model(new, cache)
-            for row, n in enumerate(lengths):
-                close(logits[row, 0], model(x[row:row + 1, :n + step + 1])[0, -1])
+            for row, n in enumerate(cache.lengths):
+                close(logits[row], model(x[row:row + 1, :n])[0, -T:])
 
     def test_sized_to_the_request(self):
         cache = KVCache(SIZES["llama2-70b"][0], 1, 100, torch.bfloat16, "meta")
@@ -1097,7 +1408,7 @@ class TestBatches:
 
     def test_document_starts(self):
         x = torch.tensor([[5, 1, 6, 7], [6, 6, 1, 1]])
-        assert train.document_starts(x, 1) == [0, 1, 4, 6, 7, 8]
+        torch.testing.assert_close(train.document_starts(x, 1), starts(0, 1, 4, 6, 7, 8))
 
 
 class TestRecipe:
@@ -1180,23 +1491,28 @@ class TestTrainStep:
         assert all(p.grad is None for p in model.parameters())
 
     def test_mask_across_documents(self):
-        batch = tokens(2, 21)
+        batch = tokens(2, 21).clamp(min=2)
         batch[:, 8] = 1
         (loss, _), _ = self.step(random_model(SMALL), 2, batch=batch, bos_id=1)
         model, x = random_model(SMALL), batch[:, :-1]
-        starts = train.document_starts(x, 1)
-        assert loss == pytest.approx(model.loss(x, batch[:, 1:], starts).item(), rel=1e-5)
+        documents = starts(0, 8, 20, 28, 40)
+        assert loss == pytest.approx(model.loss(x, batch[:, 1:], documents).item(), rel=1e-5)
         assert loss != pytest.approx(model.loss(x, batch[:, 1:]).item(), rel=1e-5)
 
 
 class TestEvaluate:
-    def test_bits_per_byte(self, tmp_path):
+    @pytest.mark.parametrize("bos_id", [None, 50])
+    def test_bits_per_byte(self, tmp_path, bos_id):
         sources = shards(tmp_path, [900])
         (np.arange(101) % 97).astype("<u2").tofile(tmp_path / "0.val.bin")
         batches, model = train.Batches(tmp_path, sources, 16, 64, 0), random_model(SMALL)
-        loss, bpb = train.evaluate(model, batches, 10**6, 4, None)
-        nll = sum(model.loss(x[None, :-1], x[None, 1:]).item() * (len(x) - 1)
-                  for x in (torch.arange(at, min(at + 17, 101)) % 97 for at in range(0, 100, 16)))
+        loss, bpb = train.evaluate(model, batches, 10**6, 4, bos_id)
+        nll = 0
+        for at in range(0, 100, 16):
+            x = torch.arange(at, min(at + 17, 101)) % 97
+            cut = [2] if at == 48 and bos_id else []  # token 50 begins a document
+            each = model.nll(x[None, :-1], x[None, 1:], starts(0, *cut, len(x) - 1))
+            nll += each.sum().item()
         assert loss == pytest.approx(nll / 100, rel=1e-5)
         assert bpb == pytest.approx(nll / math.log(2) / 300, rel=1e-5)  # 3 bytes a token
 

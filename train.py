@@ -11,6 +11,7 @@ consolidated.00.pth and tokenizer.model (for generate.py), log.jsonl, loss.svg, 
 import argparse
 import bisect
 import contextlib
+import ctypes
 import hashlib
 import io
 import json
@@ -31,12 +32,13 @@ from pathlib import Path, PurePath
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from generate import DTYPES, Sampling, best_device, positive, sample_texts
-from llama import (ATTENTION, SIZES, Llama, LlamaConfig, Recipe, rope_table, save_meta,
-                   write_aside)
+from llama import (ATTENTION, BACKWARD, LOGITS_AT_ONCE, SIZES, Llama, LlamaConfig, Recipe,
+                   rope_table, save_meta, write_aside)
 from tokenizer import (Parser, command, documents, load_tokenizer, prepare, standard_library,
                        survey, train_sentencepiece, training_text)
 
@@ -108,11 +110,11 @@ class Batches:
                 for share, tokens in zip(shares, self.train)]
 
 
-def document_starts(tokens: Tensor, bos_id: int) -> list[int]:
+def document_starts(tokens: Tensor, bos_id: int) -> Tensor:
     """The boundaries that attention takes for tokens (B, T): every BOS and every row begins one."""
-    starts = tokens == bos_id
-    starts[:, 0] = True
-    return [*starts.flatten().nonzero().flatten().tolist(), tokens.numel()]
+    starts = F.pad((tokens == bos_id).flatten(), (0, 1), value=True)
+    starts[::tokens.shape[1]] = True
+    return starts.nonzero()[:, 0].int()
 
 
 def data_sources(args) -> list[tuple[str, float | None, object]]:
@@ -204,12 +206,12 @@ def make_optimizer(model: Llama, recipe: Recipe) -> torch.optim.AdamW:
     return optimizer
 
 
-def batch_loss(model: Llama, batch: Tensor, bos_id: int | None) -> Tensor:
-    """Mean loss of (N, T + 1) tokens; bos_id: no attention across the documents that it begins."""
-    x, y = batch[:, :-1], batch[:, 1:]
-    boundaries = None if bos_id is None else document_starts(x, bos_id)
-    device = model.tok_embeddings.weight.device
-    return model.loss(x.to(device), y.to(device), boundaries)
+def predictions(model: Llama, batch: Tensor, bos_id: int | None) -> tuple[Tensor, ...]:
+    """What Llama.loss takes, from (N, T + 1) tokens: each is to predict the next; bos_id: no
+    attention across the documents that it begins."""
+    batch = batch.to(model.tok_embeddings.weight.device)
+    x = batch[:, :-1]
+    return x, batch[:, 1:], None if bos_id is None else document_starts(x, bos_id)
 
 
 def train_step(model: Llama, optimizer, batch: Tensor, lr: float, clip: float, micro_batch: int,
@@ -221,11 +223,13 @@ def train_step(model: Llama, optimizer, batch: Tensor, lr: float, clip: float, m
     """
     total = 0.0
     for part in batch.split(micro_batch):
-        loss = batch_loss(model, part, bos_id) * (len(part) / len(batch))
+        loss = model.loss(*predictions(model, part, bos_id)) * (len(part) / len(batch))
         loss.backward()
         total += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
     if math.isfinite(total) and math.isfinite(norm):
+        if norm > clip:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, torch.tensor(norm))
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -243,9 +247,9 @@ def evaluate(model: Llama, batches: Batches, limit: int, micro_batch: int,
         groups = [whole[at:at + micro_batch] for at in range(0, len(whole), micro_batch)]
         for group in groups + [[w] for w in windows if len(w) <= batches.seq_len]:
             batch = torch.from_numpy(np.stack(group).astype(np.int64))
-            targets = batch[:, 1:].numel()
-            nll += batch_loss(model, batch, bos_id).item() * targets
-            count, size = count + targets, size + targets * bytes_per_token
+            each = model.nll(*predictions(model, batch, bos_id))
+            nll += each.sum().item()
+            count, size = count + each.numel(), size + each.numel() * bytes_per_token
     return nll / count, nll / math.log(2) / size
 
 
@@ -274,27 +278,44 @@ def matmul_flops(device: str, dtype: torch.dtype) -> float | None:
 
 
 def memory_needed(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dtype,
-                  attention: str) -> dict[str, int]:
+                  attention: str, backward: str) -> dict[str, int]:
     """Bytes of a step on `rows` sequences at once, by what they hold. What a layer saves for its
     backward is counted by running one on fake tensors, which have shapes and no memory."""
-    saved = {}
+    saved, by_hand = {}, backward == "manual"
 
     def count(tensor: Tensor) -> Tensor:
         saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
+    # By hand the three save the same; under autograd the tiles of a triangle, at most the square.
+    forward, attend_backward = ATTENTION["fused" if by_hand else attention.replace("tiled",
+                                                                                   "equation")]
     with FakeTensorMode():
         layer = Llama(replace(config, n_layers=1, vocab_size=1)).layers[0]
         x = torch.empty(rows, seq_len, config.dim, dtype=dtype, requires_grad=True)
         positions = torch.arange(seq_len)
+        tables = rope_table(config, positions)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            attend = partial(ATTENTION[attention], positions=positions)
-            layer(x, *rope_table(config, positions), attend)
-    for p in layer.parameters():
-        saved.pop(p.untyped_storage()._cdata, None)
+            attend = partial(forward, positions=positions)
+            layer(x, *tables, attend, attend_backward if by_hand else None)
+    for shared in (*layer.parameters(), *tables):
+        saved.pop(shared.untyped_storage()._cdata, None)
+    activations = config.n_layers * sum(saved.values())
+    if backward == "recompute":  # the input of each layer, and one layer at a time
+        activations = config.n_layers * x.numel() * x.element_size() + sum(saved.values())
+    at_once = min(LOGITS_AT_ONCE, rows * seq_len * config.vocab_size)
     return {"weights": 4 * config.n_params, "gradients": 4 * config.n_params,
-            "AdamW": 8 * config.n_params, "activations": config.n_layers * sum(saved.values()),
-            "logits": 12 * rows * seq_len * config.vocab_size}
+            "AdamW": 8 * config.n_params, "activations": activations,
+            "logits": (8 + 2 * x.element_size()) * at_once}
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc's malloc to keep freed blocks, however large, for the next step. They would go
+    back to the system and return as pages that must be cleared: half of a step's time and more."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another system's library
+        mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)
 
 
 def memory_there(device: str) -> int:
@@ -319,7 +340,8 @@ def fit_memory(args, config: LlamaConfig, device: str) -> int:
     there = memory_there(device)
     rows = args.micro_batch or max(1, min(8192, args.batch_tokens) // args.seq_len)
     while True:
-        need = memory_needed(config, rows, args.seq_len, DTYPES[args.dtype], args.attention)
+        need = memory_needed(config, rows, args.seq_len, DTYPES[args.dtype], args.attention,
+                             args.backward)
         total = sum(need.values())
         if total < 0.9 * there:  # a tenth for what is not counted
             return rows
@@ -524,7 +546,7 @@ def bench(args, model: Llama, recipe: Recipe, peak: float | None) -> dict:
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return {"tokens_per_s": speed, "mfu": mfu or "unknown", "peak_gflops": peak and peak / 1e9,
             "step_s": step_s, "peak_rss_gb": rss, "loss": loss, "params": model.config.n_params,
-            "backward": "autograd", "dtype": args.dtype}
+            "backward": args.backward, "dtype": args.dtype}
 
 
 class Log:
@@ -682,6 +704,8 @@ def parser() -> Parser:
                    help="change a field of the size, as n_layers=4 or rope_scaling=8")
     g.add_argument("--attention", choices=ATTENTION, default="fused",
                    help="equation is for reading: slow, and memory grows with the square of T")
+    g.add_argument("--backward", choices=BACKWARD, default="manual",
+                   help="of a layer: by hand (section 2.4), by torch, or by torch from its input")
     g.add_argument("--document-mask", action=argparse.BooleanOptionalAction,
                    help="no attention across documents; default: from Llama 3 on")
     g = p.add_argument_group("text")
@@ -719,10 +743,11 @@ def main(argv: list[str]) -> None:
     free = {"steps", "minutes", "eval_every", "save_every", "out", "fresh", "bench"}
     free |= set() if args.micro_batch else {"micro_batch"}
     config, recipe = resolve(args, device)
+    keep_freed_memory()
     peak = matmul_flops(device, DTYPES[args.dtype])
     dtype = None if args.dtype == "fp32" else DTYPES[args.dtype]
     create = partial(Llama.create, seed=args.seed, device=device, attention=args.attention,
-                     dtype=dtype)
+                     backward=args.backward, dtype=dtype)
     if args.bench:
         print(json.dumps(bench(args, create(config), recipe, peak)))
         return
