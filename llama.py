@@ -277,15 +277,16 @@ def visible(positions: Tensor, first: Tensor, keys: Tensor) -> Tensor:
     return mask if mask.dim() == 2 else mask[:, None]
 
 
+def per_query_head(x: Tensor, like: Tensor) -> Tensor:
+    """Keys or values (B, K, S, E), each repeated for the H/K query heads that read it."""
+    groups = like.shape[1] // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
 def masked_scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """q k^T / sqrt(E) where the mask is true, else -inf: (B, H, T, S) in fp32."""
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    return (fp32(q @ k.mT) / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
-
-
-def weighted_values(p: Tensor, v: Tensor) -> Tensor:
-    """p v with each key/value head read by its H/K query heads: (B, H, T, S) -> (B, H, T, E)."""
-    return p.to(v.dtype) @ v.repeat_interleave(p.shape[1] // v.shape[1], dim=1)
+    scores = fp32(q @ per_query_head(k, q).mT).mul_(1 / math.sqrt(q.shape[-1]))
+    return scores.masked_fill_(~mask, -math.inf)
 
 
 def attention_equation(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
@@ -298,7 +299,7 @@ def attention_equation(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
     """
     keys = torch.arange(k.shape[2], device=k.device)
     scores = masked_scores(q, k, visible(positions, first_visible(positions, boundaries), keys))
-    return weighted_values(scores.softmax(-1), v), scores.logsumexp(-1)
+    return scores.softmax(-1).to(v.dtype) @ per_query_head(v, q), scores.logsumexp(-1)
 
 
 def tile_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
@@ -310,13 +311,13 @@ def tile_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delt
 
     delta (B, H, T) = sum_e do_e o_e, which is the sum over s of A dA in softmax's own backward.
     """
-    groups = q.shape[1] // k.shape[1]
-    a = (masked_scores(q, k, mask) - lse[..., None]).exp()
-    da = fp32(do @ v.repeat_interleave(groups, dim=1).mT)
-    ds = (a * (da - delta[..., None]) / math.sqrt(q.shape[-1])).to(q.dtype)
+    a = masked_scores(q, k, mask).sub_(lse[..., None]).exp_()
+    da = fp32(do @ per_query_head(v, q).mT)
+    ds = da.sub_(delta[..., None]).mul_(a).mul_(1 / math.sqrt(q.shape[-1])).to(q.dtype)
     dk, dv = ds.mT @ q, a.to(do.dtype).mT @ do
-    dk, dv = (d.unflatten(1, (-1, groups)).sum(2) for d in (dk, dv))  # over the heads that read it
-    return weighted_values(ds, k), dk, dv
+    groups = q.shape[1] // k.shape[1]  # a key head's gradient: the sum over those that read it
+    dk, dv = (d.unflatten(1, (-1, groups)).sum(2) for d in (dk, dv))
+    return ds @ per_query_head(k, q), dk, dv
 
 
 def attention_equation_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
@@ -359,7 +360,7 @@ def attention_tiled(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
             before, m = m, torch.maximum(m, scores.amax(-1, keepdim=True))
             p, c = (scores - m).exp(), (before - m).exp()
             l = c * l + p.sum(-1, keepdim=True)
-            u = c * u + weighted_values(p, v[:, :, here])
+            u = c * u + p.to(v.dtype) @ per_query_head(v[:, :, here], q)
         blocks.append(((u / l).to(q.dtype), (m + l.log())[..., 0]))
     o, lse = (torch.cat(parts, dim=2) for parts in zip(*blocks))
     return o, lse
@@ -762,7 +763,8 @@ def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor, wanted=(False, Fa
 
     h (N, D), W (V, D), targets (N,) -> nll (N,) in fp32, and dh (N, D), dW (V, D) where wanted.
     """
-    w, rows = weight.to(h.dtype), max(1, LOGITS_AT_ONCE // len(weight))
+    # Where D is large, more rows: each chunk's sum into dW costs as much as D/2 rows or so.
+    w, rows = weight.to(h.dtype), max(LOGITS_AT_ONCE // len(weight), h.shape[1] // 2)
     nll = torch.empty(len(h), dtype=fp32(h[:0]).dtype, device=h.device)
     dh = torch.empty_like(h) if wanted[0] else None
     dw = None

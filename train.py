@@ -486,6 +486,9 @@ def resolve(args, device: str) -> tuple[LlamaConfig, Recipe]:
                          f"or the batch, {recipe.batch_tokens}; try --set max_seq_len=N")
     if args.dtype == "auto":
         args.dtype = "bf16" if has_bf16(device) else "fp32"
+    if args.compile and args.document_mask and device == "cpu":
+        raise ValueError("on a CPU documents are taken one by one, which --compile would compile "
+                         "anew in every step; try --no-document-mask, or without --compile")
     args.micro_batch = fit_memory(args, config, device)
     return config, recipe
 
@@ -520,6 +523,19 @@ def open_run(folder: Path, settings: dict, fresh: bool) -> dict:
         say(f"going on with the {threads} threads that this run began with")
         torch.set_num_threads(threads)
     return run
+
+
+def compile_layers(model: Llama) -> Llama:
+    """torch.compile of every layer, in place: one compilation serves all, and fuses what lies
+    between the matrix products."""
+    try:
+        torch.compile(torch.neg)(torch.ones(2))
+    except Exception as error:
+        raise ValueError(f"nothing can be compiled here ({str(error).splitlines()[0]:.200}); try "
+                         "without --compile, or install a C++ compiler") from None
+    for layer in model.layers:
+        layer.compile()
+    return model
 
 
 def timed_steps(args, model: Llama, recipe: Recipe, count: int) -> tuple[float, float]:
@@ -706,6 +722,8 @@ def parser() -> Parser:
                    help="equation is for reading: slow, and memory grows with the square of T")
     g.add_argument("--backward", choices=BACKWARD, default="manual",
                    help="of a layer: by hand (section 2.4), by torch, or by torch from its input")
+    g.add_argument("--compile", action="store_true", help="compile the layers: 10 to 25 seconds "
+                   "once, then steps about a tenth faster; pays in runs of some minutes and more")
     g.add_argument("--document-mask", action=argparse.BooleanOptionalAction,
                    help="no attention across documents; default: from Llama 3 on")
     g = p.add_argument_group("text")
@@ -746,8 +764,12 @@ def main(argv: list[str]) -> None:
     keep_freed_memory()
     peak = matmul_flops(device, DTYPES[args.dtype])
     dtype = None if args.dtype == "fp32" else DTYPES[args.dtype]
-    create = partial(Llama.create, seed=args.seed, device=device, attention=args.attention,
-                     backward=args.backward, dtype=dtype)
+
+    def create(config: LlamaConfig) -> Llama:
+        model = Llama.create(config, args.seed, device, attention=args.attention,
+                             backward=args.backward, dtype=dtype)
+        return compile_layers(model) if args.compile else model
+
     if args.bench:
         print(json.dumps(bench(args, create(config), recipe, peak)))
         return
