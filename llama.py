@@ -16,6 +16,7 @@ Axes, the same letters everywhere:
     F hidden width of the feed-forward    V vocabulary    L layers
 """
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -388,13 +389,10 @@ def has_flash(q: Tensor) -> bool:
         and q.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0))
 
 
-def by_document(T: int, boundaries: Tensor | None, *tensors: Tensor):
-    """Views (1, heads, t, ...) of (B, heads, T, ...) on every document, together; whole if None."""
-    if boundaries is None:
-        return [tensors]
-    ends = boundaries.tolist()
-    return [[x[start // T:start // T + 1, :, start % T:start % T + end - start] for x in tensors]
-            for start, end in zip(ends, ends[1:])]
+def by_document(T: int, boundaries: Tensor, *tensors: Tensor):
+    """Views (1, heads, t, ...) of (B, heads, T, ...), all tensors together, on each document."""
+    for start, end in itertools.pairwise(boundaries.tolist()):
+        yield [x[start // T:start // T + 1, :, start % T:start % T + end - start] for x in tensors]
 
 
 def attention_fused(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
@@ -402,18 +400,22 @@ def attention_fused(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
     """The same function by fused kernels (section 2.4: the weights are never stored, and scores
     that the mask hides are not computed). Documents: one by one on a CPU, by the kernel for
     sequences of any length on CUDA. lse is None where no flash kernel gives it."""
-    flash, T = torch.ops.aten, q.shape[2]
-    if positions.dim() > 1 or T != k.shape[2] or not has_flash(q):
-        one = positions.dim() == 1 and T == 1  # the newest token sees everything
-        keys = torch.arange(k.shape[2], device=k.device)
-        mask = None if one else visible(positions, first_visible(positions, boundaries), keys)
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True), None
+    flash, T, rows_alike = torch.ops.aten, q.shape[2], positions.dim() == 1
+    square = rows_alike and T == k.shape[2]
+    if not (square and has_flash(q)):
+        causal = square and boundaries is None
+        mask = None  # the newest token alone sees everything
+        if not causal and not (rows_alike and T == 1):
+            keys = torch.arange(k.shape[2], device=k.device)
+            mask = visible(positions, first_visible(positions, boundaries), keys)
+        attend = F.scaled_dot_product_attention
+        return attend(q, k, v, mask, is_causal=causal, enable_gqa=True), None
     if q.device.type == "cpu":
         kernel = partial(flash._scaled_dot_product_flash_attention_for_cpu, is_causal=True)
-        parts = [kernel(*part) for part in by_document(T, boundaries, q, k, v)]
         if boundaries is None:
-            return parts[0]
-        o, lse = (torch.cat(part, dim=2).squeeze(0) for part in zip(*parts))  # (heads, B T, ...)
+            return kernel(q, k, v)
+        parts = zip(*(kernel(*part) for part in by_document(T, boundaries, q, k, v)))
+        o, lse = (torch.cat(part, dim=2).squeeze(0) for part in parts)  # (heads, B T, ...)
         return o.unflatten(1, (-1, T)).transpose(0, 1), lse.unflatten(1, (-1, T)).transpose(0, 1)
     rows = 1 if boundaries is None else 2
     laid = [x.transpose(1, 2).flatten(0, rows - 1) for x in (q, k, v)]
@@ -566,7 +568,7 @@ class LayerByHand(torch.autograd.Function):
         lse, r of each norm             H + 2, in fp32        136     93,320 in all
         computed again: n, m, s = D + D + F, and attention's weights, 2 T H
 
-    Autograd keeps 153,600 and more. Frozen weights have no gradient computed.
+    Autograd keeps 153,600 and more. The product for the gradient of a frozen weight is left out.
     """
 
     @staticmethod
@@ -589,12 +591,11 @@ class LayerByHand(torch.autograd.Function):
     def backward(ctx, dy):
         x, r_n, q, k, v, o, lse, h, r_m, a, b, cos, sin, *weights = ctx.saved_tensors
         g_n, wq, wk, wv, wo, g_m, w1, w2, w3 = (w.to(dy.dtype) for w in weights)
-        wanted = iter(ctx.needs_input_grad[-len(weights):])
+        _, need_q, need_k, need_v, need_o, _, need_1, need_2, need_3 = ctx.needs_input_grad[-9:]
 
         def by_weight(dz: Tensor, u: Tensor, wanted: bool) -> Tensor | None:
             return dz.flatten(0, 1).T @ u.flatten(0, 1) if wanted else None
 
-        need_n, need_q, need_k, need_v, need_o, need_m, need_1, need_2, need_3 = wanted
         da, db = swiglu_backward(dy @ w2, a, b)
         dw2 = by_weight(dy, swiglu(a, b), need_2)
         dm = da @ w1 + db @ w3
