@@ -33,8 +33,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = 2**23  # 64 MB in fp32: larger is no faster, and smaller products are slower
-
 # ---------------------------------------------------------------------------------------------
 # Sizes and recipes (LLaMA Table 2, Llama 2 Table 1 and appendix, Llama 3 Table 3, model cards)
 
@@ -251,9 +249,9 @@ def swiglu_backward(dy: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 #   forward(q, k, v, positions, boundaries) -> o, lse        q, o (B, H, T, E), k, v (B, K, S, E)
 #   backward(do, q, k, v, o, lse, boundaries) -> dq, dk, dv  in training, where S = T
 # lse (B, H, T), the logsumexp of the scores, is all that backward needs to have A again. Query
-# head h reads key/value head h // (H/K). positions (T,), or (B, T) where rows differ. boundaries:
-# where documents begin in the B*T tokens laid end to end, 0 and every row's first token among
-# them, then B*T, as int32; only without a cache, where S = T.
+# head h reads key/value head h // (H/K). positions: the last T of 0 .. S-1, or (B, T) where rows
+# differ. boundaries: where documents begin in the B*T tokens laid end to end, 0 and every row's
+# first token among them, then B*T, as int32; only without a cache, where S = T.
 
 
 def first_visible(positions: Tensor, boundaries: Tensor | None) -> Tensor:
@@ -342,8 +340,8 @@ def tiles(positions: Tensor, boundaries: Tensor | None, n_keys: int, size: int):
 
 def attention_tiled(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
                     boundaries: Tensor | None = None, size: int = 128) -> tuple[Tensor, Tensor]:
-    """The equation with an online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al.
-    2022, algorithm 1): never T x S numbers, only size x size tiles, and none that is all masked.
+    """The equation with an online softmax (Milakov and Gimelshein 2018; FlashAttention-2, Dao 2023,
+    algorithm 1): never T x S numbers, only size x size tiles, and none that is all masked.
 
     Over the tiles of a block of queries, with m the largest score so far, l = sum exp(S - m) and
     u = sum exp(S - m) v:
@@ -370,7 +368,7 @@ def attention_tiled(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
 def attention_tiled_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
                              boundaries: Tensor | None = None, size: int = 128
                              ) -> tuple[Tensor, ...]:
-    """dq, dk, dv of attention_tiled, tile by tile from lse (Dao et al. 2022, algorithm 4)."""
+    """dq, dk, dv of attention_tiled, tile by tile from lse (Dao 2023, algorithm 2)."""
     positions, delta = torch.arange(q.shape[2], device=q.device), (fp32(do) * o).sum(-1)
     dq, dk, dv = (torch.zeros_like(z, dtype=delta.dtype) for z in (q, k, v))
     for rows, columns in tiles(positions, boundaries, k.shape[2], size):
@@ -383,10 +381,11 @@ def attention_tiled_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Ten
 
 
 def has_flash(q: Tensor) -> bool:
-    """May the two flash kernels below be called by hand on tensors like q?"""
+    """May a flash kernel be called by hand on tensors like q?"""
     return q.device.type == "cpu" or (
         q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0))
+        and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+        and torch.cuda.get_device_capability(q.device) >= (8, 0))
 
 
 def by_document(T: int, boundaries: Tensor, *tensors: Tensor):
@@ -408,6 +407,8 @@ def attention_fused(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
         if not causal and not (rows_alike and T == 1):
             keys = torch.arange(k.shape[2], device=k.device)
             mask = visible(positions, first_visible(positions, boundaries), keys)
+        if not has_flash(q):  # torch's other kernels do not know groups, or hold T x S numbers
+            k, v = per_query_head(k, q), per_query_head(v, q)
         attend = F.scaled_dot_product_attention
         return attend(q, k, v, mask, is_causal=causal, enable_gqa=True), None
     if q.device.type == "cpu":
@@ -461,14 +462,18 @@ ATTENTION = {"fused": (attention_fused, attention_fused_backward),
 # The layer and the model
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """y = x W^T (section 2.2: no bias), W (out, in) cast to the type that x is computed in."""
+    return F.linear(x, weight.to(x.dtype))
+
+
 class Linear(nn.Linear):
-    """y = x W^T without bias (section 2.2), W (out, in) cast to the type that x is computed in."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -532,8 +537,8 @@ class Layer(nn.Module):
         if attend_backward is not None:
             a, f = self.attention, self.feed_forward
             modules = (self.attention_norm, a.wq, a.wk, a.wv, a.wo, self.ffn_norm, f.w1, f.w2, f.w3)
-            return LayerByHand.apply(x, cos, sin, attend, attend_backward, a.head_dim,
-                                     self.ffn_norm.eps, *(m.weight for m in modules))
+            return LayerByHand.apply(x, cos, sin, attend, attend_backward, self.ffn_norm.eps,
+                                     *(m.weight for m in modules))
         h = x + self.attention(self.attention_norm(x), cos, sin, attend)
         return h + self.feed_forward(self.ffn_norm(h))
 
@@ -566,55 +571,58 @@ class LayerByHand(torch.autograd.Function):
         k, v                            2 K E              16,384
         a, b                            2 F                44,032     93,184 so far
         lse, r of each norm             H + 2, in fp32        136     93,320 in all
-        computed again: n, m, s = D + D + F, and attention's weights, 2 T H
+        computed again: n, m, s, silu(a) and, a tile at a time, the weights of attention
 
     Autograd keeps 153,600 and more. The product for the gradient of a frozen weight is left out.
     """
 
     @staticmethod
-    def forward(ctx, x, cos, sin, attend, attend_backward, head_dim, eps, *weights):
-        g_n, wq, wk, wv, wo, g_m, w1, w2, w3 = (w.to(x.dtype) for w in weights)
+    def forward(ctx, x, cos, sin, attend, attend_backward, eps, *weights):
+        g_n, wq, wk, wv, wo, g_m, w1, w2, w3 = weights
         n, r_n = rms_norm(x, g_n, eps)
-        q, k, v = (F.linear(n, w).unflatten(-1, (-1, head_dim)) for w in (wq, wk, wv))
+        split = (-1, 2 * cos.shape[-1])  # (B, T, H E) -> (B, T, H, E)
+        q, k, v = (linear(n, w).unflatten(-1, split) for w in (wq, wk, wv))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, T, H, E) -> (B, H, T, E)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, E)
         o, lse = attend(q, k, v)
-        h = x + F.linear(o.transpose(1, 2).flatten(2), wo)
+        h = x + linear(o.transpose(1, 2).flatten(2), wo)
         m, r_m = rms_norm(h, g_m, eps)
-        a, b = F.linear(m, w1), F.linear(m, w3)
+        a, b = linear(m, w1), linear(m, w3)
         ctx.save_for_backward(x, r_n, q, k, v, o, lse, h, r_m, a, b, cos, sin, *weights)
         ctx.attend_backward = attend_backward
-        return h + F.linear(swiglu(a, b), w2)
+        return h + linear(swiglu(a, b), w2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, r_n, q, k, v, o, lse, h, r_m, a, b, cos, sin, *weights = ctx.saved_tensors
-        g_n, wq, wk, wv, wo, g_m, w1, w2, w3 = (w.to(dy.dtype) for w in weights)
+        g_n, wq, wk, wv, wo, g_m, w1, w2, w3 = weights
         _, need_q, need_k, need_v, need_o, _, need_1, need_2, need_3 = ctx.needs_input_grad[-9:]
 
-        def by_weight(dz: Tensor, u: Tensor, wanted: bool) -> Tensor | None:
-            return dz.flatten(0, 1).T @ u.flatten(0, 1) if wanted else None
+        def by_input(dz: Tensor, w: Tensor) -> Tensor:
+            return dz @ w.to(dz.dtype)
 
-        da, db = swiglu_backward(dy @ w2, a, b)
+        def by_weight(dz: Tensor, u: Tensor, wanted: bool) -> Tensor | None:
+            return (dz.flatten(0, 1).T @ u.flatten(0, 1)).to(w1.dtype) if wanted else None
+
+        da, db = swiglu_backward(by_input(dy, w2), a, b)
         dw2 = by_weight(dy, swiglu(a, b), need_2)
-        dm = da @ w1 + db @ w3
+        dm = by_input(da, w1) + by_input(db, w3)
         m, _ = rms_norm(h, g_m, 0, r_m)
         dw1, dw3 = by_weight(da, m, need_1), by_weight(db, m, need_3)
         dh, dg_m = rms_norm_backward(dm, h, r_m, g_m)
         dh += dy
-        do = (dh @ wo).unflatten(-1, (-1, q.shape[-1])).transpose(1, 2)
+        do = by_input(dh, wo).unflatten(-1, (-1, q.shape[-1])).transpose(1, 2)
         dwo = by_weight(dh, o.transpose(1, 2).flatten(2), need_o)
         dq, dk, dv = (d.transpose(1, 2) for d in ctx.attend_backward(do, q, k, v, o, lse))
         dq, dk = apply_rope(dq, cos, -sin), apply_rope(dk, cos, -sin)
         dq, dk, dv = (d.flatten(2) for d in (dq, dk, dv))
-        dn = dq @ wq + dk @ wk + dv @ wv
+        dn = by_input(dq, wq) + by_input(dk, wk) + by_input(dv, wv)
         n, _ = rms_norm(x, g_n, 0, r_n)
-        dwq, dwk, dwv = (by_weight(d, n, need) for d, need in ((dq, need_q), (dk, need_k),
-                                                               (dv, need_v)))
+        dwq, dwk, dwv = by_weight(dq, n, need_q), by_weight(dk, n, need_k), by_weight(dv, n, need_v)
         dx, dg_n = rms_norm_backward(dn, x, r_n, g_n)
         dx += dh
-        return (dx, *[None] * 6, dg_n, dwq, dwk, dwv, dwo, dg_m, dw1, dw2, dw3)
+        return (dx, *[None] * 5, dg_n, dwq, dwk, dwv, dwo, dg_m, dw1, dw2, dw3)
 
 
 class KVCache:
@@ -709,7 +717,8 @@ class Llama(nn.Module):
         cos, sin = rope_table(self.config, positions)
         attention, attention_backward = self.attention
         by_hand = None
-        if self.backward == "manual" and cache is None and torch.is_grad_enabled():
+        if (self.backward == "manual" and cache is None and torch.is_grad_enabled()
+                and not torch._C._is_any_autocast_enabled()):  # which autograd alone honours
             by_hand = partial(attention_backward, boundaries=boundaries)
         h = self.tok_embeddings(tokens)
         h = h.to(self.dtype or h.dtype)
@@ -729,7 +738,7 @@ class Llama(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """Scores of the next token in fp32: (..., D) -> (..., V)."""
-        return fp32(F.linear(h, self.output_weight.to(h.dtype)))
+        return fp32(linear(h, self.output_weight))
 
     @property
     def output_weight(self) -> Tensor:
@@ -740,6 +749,7 @@ class Llama(nn.Module):
         """tokens (B, T) -> logits (B, T, V) in fp32."""
         return self.logits(self.hidden(tokens, cache, boundaries))
 
+    @torch.no_grad()
     def nll(self, tokens: Tensor, targets: Tensor, boundaries: Tensor | None = None) -> Tensor:
         """Negative log-likelihood of each target in nats: two of (B, T) -> (B, T), no gradient."""
         h = self.hidden(tokens, boundaries=boundaries).flatten(0, 1)
@@ -754,30 +764,37 @@ class Llama(nn.Module):
         return MeanLoss.apply(h, self.output_weight, targets.flatten())
 
 
+def rows_at_once(V: int, D: int) -> int:
+    """Rows of logits that next_token_nll holds: 34 MB of them in fp32, which processors like; up
+    to four times as many where D is large, and with it the cost of each chunk's sum into dW."""
+    return max(1, 2**23 // V, min(D // 2, 2**25 // V))
+
+
 def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor, wanted=(False, False)
                    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Cross entropy of the output projection, and in the same pass the gradient of its mean, for
+    """Cross entropy of the output projection, and in the same pass the gradient of its sum, for
     some rows at a time: the N x V logits are never all in memory.
 
         z = h W^T    p = softmax(z)    nll_i = -log p_i,target
-        dz = (p - onehot(target)) / N    dh = dz W    dW = dz^T h
+        dz = p - onehot(target)        dh = dz W     dW = dz^T h
 
     h (N, D), W (V, D), targets (N,) -> nll (N,) in fp32, and dh (N, D), dW (V, D) where wanted.
     """
-    # Where D is large, more rows: each chunk's sum into dW costs as much as D/2 rows or so.
-    w, rows = weight.to(h.dtype), max(LOGITS_AT_ONCE // len(weight), h.shape[1] // 2)
+    w, rows = weight.to(h.dtype), rows_at_once(*weight.shape)
     nll = torch.empty(len(h), dtype=fp32(h[:0]).dtype, device=h.device)
     dh = torch.empty_like(h) if wanted[0] else None
     dw = None
     for at in range(0, len(h), rows):
         here = slice(at, at + rows)
-        log_p, target = fp32(F.linear(h[here], w)).log_softmax(-1), targets[here, None]
-        nll[here] = -log_p.gather(1, target)[:, 0]
+        z, target = fp32(F.linear(h[here], w)), targets[here, None]
+        p = z.softmax(-1)
+        # log p_t = z_t - (max z - log max p), without the exp of another log_softmax over all V
+        logsumexp = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+        nll[here] = (logsumexp - z.gather(1, target))[:, 0]
         if not any(wanted):
             continue
-        dz = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=nll.dtype))
-        dz = dz.div_(len(h)).to(h.dtype)
-        if dh is not None:
+        dz = p.scatter_add_(1, target, -torch.ones_like(target, dtype=p.dtype)).to(h.dtype)
+        if wanted[0]:
             dh[here] = dz @ w
         if wanted[1]:
             part = dz.T @ h[here]
@@ -792,13 +809,15 @@ class MeanLoss(torch.autograd.Function):
     def forward(ctx, h, weight, targets):
         nll, dh, dw = next_token_nll(h, weight, targets, ctx.needs_input_grad[:2])
         ctx.save_for_backward(dh, dw)
+        ctx.count = len(nll)
         return nll.mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
         # In place, to spare a copy: torch refuses a second backward, which would be scaled twice.
-        return *(None if d is None else d.mul_(dloss) for d in ctx.saved_tensors), None
+        scale = dloss / ctx.count
+        return *(None if d is None else d.mul_(scale) for d in ctx.saved_tensors), None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -37,8 +37,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from generate import DTYPES, Sampling, best_device, positive, sample_texts
-from llama import (ATTENTION, BACKWARD, LOGITS_AT_ONCE, SIZES, Llama, LlamaConfig, Recipe,
-                   rope_table, save_meta, write_aside)
+from llama import (ATTENTION, BACKWARD, SIZES, Llama, LlamaConfig, Recipe, rope_table,
+                   rows_at_once, save_meta, write_aside)
 from tokenizer import (Parser, command, documents, load_tokenizer, prepare, standard_library,
                        survey, train_sentencepiece, training_text)
 
@@ -226,7 +226,8 @@ def train_step(model: Llama, optimizer, batch: Tensor, lr: float, clip: float, m
         loss = model.loss(*predictions(model, part, bos_id)) * (len(part) / len(batch))
         loss.backward()
         total += loss.item()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters()
+                                          if p.grad is not None).item()
     if math.isfinite(total) and math.isfinite(norm):
         if norm > clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, torch.tensor(norm))
@@ -303,10 +304,14 @@ def memory_needed(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dty
     activations = config.n_layers * sum(saved.values())
     if backward == "recompute":  # the input of each layer, and one layer at a time
         activations = config.n_layers * x.numel() * x.element_size() + sum(saved.values())
-    at_once = min(LOGITS_AT_ONCE, rows * seq_len * config.vocab_size)
+    if by_hand and attention == "equation":  # A, dA and their like, of one layer at a time
+        activations += 16 * rows * config.n_heads * seq_len**2
+    table = config.vocab_size * config.dim
+    at_once = min(rows_at_once(config.vocab_size, config.dim), rows * seq_len)
     return {"weights": 4 * config.n_params, "gradients": 4 * config.n_params,
             "AdamW": 8 * config.n_params, "activations": activations,
-            "logits": (8 + 2 * x.element_size()) * at_once}
+            "logits": (8 + 2 * x.element_size()) * at_once * config.vocab_size
+            + 2 * x.element_size() * table}  # W cast, and a chunk's dW
 
 
 def keep_freed_memory() -> None:
@@ -513,9 +518,10 @@ def open_run(folder: Path, settings: dict, fresh: bool) -> dict:
     if not (file.exists() and (folder / "tokens" / "sources.json").exists()):  # nothing yet to keep
         return {**settings, "threads": torch.get_num_threads(), "code": code}
     run = read_json(file, dict)
+    run = {**settings, **run}  # a run of before a setting existed
     for name, value in settings.items():
-        if run.get(name) != value:
-            raise ValueError(f"{folder} was trained with {name}={run.get(name)}; "
+        if run[name] != value:
+            raise ValueError(f"{folder} was trained with {name}={run[name]}; "
                              "try --out DIR or --fresh")
     if run.get("code") != code:
         say("warning: llama.py is not what this run began with; its losses may differ")
@@ -526,8 +532,8 @@ def open_run(folder: Path, settings: dict, fresh: bool) -> dict:
 
 
 def compile_layers(model: Llama) -> Llama:
-    """torch.compile of every layer, in place: one compilation serves all, and fuses what lies
-    between the matrix products."""
+    """torch.compile of every layer, in place, which fuses what lies between the products: one
+    compilation serves all layers of a training step."""
     try:
         torch.compile(torch.neg)(torch.ones(2))
     except Exception as error:
@@ -536,6 +542,11 @@ def compile_layers(model: Llama) -> Llama:
     for layer in model.layers:
         layer.compile()
     return model
+
+
+def uncompiled(args):
+    """For evaluation and samples, whose shapes are many: none is worth its compilation."""
+    return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
 
 
 def timed_steps(args, model: Llama, recipe: Recipe, count: int) -> tuple[float, float]:
@@ -695,8 +706,9 @@ def train(args, run: dict, folder: Path, model: Llama, batches: Batches, recipe:
                "rank_params": model.config.n_params}
         if done % eval_every == 0 or done == steps:
             limit = min(EVAL_TOKENS, share // 10) if done < steps else min(FINAL_EVAL_TOKENS, share)
-            row["val_loss"], row["val_bpb"] = evaluate(model, batches, limit, args.micro_batch,
-                                                        bos_id)
+            with uncompiled(args):
+                row["val_loss"], row["val_bpb"] = evaluate(model, batches, limit, args.micro_batch,
+                                                           bos_id)
         log.add(row)
         log.show(row, steps, (steps - done) * statistics.median(times[-50:]))
         if bad == BAD_STEPS:
@@ -719,11 +731,13 @@ def parser() -> Parser:
     g.add_argument("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE",
                    help="change a field of the size, as n_layers=4 or rope_scaling=8")
     g.add_argument("--attention", choices=ATTENTION, default="fused",
-                   help="equation is for reading: slow, and memory grows with the square of T")
+                   help="tiled and equation are for reading; the memory of equation grows with the "
+                   "square of T")
     g.add_argument("--backward", choices=BACKWARD, default="manual",
-                   help="of a layer: by hand (section 2.4), by torch, or by torch from its input")
-    g.add_argument("--compile", action="store_true", help="compile the layers: 10 to 25 seconds "
-                   "once, then steps about a tenth faster; pays in runs of some minutes and more")
+                   help="of a layer: by hand (section 2.4); by torch; or keeping its input alone, "
+                   "which needs the least memory and a third more work")
+    g.add_argument("--compile", action="store_true", help="compile the layers: 10 to 30 seconds, "
+                   "then steps a tenth to a fourth faster: even after 2 to 5 minutes")
     g.add_argument("--document-mask", action=argparse.BooleanOptionalAction,
                    help="no attention across documents; default: from Llama 3 on")
     g = p.add_argument_group("text")
@@ -804,7 +818,8 @@ def main(argv: list[str]) -> None:
     bos_id = tokenizer.bos_id if args.document_mask else None
     train(args, run, folder, model, batches, recipe, bos_id, peak)
     prompt = "" if args.data or args.mixture else "class"  # the default text is Python
-    sample = sample_texts(model.eval(), tokenizer, [prompt], 120, Sampling(seed=args.seed))[0]
+    with uncompiled(args):
+        sample = sample_texts(model.eval(), tokenizer, [prompt], 120, Sampling(seed=args.seed))[0]
     print(f"--- a sample of {folder}\n{prompt}{sample.text}")
 
 
