@@ -331,11 +331,11 @@ def tiles(positions: Tensor, boundaries: Tensor | None, n_keys: int, size: int):
     """Every block of `size` queries with its tiles, (keys, mask), in which one of them sees one."""
     first = first_visible(positions, boundaries)
     keys = torch.arange(n_keys, device=positions.device)
-    for block in torch.arange(positions.shape[-1]).split(size):
-        rows = slice(int(block[0]), int(block[-1]) + 1)
-        low, high = int(first[..., rows].min()), int(positions[..., rows].max())
-        columns = [slice(j, min(j + size, high + 1)) for j in range(low, high + 1, size)]
-        yield rows, [(c, visible(positions[..., rows], first[..., rows], keys[c])) for c in columns]
+    for i in range(0, positions.shape[-1], size):
+        p, f = positions[..., i:i + size], first[..., i:i + size]
+        low, end = int(f.min()), int(p.max()) + 1
+        columns = [slice(j, min(j + size, end)) for j in range(low, end, size)]
+        yield slice(i, i + size), [(c, visible(p, f, keys[c])) for c in columns]
 
 
 def attention_tiled(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
