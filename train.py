@@ -617,7 +617,8 @@ def draw_loss(rows: list[dict], path: Path, title: str) -> None:
     if not losses:
         return
     stretch, end = -(-len(losses) // 500), losses[-1][0]
-    parts = [losses[i:i + stretch] for i in range(len(losses) // 50, len(losses), stretch)]
+    first = len(losses) - (len(losses) - len(losses) // 50) // stretch * stretch
+    parts = [losses[i:i + stretch] for i in range(first, len(losses), stretch)]
     line = [(part[-1][0], statistics.fmean(loss for _, loss in part)) for part in parts]
     values = [loss for _, loss in line + held]
     x_step, y_step = nice_step(end), nice_step(max(values) - min(values))
