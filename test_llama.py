@@ -1945,6 +1945,8 @@ class TestMistakes:
         (["train.py", "--mixture", "table2", "."], "no mixture 'table2'"),
         (["train.py", "--mixture", "table1", "."], "commoncrawl"),
         (["train.py", "--warmpu", "3"], "--warmpu"),
+        (["train.py", "--backward", "hand"], "'manual', 'autograd', 'recompute'"),
+        (["train.py", "--compile", "--document-mask"], "try --no-document-mask"),
         (["generate.py", "nowhere"], "nowhere is no checkpoint"),
         (["generate.py", "README.md"], "README.md"),
         (["generate.py", "--top-p", "2"], "--top-p"),

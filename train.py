@@ -738,7 +738,7 @@ def parser() -> Parser:
                    help="of a layer: by hand (section 2.4); by torch; or keeping its input alone, "
                    "which needs the least memory and a third more work")
     g.add_argument("--compile", action="store_true", help="compile the layers: 10 to 30 seconds, "
-                   "then steps a tenth to a fourth faster: even after 2 to 5 minutes")
+                   "then steps a tenth to a fifth faster: even after 1 to 4 minutes")
     g.add_argument("--document-mask", action=argparse.BooleanOptionalAction,
                    help="no attention across documents; default: from Llama 3 on")
     g = p.add_argument_group("text")
