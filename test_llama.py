@@ -1475,7 +1475,8 @@ class TestTrainStep:
     def test_frozen_weights_stay(self):
         model = random_model(SMALL).requires_grad_(False)
         model.output.requires_grad_(True)
-        train.train_step(model, train.make_optimizer(model, SIZES["tiny"][1]), tokens(2, 9), 1, 1, 2)
+        optimizer = train.make_optimizer(model, SIZES["tiny"][1])
+        train.train_step(model, optimizer, tokens(2, 9), 1, 1, 2)
         changed = {name for (name, p), before in zip(model.named_parameters(),
                    random_model(SMALL).parameters()) if not torch.equal(p, before)}
         assert changed == {"output.weight"}
