@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,12 @@ STARTED = time.perf_counter()  # before torch, whose import is a good part of th
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from llama import KVCache, Llama, load
+from llama import Attention, FeedForward, KVCache, Layer, Llama, load, through
 from tokenizer import Parser, StreamDecoder, command, documents, load_tokenizer
 
+FEW = 16  # rows up to which kernels for one row are the faster ones
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -64,6 +66,148 @@ def tokenizer_beside(checkpoint: Path, vocab_size: int, given: str | None = None
 
 
 # ---------------------------------------------------------------------------------------------
+# Products of few rows. A token reads every weight once, so what counts is bytes and their order:
+# each class lays a matrix W (out, in) out for y = x W^T, x (..., in), and says its `nbytes`.
+
+
+def rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+class Product(nn.Module):
+    """W as it is. On a CPU many rows in fp16 are computed in fp32, whose kernel is faster."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        self.nbytes = self.weight.nbytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        if w.dtype == torch.float16 and w.device.type == "cpu" and rows(x) > FEW:
+            return F.linear(x.float(), w.float()).to(x.dtype)
+        return F.linear(x, w)
+
+
+class PackedProduct(nn.Module):
+    """W in fp32 or bf16 in the order of oneDNN's kernel, which F.linear would make at each call.
+    The compiler cannot trace that order, so what it compiles calls llama::packed with a number."""
+
+    numbered = weakref.WeakValueDictionary()
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
+        super().__init__()
+        self.number = torch.tensor(len(self.numbered))
+        self.numbered[int(self.number)] = self
+        self.n_out = weight.shape[0]
+        # Packed for 64 rows it is the fastest for one row too.
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), 64)
+        self.nbytes = weight.numel() * dtype.itemsize
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.llama.packed(x, self.number, self.n_out)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+OPS = torch.library.Library("llama", "FRAGMENT")
+OPS.define("packed(Tensor x, Tensor number, int n_out) -> Tensor")
+OPS.impl("packed", lambda x, number, n_out: PackedProduct.numbered[int(number)](x), "CPU")
+torch.library.register_fake("llama::packed", lambda x, number, n_out: x.new_empty((*x.shape[:-1], n_out)), lib=OPS)
+
+
+class Int8Product(nn.Module):
+    """W = s q, q in int8 and a scale s for each row: s = max |w| / 127. Computes in bf16."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        w = weight.float()
+        s = (w.abs().amax(1) / 127).clamp(min=1e-30)
+        self.register_buffer("q", (w / s[:, None]).round().to(torch.int8))
+        self.register_buffer("s", s.bfloat16())
+        self.nbytes = self.q.nbytes + self.s.nbytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.bfloat16()
+        if x.device.type == "cpu" and rows(x) <= FEW:
+            y = torch._weight_int8pack_mm(y.flatten(0, -2), self.q, self.s).view(*x.shape[:-1], -1)
+        else:
+            y = F.linear(y, self.q.bfloat16()) * self.s
+        return y.to(x.dtype)
+
+
+class Int4Product(nn.Module):
+    """W = s (q - 8) + z, q of 0 .. 15, with s and z in bf16 for each 32 weights of a row: from the
+    smallest and the largest of them, z - 8 s and z + 7 s. Computes in bf16."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        w = weight.float().unflatten(1, (-1, 32))
+        low, high = w.aminmax(dim=-1, keepdim=True)
+        s = ((high - low) / 15).clamp(min=1e-30).bfloat16()
+        z = (low + 8 * s).bfloat16()
+        q = ((w - z) / s + 8).round().clamp(0, 15).flatten(1).int()
+        if weight.device.type == "cpu":
+            q = torch._convert_weight_to_int4pack_for_cpu(q, 1)
+            self.register_buffer("scales", torch.cat((s, z), -1).transpose(0, 1).contiguous())
+        else:
+            q = (q[:, ::2] | q[:, 1::2] << 4).to(torch.uint8)
+            self.register_buffer("scales", torch.cat((s, z), -1))
+        self.register_buffer("q", q)
+        self.nbytes = self.q.nbytes + self.scales.nbytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.bfloat16()
+        if x.device.type == "cpu":
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(y.flatten(0, -2), self.q, 32,
+                                                           self.scales).view(*x.shape[:-1], -1)
+        else:
+            q = torch.stack((self.q & 15, self.q >> 4), -1).view(len(self.q), -1, 32)
+            w = self.scales[..., :1] * (q.bfloat16() - 8) + self.scales[..., 1:]
+            y = F.linear(y, w.flatten(1))
+        return y.to(x.dtype)
+
+
+def product(weight: Tensor, dtype: torch.dtype, quantize: str | None) -> nn.Module:
+    """The fastest layout of a matrix: as it is, packed, or quantised where its shape allows."""
+    if quantize == "int4" and weight.shape[1] % 32 == 0 and weight.shape[0] % 16 == 0:
+        return Int4Product(weight)
+    if quantize:
+        return Int8Product(weight)
+    packs = {torch.float32: torch.backends.mkldnn.is_available,
+             torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported}
+    if weight.device.type == "cpu" and dtype in packs and packs[dtype]():
+        return PackedProduct(weight, dtype)
+    return Product(weight, dtype)
+
+
+class FusedAttention(Attention):
+    """Attention whose Wq, Wk and Wv are one matrix: one large product is faster than three."""
+
+    def __init__(self, attention: Attention, lay_out):
+        nn.Module.__init__(self)
+        weights = [w.weight for w in (attention.wq, attention.wk, attention.wv)]
+        self.head_dim, self.sizes = attention.head_dim, [len(w) for w in weights]
+        self.wqkv = lay_out(torch.cat(weights))
+        self.wo = lay_out(attention.wo.weight)
+
+    def products(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.wqkv(x).split(self.sizes, -1)
+
+
+class FusedFeedForward(FeedForward):
+    """FeedForward whose W1 and W3 are one matrix."""
+
+    def __init__(self, feed_forward: FeedForward, lay_out):
+        nn.Module.__init__(self)
+        self.w13 = lay_out(torch.cat((feed_forward.w1.weight, feed_forward.w3.weight)))
+        self.w2 = lay_out(feed_forward.w2.weight)
+
+    def products(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.w13(x).chunk(2, -1)
+
+
+# ---------------------------------------------------------------------------------------------
 # Sampling
 
 
@@ -91,55 +235,129 @@ class Sampling:
         if self.temperature == 0:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         z = (logits - logits.max(-1, keepdim=True).values) / self.temperature
-        z, order = z.sort(-1, descending=True)
+        if not self.top_k and self.top_p == 1:
+            return z.softmax(-1)
+        total, some = z.logsumexp(-1, keepdim=True), min(self.top_k or 256, z.shape[-1])
+        best, order = z.topk(some)  # to sort all of V would take as long as the model
         if self.top_k:
-            z[:, self.top_k:] = float("-inf")
-        p = z.softmax(-1)
+            total = best.logsumexp(-1, keepdim=True)
+        elif ((best - total).exp().sum(-1) < self.top_p).any():
+            best, order = z.sort(-1, descending=True)
+        p = (best - total).exp()
         before = p.cumsum(-1) - p  # probability of all likelier tokens
         p[before >= self.top_p] = 0
-        return torch.zeros_like(p).scatter(-1, order, p / p.sum(-1, keepdim=True))
+        return torch.zeros_like(z).scatter(-1, order, p / p.sum(-1, keepdim=True))
+
+    def draw(self, logits: Tensor, random: list[torch.Generator]) -> list[tuple[int, float]]:
+        """A token for each row of logits (B, V), with its log-probability before any cut."""
+        total = logits.logsumexp(-1)
+        if not total.isfinite().all():
+            raise ValueError("the model's scores are not finite; try --dtype fp32")
+        if self.temperature == 0:
+            ids = logits.argmax(-1)
+        else:
+            p = self.probabilities(logits)
+            # By the inverse of the distribution: torch.multinomial takes 20 times as long.
+            at = torch.stack([torch.rand(1, generator=g) for g in random]) * p.sum(-1, keepdim=True)
+            ids = torch.searchsorted(p.cumsum(-1), at, right=True)[:, 0]
+        logprobs = logits.gather(-1, ids[:, None])[:, 0] - total
+        return list(zip(ids.tolist(), logprobs.tolist()))
+
+
+class Text(list):
+    """The ids of a text as it grows, and what followed each pair of them last."""
+
+    def __init__(self, ids: list[int]):
+        super().__init__(ids)
+        self.after = {pair: i + 2 for i, pair in enumerate(zip(ids, ids[1:-1]))}
+
+    def add(self, token: int) -> None:
+        self.after[tuple(self[-2:])] = len(self)
+        self.append(token)
+
+    def guess(self, n: int) -> list[int]:
+        """Up to n ids that may come next: those after the last place where the last two stood."""
+        at = self.after.get(tuple(self[-2:]), len(self))
+        return self[at:at + n]
 
 
 @torch.inference_mode()
 def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
-             stop_ids: frozenset[int] = frozenset(), numbers: list[int] | None = None
+             stop_ids: frozenset[int] = frozenset(), numbers: list[int] | None = None,
+             speculate: int = 0, cache: KVCache | None = None
              ) -> Iterator[list[tuple[int, int, float]]]:
     """Continues each prompt; yields (row, id, log-probability) of every row still running, a step
     at a time. A row ends with a stop id, or when the context is full.
 
-    One batch, prompts of any lengths padded on the right: each row is what it would be alone.
-    numbers[row] tells samples of one prompt apart: a row's randomness is (seed, number) alone.
+    One batch, prompts of any lengths padded on the right: each row is what it would be alone, and
+    equal prompts are read once. numbers[row] tells samples of one prompt apart: a row's randomness
+    is (seed, number) alone. With `speculate`, up to so many guesses go through the model together
+    with the last token; as long as what is drawn is what was guessed, the next scores are there
+    already, and what is drawn is what it would be without. A cache of one row goes on where it
+    ends, with a prompt that is not in it yet.
     """
-    lengths, room = [len(prompt) for prompt in prompts], model.config.max_seq_len
-    if min(lengths) == 0:
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    held = cache.lengths[0] if cache else 0
+    longest, room = held + max(map(len, prompts)), model.config.max_seq_len
+    if min(map(len, prompts)) == 0:
         raise ValueError("a prompt has no token; try one with BOS")
-    if max(lengths) >= room:
-        raise ValueError(f"a prompt of {max(lengths)} tokens leaves no room in the context of "
+    if longest >= room:
+        raise ValueError(f"a prompt of {longest} tokens leaves no room in the context of "
                          f"{room}; try a shorter one")
-    weight = model.tok_embeddings.weight
+    device = model.tok_embeddings.weight.device
     random = [torch.Generator().manual_seed((sampling.seed * 2**20 + number) % 2**63)
               for number in numbers or [0] * len(prompts)]
-    size = min(room, max(lengths) + max_new_tokens)
-    cache = KVCache(model.config, len(prompts), size, model.dtype or weight.dtype, weight.device)
-    padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
-    h = model.hidden(torch.tensor(padded, device=weight.device), cache)
-    h = h[range(len(prompts)), [length - 1 for length in lengths]]  # (B, T, D) -> (B, D)
-    cache.lengths = list(lengths)
-    running = set(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        logits = model.logits(h).cpu()
-        if not torch.isfinite(logits).all():
-            raise ValueError("the model's scores are not finite; try --dtype fp32")
-        p = sampling.probabilities(logits)
-        ids = torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, random)])
-        logprobs = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
-        yield [(row, int(ids[row]), float(logprobs[row])) for row in sorted(running)]
-        full = {row for row in running if cache.lengths[row] + 1 >= size}
-        running -= {row for row in running if int(ids[row]) in stop_ids} | full
+    size = min(room, longest + max_new_tokens)
+    shared = len(distinct) < len(prompts)
+    read = cache or new_cache(model, len(distinct), longest if shared else size)
+    padded = [[*prompt, *[0] * (longest - held - len(prompt))] for prompt in distinct]
+    h = model.hidden(torch.tensor(padded, device=device), read)
+    h = h[range(len(distinct)), [len(prompt) - 1 for prompt in distinct]]  # (B, T, D) -> (B, D)
+    read.lengths = [held + len(prompt) for prompt in distinct]
+    if shared:
+        rows = [distinct.index(tuple(prompt)) for prompt in prompts]
+        cache, h = new_cache(model, len(prompts), size), h[rows]
+        cache.take(read, rows)
+    cache, h = cache or read, h[:, None]
+    texts, made = [Text(prompt) for prompt in prompts], [0] * len(prompts)
+    guesses, running = [[] for _ in prompts], list(range(len(prompts)))
+    while True:
+        logits, step, drawing = model.logits(h).cpu(), [], running
+        for t in range(logits.shape[1]):
+            z = logits[:, t] if len(drawing) == len(logits) else logits[drawing, t]
+            drawn = sampling.draw(z, [random[row] for row in drawing])
+            step += [(row, *new) for row, new in zip(drawing, drawn)]
+            for row, (token, _) in zip(drawing, drawn):
+                texts[row].add(token)
+                made[row] += 1
+                if (token in stop_ids or made[row] == max_new_tokens
+                        or held + len(texts[row]) >= room):
+                    running = [other for other in running if other != row]
+            drawing = [row for row, (token, _) in zip(drawing, drawn)
+                       if row in running and guesses[row][t:t + 1] == [token]]
+            if not drawing:
+                break
+        yield step
         if not running:
             return
-        cache.lengths = [min(length, size - 1) for length in cache.lengths]  # of rows that ended
-        h = model.hidden(ids[:, None].to(weight.device), cache)[:, -1]
+        # All but the last token of each text are in the cache: what followed a wrong guess is not.
+        cache.lengths = [held + len(text) - 1 for text in texts]
+        free = size - max(cache.lengths[row] for row in running) - 1
+        guesses = [text.guess(min(speculate, free)) if row in running else []
+                   for row, text in enumerate(texts)]
+        T = 1 + max(map(len, guesses))
+        cache.lengths = [min(length, size - T) for length in cache.lengths]  # of rows that ended
+        new = [(text[-1:] + guess + [0] * T)[:T] for text, guess in zip(texts, guesses)]
+        h = model.hidden(torch.tensor(new, device=device), cache)
+
+
+def new_cache(model: Llama, batch: int, length: int) -> KVCache:
+    """A cache in the type that is computed in; fp32 for fp16 on a CPU, whose kernel is slow."""
+    weight = model.tok_embeddings.weight
+    dtype = model.dtype or weight.dtype
+    if weight.device.type == "cpu" and dtype == torch.float16:
+        dtype = torch.float32
+    return KVCache(model.config, batch, length, dtype, weight.device)
 
 
 class Sample:

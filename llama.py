@@ -400,11 +400,14 @@ def attention_fused(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
     that the mask hides are not computed). Documents: one by one on a CPU, by the kernel for
     sequences of any length on CUDA. lse is None where no flash kernel gives it."""
     flash, T, rows_alike = torch.ops.aten, q.shape[2], positions.dim() == 1
+    if rows_alike and T == 1:  # the newest token sees everything: a group's heads are its queries
+        groups = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
+        return F.scaled_dot_product_attention(groups, k, v).flatten(1, 2).unsqueeze(2), None
     square = rows_alike and T == k.shape[2]
     if not (square and has_flash(q)):
         causal = square and boundaries is None
-        mask = None  # the newest token alone sees everything
-        if not causal and not (rows_alike and T == 1):
+        mask = None
+        if not causal:
             keys = torch.arange(k.shape[2], device=k.device)
             mask = visible(positions, first_visible(positions, boundaries), keys)
         if not has_flash(q):  # torch's other kernels do not know groups, or hold T x S numbers
@@ -498,9 +501,12 @@ class Attention(nn.Module):
         self.wv = Linear(config.dim, kv_dim)
         self.wo = Linear(config.dim, config.dim)
 
+    def products(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.wq(x), self.wk(x), self.wv(x)
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
         split = (-1, self.head_dim)  # (B, T, H E) -> (B, T, H, E), local heads only
-        q, k, v = (w(x).unflatten(-1, split) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (z.unflatten(-1, split) for z in self.products(x))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         o, _ = attend(*(z.transpose(1, 2) for z in (q, k, v)))  # (B, H, T, E)
         return self.wo(o.transpose(1, 2).flatten(2))
@@ -515,8 +521,11 @@ class FeedForward(nn.Module):
         self.w2 = Linear(config.hidden_dim, config.dim)
         self.w3 = Linear(config.dim, config.hidden_dim)
 
+    def products(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.w1(x), self.w3(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+        return self.w2(swiglu(*self.products(x)))
 
 
 class Layer(nn.Module):
@@ -626,35 +635,54 @@ class LayerByHand(torch.autograd.Function):
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, sized to the request: two of (L, B, K, S, E).
+    """Keys and values of the tokens read so far, sized to the request: held[layer] is two of
+    (B, K, S, E). Its rotary table is made once.
 
     lengths[b] tokens of row b are held. Rows may differ: what lies beyond a row's length is
     never visible, so prompts padded on the right need no mask of their own.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, dtype=None, device=None):
-        shape = (config.n_layers, batch, config.n_kv_heads, length, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
+        zeros = partial(torch.zeros, dtype=dtype, device=device)
+        shape = (batch, config.n_kv_heads, length, config.head_dim)
+        self.held = [(zeros(shape), zeros(shape)) for _ in range(config.n_layers)]
+        self.keys = torch.arange(length, device=device)
+        self.cos, self.sin = rope_table(config, self.keys)
         self.lengths = [0] * batch
 
     def positions(self, T: int) -> Tensor:
         """Positions of the next T tokens: (T,) if all rows are as long, else (B, T)."""
-        new = torch.arange(T, device=self.k.device)
         if len(set(self.lengths)) == 1:
-            return new + self.lengths[0]
-        return new + torch.tensor(self.lengths, device=self.k.device)[:, None]
+            return self.keys[self.lengths[0]:self.lengths[0] + T]
+        return self.keys[:T] + torch.tensor(self.lengths, device=self.keys.device)[:, None]
 
-    def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts k and v (B, K, T, E) at their positions; all of the layer's, two of (B, K, S, E)."""
-        end = max(self.lengths) + k.shape[2]
-        for cache, new in ((self.k[layer], k), (self.v[layer], v)):
-            if positions.dim() == 1:
-                cache[:, :, self.lengths[0]:end] = new
-            else:
-                row = torch.arange(len(cache), device=cache.device)[:, None]
-                cache[row, :, positions] = new.transpose(1, 2)
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+    def take(self, other: "KVCache", rows: list[int]) -> None:
+        """Begins each row with what a row of another cache, of the same kind, holds."""
+        for mine, theirs in zip(self.held, other.held):
+            for past, new in zip(mine, theirs):
+                past[:, :, :new.shape[2]] = new[rows]
+        self.lengths = [other.lengths[row] for row in rows]
+
+
+def through(layers, held, h: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, keys: Tensor,
+            attention) -> Tensor:
+    """h (B, T, D) through layers with a cache: held[i] takes in a layer's new keys and values at
+    `positions`; keys (S,) are those seen by now. For one token, generate.py compiles this."""
+    end = len(keys)
+    for layer, pair in zip(layers, held):
+        def attend(q: Tensor, k: Tensor, v: Tensor, pair=pair) -> tuple[Tensor, Tensor | None]:
+            for past, new in zip(pair, (k, v)):
+                if positions.dim() == 1:
+                    past[:, :, end - new.shape[2]:end] = new
+                else:
+                    row = torch.arange(len(past), device=past.device)[:, None]
+                    past[row, :, positions] = new.transpose(1, 2).to(past.dtype)
+            k, v = (past[:, :, :end] for past in pair)
+            o, lse = attention(q.to(k.dtype), k, v, positions)
+            return o.to(q.dtype), lse
+
+        h = layer(h, cos, sin, attend)
+    return h
 
 
 class Llama(nn.Module):
@@ -675,6 +703,7 @@ class Llama(nn.Module):
         self.attention = ATTENTION[attention]
         self.backward = backward
         self.dtype = dtype
+        self.through_one = None  # generate.py's: `through` for one token, compiled for some layers
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -712,33 +741,44 @@ class Llama(nn.Module):
 
         With a cache, tokens go on from what it holds, and it grows by T in every row.
         """
-        T = tokens.shape[1]
-        positions = torch.arange(T, device=tokens.device) if cache is None else cache.positions(T)
-        cos, sin = rope_table(self.config, positions)
-        attention, attention_backward = self.attention
-        by_hand = None
-        if (self.backward == "manual" and cache is None and torch.is_grad_enabled()
-                and not torch._C._is_any_autocast_enabled()):  # which autograd alone honours
-            by_hand = partial(attention_backward, boundaries=boundaries)
         h = self.tok_embeddings(tokens)
         h = h.to(self.dtype or h.dtype)
-        for i, layer in enumerate(self.layers):
-            def attend(q: Tensor, k: Tensor, v: Tensor, i: int = i) -> tuple[Tensor, Tensor | None]:
-                if cache is not None:
-                    k, v = cache.append(i, k, v, positions)
-                return attention(q, k, v, positions, boundaries)
+        if cache is None:
+            h = self.without_cache(h, boundaries)
+        else:
+            T = tokens.shape[1]
+            positions, keys = cache.positions(T), cache.keys[:max(cache.lengths) + T]
+            cos, sin = cache.cos[positions], cache.sin[positions]
+            at_once, run = len(self.layers), through
+            if self.through_one and T == 1 and positions.dim() == 1:
+                at_once, run = self.through_one
+            for i in range(0, len(self.layers), at_once):
+                some = slice(i, i + at_once)
+                h = run(self.layers[some], cache.held[some], h, cos, sin, positions, keys,
+                        self.attention[0])
+            cache.lengths = [length + T for length in cache.lengths]
+        return self.norm(h)
 
+    def without_cache(self, h: Tensor, boundaries: Tensor | None) -> Tensor:
+        """h (B, T, D) through all layers, with a backward if gradients are wanted."""
+        positions = torch.arange(h.shape[1], device=h.device)
+        cos, sin = rope_table(self.config, positions)
+        attention, attention_backward = self.attention
+        attend = partial(attention, positions=positions, boundaries=boundaries)
+        by_hand = None
+        if (self.backward == "manual" and torch.is_grad_enabled()
+                and not torch._C._is_any_autocast_enabled()):  # which autograd alone honours
+            by_hand = partial(attention_backward, boundaries=boundaries)
+        for layer in self.layers:
             if self.backward == "recompute" and torch.is_grad_enabled():
                 h = checkpoint(layer, h, cos, sin, attend, use_reentrant=False)
             else:
                 h = layer(h, cos, sin, attend, by_hand)
-        if cache is not None:
-            cache.lengths = [length + T for length in cache.lengths]
-        return self.norm(h)
+        return h
 
     def logits(self, h: Tensor) -> Tensor:
         """Scores of the next token in fp32: (..., D) -> (..., V)."""
-        return fp32(linear(h, self.output_weight))
+        return fp32(linear(h, self.output_weight) if self.output is None else self.output(h))
 
     @property
     def output_weight(self) -> Tensor:
@@ -753,7 +793,10 @@ class Llama(nn.Module):
     def nll(self, tokens: Tensor, targets: Tensor, boundaries: Tensor | None = None) -> Tensor:
         """Negative log-likelihood of each target in nats: two of (B, T) -> (B, T), no gradient."""
         h = self.hidden(tokens, boundaries=boundaries).flatten(0, 1)
-        return next_token_nll(h, self.output_weight, targets.flatten())[0].view_as(targets)
+        rows = rows_at_once(self.config.vocab_size, self.config.dim)
+        parts = zip(h.split(rows), targets.flatten().split(rows))
+        return torch.cat([F.cross_entropy(self.logits(part), wanted, reduction="none")
+                          for part, wanted in parts]).view_as(targets)
 
     def loss(self, tokens: Tensor, targets: Tensor, boundaries: Tensor | None = None) -> Tensor:
         """Mean negative log-likelihood of the targets in nats: two of (B, T) -> scalar.
