@@ -33,14 +33,17 @@ import pytest
 import regex
 import sentencepiece
 import tiktoken
+import tokenizers
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.convert_slow_tokenizer import generate_merges
 
 import generate
 import llama
@@ -1091,6 +1094,72 @@ def ranked():
         corpus[i:i + n] for n in range(2, 9) for i in draw.sample(range(len(corpus) - 8), 120))]))
 
 
+def over_characters(model, normalizer=None, split=None):
+    """Hugging Face's tokenizer of a SentencePiece model, as transformers converts LLaMA's."""
+    names = [model.id_to_piece(i) for i in range(len(model))]
+    vocab = {name: i for i, name in enumerate(names)}
+    merges = generate_merges(vocab, {name: model.get_score(i) for name, i in vocab.items()})
+    theirs = tokenizers.Tokenizer(models.BPE(
+        vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if normalizer:
+        theirs.normalizer = normalizer
+    else:
+        theirs.pre_tokenizer = split
+    theirs.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        *[decoders.Strip(" ", 1, 0)] * ("prepend" in str(normalizer or split).lower())])
+    theirs.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    theirs.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in names[:3]])
+    theirs.add_special_tokens(["<|im_end|>", "<|im_end|>x"])
+    return theirs
+
+
+def over_words(theirs):
+    """The same, with a token that goes over the end of a word."""
+    file = json.loads(theirs.to_str())
+    file["model"]["vocab"]["n▁"] = 420
+    for token in file["added_tokens"][3:]:
+        token["id"] += 1
+    file["model"]["merges"].insert(0, ["n", "▁"])
+    return tokenizers.Tokenizer.from_str(json.dumps(file))
+
+
+def over_bytes(split, whole=False, alphabet=()):
+    """A BPE over bytes, trained by Hugging Face's library, with one token that no merge makes."""
+    theirs = tokenizers.Tokenizer(models.BPE(ignore_merges=whole))
+    theirs.pre_tokenizer, theirs.decoder = split, decoders.ByteLevel()
+    theirs.train_from_iterator([NOVEL] * 9, trainers.BpeTrainer(
+        vocab_size=400, show_progress=False, initial_alphabet=list(alphabet), min_frequency=2,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"] * (not whole)))
+    file = json.loads(theirs.to_str())
+    file["model"]["vocab"]["Ġwifes"] = len(file["model"]["vocab"])
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(file))
+    if whole:
+        theirs.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
+        template = processors.TemplateProcessing(
+            "<|begin_of_text|> $A", None, [("<|begin_of_text|>", len(file["model"]["vocab"]))])
+        theirs.post_processor = processors.Sequence([processors.ByteLevel(), template])
+    return theirs
+
+
+METASPACE = functools.partial(pre_tokenizers.Metaspace, "▁", split=False)
+IN_BYTES = functools.partial(pre_tokenizers.ByteLevel, False)
+PREPEND = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+HUGGING_FACE = {
+    "legacy": lambda: over_characters(trained().processor, PREPEND),
+    "replace": lambda: over_characters(trained().processor, normalizers.Replace(" ", "▁")),
+    "first": lambda: over_characters(trained().processor, split=METASPACE(prepend_scheme="first")),
+    "always": lambda: over_characters(trained().processor, split=METASPACE()),
+    "never": lambda: over_characters(trained().processor, split=METASPACE(prepend_scheme="never")),
+    "words": lambda: over_words(HUGGING_FACE["always"]()),
+    "smollm": lambda: over_bytes(pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), IN_BYTES()])),
+    "llama-bpe": lambda: over_bytes(pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(tokenizers.Regex(PAT), "isolated"), IN_BYTES(use_regex=False)]),
+        True, IN_BYTES.func.alphabet()),
+    "gpt-2": lambda: over_bytes(IN_BYTES(), False, IN_BYTES.func.alphabet())}
+
+
 def many(n):
     """A BytePair of 512 + n tokens."""
     return byte_pair(BYTES + [b"%d!" % i for i in range(n)])
@@ -1110,7 +1179,11 @@ class TestSentencePiece:
                 shown = b"".join(map(ours.token_bytes, ids)).decode()
                 assert shown == " " * (not inside and text > "") + plain
         for_texts(check)
-        assert ours.vocab_size == len(theirs) and ours.stop_ids == {2}
+        assert ours.vocab_size == len(theirs) and ours.stop_ids == {2} and ours.adds_bos
+        assert ours.special == {"<s>": 1, "</s>": 2} and ours.chat_template is None
+        ids = [5, 1, *theirs.encode("a"), 2, *theirs.encode(" <s>")]
+        assert [5, *ours.encode("<s>a</s> <s>", continues=True, allowed_special=["<s>", "</s>"])
+                ][:4] == ids[:4] and 1 not in ours.encode("<s>a")
         assert [ours.token_bytes(i) for i in range(259)] == [" ⁇ ".encode(), b"", b"", *BYTES]
 
 
@@ -1203,7 +1276,8 @@ class TestLoadTokenizer:
         data = llama2c() if kind == "bin" else ours.data
         self.load(tmp_path, data).save(tmp_path / "saved")
         again, draw = tokenizer.load_tokenizer(tmp_path / "saved", "3.0"), random.Random(0)
-        assert type(again) is type(ours) and ranked().bos_id + 8 not in again.stop_ids
+        assert type(again) is (tokenizer.HuggingFace if kind == "bin" else type(ours))
+        assert ranked().bos_id + 8 not in again.stop_ids
         for text in FIXED:
             assert again.encode(text) == ours.encode(text)
         for call in (lambda: again.decode([-1]), lambda: again.token_bytes(again.vocab_size),
@@ -1233,8 +1307,184 @@ class TestLoadTokenizer:
                 self.load(tmp_path, lie)
 
 
+LIES = [None, True, -1, 0.5, 2**40, 10**400, "", "x", "\ud800", [], {}, [[]], {"x": []}, ["a b"],
+        [["a", "b", "c"]], {"a": 0, "b": 0}, {"type": "Sequence"}, {"type": []}]
+
+
+def places(tree):
+    """(dict or list, key) of the places in a tree, three of each list."""
+    for key in list(tree)[:12] if isinstance(tree, dict) else range(min(len(tree), 3)):
+        yield tree, key
+        if isinstance(tree[key], (dict, list)):
+            yield from places(tree[key])
+
+
+def check_lies(read, tree):
+    """A tree with a lie at any place reads, or is one line of ValueError; returns those lines."""
+    said = []
+    for inside, key in [*places(tree)]:
+        true = inside[key]
+        for lie in LIES:
+            inside[key] = lie
+            try:
+                read(tree).encode("a 1\u20ac", bos=True, eos=True)
+            except ValueError as error:
+                assert "; try" in str(error) and "\n" not in str(error) and len(str(error)) < 400
+                said.append(str(error))
+        inside[key] = true
+    return said
+
+
+class TestHuggingFace:
+    load = TestLoadTokenizer.load
+
+    def equal(self, ours, theirs, for_texts=for_texts):
+        names, hides = ours.special.keys(), ours.spaced
+        def check(text):
+            ids = theirs.encode(text).ids
+            assert ours.encode(text, bos=ours.adds_bos, allowed_special=names) == ids
+            assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=hides)
+            plain = ours.encode(text)
+            assert not {*plain} & {*ours.special.values()}
+            if b"\xf1" in ours.tokens:  # SmolLM2 and ours of its kind have not all bytes
+                shown = b"".join(map(ours.token_bytes, ours.encode(text, continues=True)))
+                assert shown.decode() == (text.replace("▁", " ") if hides else text)
+        for_texts(check)
+        for text in ("ab" * 1000, " wifes wifesx", "  <s> a<|im_end|> 1 <|eot_id|>b", "ananas\n",
+                     "a<|im_end|>x<|im_end|>", "x    1   2  345    \n    6"):
+            check(text)
+
+    @pytest.mark.parametrize("kind", HUGGING_FACE)
+    def test_equals_tokenizers(self, kind, tmp_path):
+        theirs = HUGGING_FACE[kind]()
+        ours = self.load(tmp_path, theirs.to_str().encode())
+        self.equal(ours, theirs)
+        added = {token.content: i for i, token in theirs.get_added_tokens_decoder().items()}
+        assert ours.special == added and ours.vocab_size == theirs.get_vocab_size()
+        begins, ends = {"smollm": (0, {0, 2}), "gpt-2": (0, {0, 2}), "llama-bpe": (
+            added.get("<|begin_of_text|>"), {added.get("<|end_of_text|>"), added.get("<|eot_id|>")})
+            }.get(kind, (1, {2, added.get("<|im_end|>")}))
+        assert (ours.bos_id, ours.stop_ids) == (begins, ends) and ours.eos_id in ends
+        assert ours.adds_bos is (kind not in ("smollm", "gpt-2")) and ours.chat_template is None
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+            "add_bos_token": not ours.adds_bos, "bos_token": {"content": [*added][-1]},
+            "eos_token": [*added][0], "chat_template": [
+                {"name": "default", "template": "{{ 1 }}"}, {"name": "x", "template": "y"}]}))
+        told = self.load(tmp_path, theirs.to_str().encode())
+        assert told.adds_bos is not ours.adds_bos and told.chat_template == "{{ 1 }}"
+        assert told.bos_id == max(added.values()) and told.eos_id == min(added.values())
+        (tmp_path / "chat_template.jinja").write_text("{% if é %}", "utf-8")
+        assert self.load(tmp_path, theirs.to_str().encode()).chat_template == "{% if é %}"
+        (tmp_path / "x").mkdir()
+        told.save(tmp_path / "x" / "file")
+        again = tokenizer.load_tokenizer(tmp_path / "x" / "file")
+        for name in ("tokens", "ranks", "merges", "special", "bos_id", "stop_ids", "adds_bos",
+                     "chat_template", "eos_id", "hidden", "pattern", "data"):
+            assert getattr(again, name) == getattr(told, name), name
+        theirs = tokenizers.Tokenizer.from_str(again.data.decode())
+        self.equal(ours, theirs, lambda check: [*map(check, FIXED)])
+
+    @pytest.mark.parametrize("kind", ["legacy", "llama-bpe"])
+    def test_lies(self, kind, tmp_path):
+        data = HUGGING_FACE[kind]().to_str()
+        read = lambda tree: self.load(tmp_path, json.dumps(tree).encode())
+        if kind == "legacy":
+            assert len(check_lies(read, json.loads(data))) > 300
+        for change, named in (
+                ({"normalizer": {"type": "NFC"}}, "NFC"), ({"decoder": None}, "decoder"),
+                ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+                ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFD"}]}}, "NFD"),
+                ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "a+"}}}, "a[+]"),
+                ({"post_processor": {"type": "BertProcessing"}}, "Bert")):
+            with pytest.raises(ValueError, match=f"file: .*{named}.*; try"):
+                read(json.loads(data) | change)
+        for change, named in (
+                ({"type": "WordPiece"}, "type .WordPiece"), ({"dropout": 0.1}, "dropout 0.1"),
+                ({"end_of_word_suffix": "</w>"}, "</w>"), ({"merges": ["a zz"]}, "merge 0"),
+                ({"byte_fallback": kind != "legacy"}, "byte_fallback")):
+            with pytest.raises(ValueError, match=f"file: .*{named}.*; try"):
+                read({**json.loads(data), "model": json.loads(data)["model"] | change})
+        vocab = json.loads(HUGGING_FACE["llama-bpe"]().to_str())
+        number = vocab["model"]["vocab"].pop("Ġwifes")
+        for name, value in (("", number), ("\ud800", number), ("Ġwifes", float(number))):
+            vocab["model"]["vocab"][name] = value
+            with pytest.raises(ValueError, match="file: (the ids|text holds half).*; try"):
+                read(vocab)
+            del vocab["model"]["vocab"][name]
+        deep = b'{"model":' * 100_000
+        for lie in (deep, data[:-9].encode(), b'{"a": 1}', b'{"model": "\xff"}'):
+            with pytest.raises(ValueError, match="file: .*; try"):
+                self.load(tmp_path, lie)
+        for name, lie in (("tokenizer_config.json", deep), ("tokenizer_config.json", b"[7]"),
+                          ("tokenizer_config.json", b'{"bos_token": "absent"}'),
+                          ("tokenizer_config.json", b'{"add_bos_token": 7}'),
+                          ("chat_template.jinja", b"\xff")):
+            (tmp_path / name).write_bytes(lie)
+            with pytest.raises(ValueError, match="; try"):
+                self.load(tmp_path, data.encode())
+            (tmp_path / name).unlink()
+
+    @pytest.mark.parametrize("file", [LLAMA2])
+    def test_llama_2(self, file):
+        ours = tokenizer.load_tokenizer(file)
+        theirs = over_characters(ours.processor, PREPEND)
+        self.equal(tokenizer.HuggingFace(theirs.to_str().encode()), theirs)
+
+
+class TestFromGGUF:
+    def fields(self, theirs, **more):
+        """What a GGUF file has of it."""
+        file, added = json.loads(theirs.to_str()), theirs.get_added_tokens_decoder()
+        names = [theirs.id_to_token(i) for i in range(theirs.get_vocab_size())]
+        types = [3 if i in added else 6 if re.fullmatch("<0x..>", name) else 1
+                 for i, name in enumerate(names)]
+        more |= {"tokens": names, "token_type": types, "merges": file["model"]["merges"]}
+        more["merges"] = [" ".join(merge) for merge in more["merges"]]
+        return {f"tokenizer.ggml.{key}": value for key, value in more.items()}
+
+    @pytest.mark.parametrize("kind, front", [("legacy", True), ("replace", False)])
+    def test_llama(self, kind, front):
+        theirs = HUGGING_FACE[kind]()
+        scores = [trained().processor.get_score(i) for i in range(420)] + [0.0] * 2
+        fields = self.fields(theirs, model="llama", scores=scores, add_space_prefix=front,
+                             bos_token_id=1, eos_token_id=2)
+        fields["tokenizer.ggml.token_type"][0] = 2
+        ours = tokenizer.from_gguf(fields)
+        TestHuggingFace().equal(ours, theirs)
+        assert ours.adds_bos and (ours.bos_id, ours.stop_ids) == (1, {2, 420})
+        with pytest.raises(ValueError, match="no token has id -1; try"):
+            tokenizer.from_gguf(fields | {"tokenizer.ggml.bos_token_id": -1})
+        used = next(i for i in ours.encode(NOVEL) if len(ours.tokens[i]) > 2)
+        fields["tokenizer.ggml.token_type"][used] = 5  # unused
+        assert used not in tokenizer.from_gguf(fields).encode(NOVEL)
+        fields["tokenizer.ggml.token_type"][420] = 4
+        assert tokenizer.from_gguf(fields).token_bytes(420) == b"<|im_end|>"
+        if front:
+            assert len(check_lies(tokenizer.from_gguf, fields)) > 100
+
+    @pytest.mark.parametrize("pre, kind", [
+        ("llama-bpe", "llama-bpe"), ("smollm", "smollm"), ("gpt-2", "gpt-2"), ("default", "gpt-2")])
+    def test_gpt2(self, pre, kind):
+        theirs = HUGGING_FACE[kind]()
+        bos, eot, eos = theirs.get_added_tokens_decoder()
+        fields = self.fields(theirs, model="gpt2", pre=pre, bos_token_id=bos, eos_token_id=eos,
+                             eot_token_id=eot)
+        fields["tokenizer.chat_template"] = "{{ 2 }}"
+        ours = tokenizer.from_gguf(fields)
+        TestHuggingFace().equal(ours, theirs)
+        assert ours.adds_bos is (kind == "llama-bpe") and ours.chat_template == "{{ 2 }}"
+        assert (ours.bos_id, ours.eos_id) == (bos, eos) and {eos, eot} <= ours.stop_ids
+        assert not tokenizer.from_gguf(fields | {"tokenizer.ggml.add_bos_token": False}).adds_bos
+        with pytest.raises(ValueError, match="pre .qwen2.*; try"):
+            tokenizer.from_gguf(fields | {"tokenizer.ggml.pre": "qwen2"})
+        if kind == "smollm":
+            assert len(check_lies(tokenizer.from_gguf, fields)) > 100
+
+
 class TestStreamDecoder:
-    @pytest.mark.parametrize("ours", [trained, ranked])
+    @pytest.mark.parametrize("ours", [trained, ranked, *(
+        lambda kind=kind: tokenizer.HuggingFace(HUGGING_FACE[kind]().to_str().encode())
+        for kind in ("legacy", "llama-bpe"))])
     def test_equals_decode(self, ours):
         ours = ours()
 
@@ -1246,7 +1496,7 @@ class TestStreamDecoder:
             check(ids)
         later = tokenizer.StreamDecoder(ours, start=False)
         assert "".join(map(later.push, ours.encode(" a", continues=True))) == " a"
-        ids = [[ours.token_bytes(i) for i in range(419)].index(bytes([b])) for b in "🦙".encode()]
+        ids = [[ours.token_bytes(i) for i in range(259)].index(bytes([b])) for b in "🦙".encode()]
         assert [later.push(i) for i in ids] == ["", "", "", "🦙"]
         assert later.push(ids[0]) + later.flush() == "\ufffd"
 
@@ -1338,6 +1588,13 @@ class TestTokenizerCommand:
             patch.setattr(sys, "argv", ["tokenizer.py", *map(str, arguments)])
             tokenizer.command(tokenizer.main)
         return ended.value.code, *capsys.readouterr()
+
+    def test_tokenizer_json(self, tmp_path, capsys):
+        HUGGING_FACE["legacy"]().save(str(tmp_path / "t.json"))
+        status, out, err = self.run(capsys, "info", tmp_path / "t.json")
+        assert (status, err) == (0, "") and "HuggingFace: 422 tokens, bos 1, eos 2, ends at" in out
+        status, out, err = self.run(capsys, "decode", "--tokenizer", tmp_path / "t.json", 1, 20)
+        assert (status, out, err) == (0, "\x11\n", "")
 
     def test_train_encode_decode(self, tmp_path, capsys):
         model, texts = tmp_path / "m", (tokenizer.__file__, __file__)

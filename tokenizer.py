@@ -1,9 +1,10 @@
 """Raw text -> token ids: SentencePiece BPE (LLaMA 1, 2), byte-level BPE (Llama 3), token shards.
+The files: SentencePiece's .model, Meta's ranks, tokenizer.json, llama2.c's .bin, a GGUF's fields.
 
     python tokenizer.py train --vocab-size 4096 --out tokenizer.model      # on Python's own library
     python tokenizer.py encode --tokenizer tokenizer.model --bos "In 2023, 1 llama"
     python tokenizer.py decode --tokenizer tokenizer.model 1 512 300
-    python tokenizer.py info tokenizer.model
+    python tokenizer.py info tokenizer.json
 
 "Notably, we split all numbers into individual digits, and fallback to bytes to decompose unknown
 UTF-8 characters." (LLaMA, section 2.1)
@@ -12,6 +13,7 @@ UTF-8 characters." (LLaMA, section 2.1)
 import argparse
 import base64
 import codecs
+import contextlib
 import functools
 import hashlib
 import heapq
@@ -45,6 +47,35 @@ SPECIAL = {  # after the ranks, up to 256; each - is a reserved one
     "3.1": "begin_of_text end_of_text - - finetune_right_pad_id step_id start_header_id "
            "end_header_id eom_id eot_id python_tag image",
 }
+BEGINS = "<|begin_of_text|>", "<s>", "<|endoftext|>", "<|im_start|>"  # of texts in the family,
+ENDS = "<|end_of_text|>", "</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>"
+CONFIG = "bos_token", "eos_token", "eot_token", "add_bos_token", "chat_template"
+
+# How a text is cut into pretokens, as Llama 3's, GPT-2's and SmolLM2's files say it.
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Each digit alone first, then GPT-2's: before a digit, its parts end.
+SMOLLM = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"\S", r"[^\s\p{N}]")
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+WORDS, BYTES = ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": split}
+                for split in (True, False))
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+SPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
+KINDS = [  # by pattern, or by where "▁" is put: a tokenizer.json's normalizer and pre_tokenizer
+    (LLAMA3, [], [SPLIT | {"pattern": {"Regex": LLAMA3}}, BYTES]), (GPT2, [], [WORDS]),
+    (SMOLLM, [], [{"type": "Digits", "individual_digits": True}, WORDS]),
+    ("in front", [{"type": "Prepend", "prepend": "▁"}, SPACES], []), ("never", [SPACES], []),
+    *((put, [], [SPACE | {"prepend_scheme": put}]) for put in ("first", "always", "never"))]
+FUSED = [  # its decoder of these
+    SPACES | {"pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+    {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+GGUF = {"llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "smollm": SMOLLM, "gpt-2": GPT2,
+        "default": GPT2}
+# GPT-2's alphabet: a printable byte is its own character, the others are U+0100 and on, in order.
+OTHERS = [*range(33), *range(127, 161), 173]
+CHARACTERS = {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
+BYTE_OF = dict.fromkeys(OTHERS, 256) | {256 + i: byte for i, byte in enumerate(OTHERS)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,12 +113,69 @@ def command(main: Callable[[list[str]], int | None]):
     sys.exit(status)
 
 
-class Tokenizer:
-    """Both kinds have encode(text, bos, eos, continues) -> ids, decode(ids) -> text, token_bytes
-    (what it adds to a text), save, data (the file), vocab_size, bos_id, eos_id, stop_ids (any of
-    them ends a text) and adds_bos. A wrong id or half a surrogate pair is a ValueError."""
+@contextlib.contextmanager
+def blamed(source):
+    """Whatever a file that lies makes of the code inside is a ValueError that names the file."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        reason, mark, advice = " ".join(str(error).split()).rpartition("; try")
+        if not mark or not isinstance(error, ValueError):
+            reason = f"damaged ({type(error).__name__}: {reason or advice})"
+            advice = " another copy"
+        raise ValueError(f"{source}: {reason[:300]}; try{advice[:99]}") from None
 
-    adds_bos = True
+
+class Tokenizer:
+    """All kinds have encode, decode(ids) -> text, token_bytes (what an id adds to a text), save,
+    data (the file), vocab_size, special (name -> id), bos_id, eos_id, stop_ids (any of them ends a
+    text), adds_bos and chat_template (Jinja's source or None; never run here). A wrong id or half a
+    surrogate pair is a ValueError."""
+
+    adds_bos, every_part, config, special = True, True, {}, {}
+
+    def configure(self, config: dict) -> None:
+        """Takes what a tokenizer_config.json says: bos_token, eos_token (names, or objects with
+        one), add_bos_token, chat_template. What none says, the family's names do."""
+        said = {key: config[key] for key in CONFIG if config.get(key) is not None}
+        self.config = self.config | said
+
+        def name(key):
+            value = self.config.get(key)
+            return value["content"] if isinstance(value, dict) else value
+
+        def number(key, usual):
+            found = name(key) or next((n for n in usual if n in self.special), None)
+            if found not in self.special:
+                raise ValueError(f"{key} {found} is no special token; try a tokenizer_config.json")
+            return self.special[found]
+
+        self.bos_id, self.eos_id = number("bos_token", BEGINS), number("eos_token", ENDS)
+        ends = {self.special.get(end) for end in (*ENDS, name("eot_token"))}
+        self.stop_ids = frozenset(ends - {None} | {self.eos_id})
+        self.adds_bos = self.config.get("add_bos_token", self.adds_bos)
+        template = self.config.get("chat_template")
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if not isinstance(template, str | None) or not isinstance(self.adds_bos, bool):
+            raise ValueError("add_bos_token or chat_template is of a wrong type; try another copy")
+        self.chat_template = template
+
+    def encode(self, text: str, bos=False, eos=False, continues=False, allowed_special=()
+               ) -> list[int]:
+        """What looks like a special token is ordinary text, unless allowed_special has its name. A
+        text that `continues` an earlier piece gets no space in front, where the kind has one."""
+        self.check(text)
+        if unknown := set(allowed_special) - self.special.keys():
+            raise ValueError(f"no special token is {min(unknown)}; try {min(self.special)}")
+        names = sorted(allowed_special, key=len, reverse=True)  # at one place the longest counts
+        ids = [self.bos_id] * bos
+        for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, names)) or '(?!)'})", text)):
+            if i % 2:  # re.split puts the separators at odd places
+                ids.append(self.special[part])
+            else:
+                ids += self.ordinary(part, self.every_part if i else not continues)
+        return ids + [self.eos_id] * eos
 
     def save(self, path: str | Path) -> None:
         """Written aside and renamed: what was there stays until all of it is on the disk."""
@@ -109,7 +197,8 @@ class Tokenizer:
 
 class SentencePiece(Tokenizer):
     """BPE over characters that falls back to bytes, from a `.model` file's bytes. A damaged model,
-    or one that loses text (LLaMA's loses none), is a ValueError."""
+    or one that loses text (LLaMA's loses none), is a ValueError. Control pieces are special; what a
+    model calls user-defined (LLaMA's has none) the library finds in every text."""
 
     def __init__(self, data):
         self.data = data
@@ -121,19 +210,18 @@ class SentencePiece(Tokenizer):
         except RuntimeError as error:
             raise ValueError(f"damaged SentencePiece model ({error}); try another copy") from None
         self.vocab_size = self.processor.vocab_size()
-        self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
-        self.stop_ids = frozenset({self.eos_id})
+        names = [self.processor.id_to_piece(i) for i in range(self.vocab_size)]
+        self.special = {n: i for i, n in enumerate(names) if self.processor.is_control(i)}
+        marks = self.processor.bos_id(), self.processor.eos_id()
         # A file cut off between two pieces is still valid protobuf, but has lost its settings.
         probe = "  a \0 1\n\U0010fffd "
-        if self.decode(self.encode(probe)) != probe or min(self.bos_id, self.eos_id) < 0:
+        if self.decode(self.ordinary(probe, True)) != probe or min(marks) < 0:
             raise ValueError("this SentencePiece model is cut off, or loses text; try LLaMA's kind")
+        self.configure({"bos_token": names[marks[0]], "eos_token": names[marks[1]]})
 
-    def encode(self, text: str, bos=False, eos=False, continues=False) -> list[int]:
-        """A text gets a space in front, so that its first word is the word found elsewhere; one
-        that `continues` an earlier piece gets none."""
-        self.check(text)
-        ids = (self.inner if continues else self.processor).encode(text)
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+    def ordinary(self, text, begins):
+        """A text gets a space in front, so that its first word is the word found elsewhere."""
+        return (self.processor if begins else self.inner).encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Control tokens have no text, and the space in front is gone again."""
@@ -145,50 +233,6 @@ class SentencePiece(Tokenizer):
             return bytes([int(self.processor.id_to_piece(token)[3:5], 16)])
         # Behind another token, where no space in front is dropped.
         return self.decode([*self.inner.encode("a"), token])[1:].encode()
-
-
-def sentencepiece_model(pieces: list[tuple[str, float, int]]) -> bytes:
-    """The `.model` bytes of a BPE with LLaMA's settings and these pieces: (text, score, type).
-
-    Protobuf by hand: a field is number << 3 | wire type, then a varint (type 0), or a length and
-    that many bytes (2), or 4 bytes (5); the numbers are those of sentencepiece_model.proto."""
-
-    def varint(n):
-        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
-
-    def field(number, value):
-        if isinstance(value, int):
-            return varint(number << 3) + varint(value)
-        if isinstance(value, float):
-            return varint(number << 3 | 5) + struct.pack("<f", value)
-        return varint(number << 3 | 2) + varint(len(value)) + value
-
-    model = [field(1, field(1, text.encode()) + field(2, score) + field(3, kind))
-             for text, score, kind in pieces]
-    model.append(field(2, field(3, 2) + field(35, 1)))  # trainer: model_type BPE, byte_fallback
-    # normalizer: identity, add_dummy_prefix, no remove_extra_whitespaces
-    model.append(field(3, field(1, b"identity") + field(3, 1) + field(4, 0)))
-    return b"".join(model)
-
-
-def read_llama2c(data: bytes) -> bytes:
-    """The `.model` bytes of llama2.c's tokenizer.bin: uint32 longest; per id a float32 score, a
-    uint32 length and the text with plain spaces. Ids: unk, bos, eos, 256 bytes, then pieces."""
-    pieces, at, longest = [], 4, int.from_bytes(data[:4], "little")
-    marks = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]  # types 2 unknown, 3 control,
-    marks += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]  # 6 byte
-    try:
-        while at < len(data):
-            score, size = struct.unpack_from("<fI", data, at)
-            at += 8 + size
-            pieces.append((data[at - size:at].decode().replace(" ", "▁"), score, 1))  # 1 normal
-            if size > longest or at > len(data) or score != score:
-                raise ValueError
-        if [piece[0] for piece in pieces[3:259]] != [mark[0] for mark in marks[3:]]:
-            raise ValueError
-    except (ValueError, struct.error):
-        raise ValueError(f"tokenizer.bin is damaged near id {len(pieces)}; try another") from None
-    return sentencepiece_model(marks + pieces[259:])
 
 
 def even_sample(texts: Iterable[str], bound: int) -> list[str]:
@@ -227,24 +271,25 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, sample: int = 1 <
 
 
 @functools.cache
-def pretoken_pattern(top: int) -> re.Pattern:
-    r"""Llama 3's split of a text of characters below `top`; merges stay inside a part:
-
-    (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}
-        | ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
+def pretoken_pattern(top: int, pattern: str = LLAMA3) -> re.Pattern:
+    r"""A split of a text of characters below `top` into pretokens; merges stay inside one.
 
     `re` has no \p{L} and \p{N}, so they become ranges (few and fast where top is 128), and its \s
     takes \x1c to \x1f too, which are not White_Space."""
     kinds = "".join([unicodedata.category(chr(code))[0] for code in range(top)])
+    sets = {r"\s": r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"}
+    for kind in "LN":
+        runs = (run.span() for run in re.finditer(f"{kind}+", kinds))
+        sets[rf"\p{{{kind}}}"] = "".join(f"\\U{a:08x}-\\U{z - 1:08x}" for a, z in runs)
 
-    def ranges(which):
-        runs = (run.span() for run in re.finditer(f"[{which}]+", kinds))
-        return "".join(f"\\U{start:08x}-\\U{end - 1:08x}" for start, end in runs)
+    def spelled(part):
+        text = part[0] if part[0][0] == "[" else f"[{part[0]}]"
+        for name, ranges in sets.items():
+            text = text.replace(name, ranges)
+        return text
 
-    L, N, LN = ranges("L"), ranges("N"), ranges("LN")
-    S = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-    return re.compile(rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n{LN}]?[{L}]+|[{N}]{{1,3}}"
-                      rf"| ?[^{S}{LN}]+[\r\n]*|[{S}]*[\r\n]+|[{S}]+(?![^{S}])|[{S}]+")
+    pattern = pattern.replace(r"\S", r"[^\s]")
+    return re.compile(re.sub(r"\[.*?\]|\\s|\\p\{.\}", spelled, pattern))
 
 
 def read_ranks(data: bytes) -> dict[bytes, int]:
@@ -268,6 +313,8 @@ class BytePair(Tokenizer):
     """BPE over bytes, from a tiktoken file's bytes: its ranks, then 256 special tokens (`special`:
     name -> id). Equal to tiktoken on all characters that this Python's Unicode tables know."""
 
+    pattern, merges, whole = LLAMA3, None, True
+
     def __init__(self, data, names="3.1"):
         self.data, self.names, self.cache, self.ranks = data, names, {}, read_ranks(data)
         if names not in SPECIAL:
@@ -277,57 +324,53 @@ class BytePair(Tokenizer):
         words = [next(reserved) if word == "-" else word for word in words]
         self.special = {f"<|{word}|>": len(self.ranks) + i for i, word in enumerate(words)}
         self.tokens = list(self.ranks) + [name.encode() for name in self.special]
-        self.vocab_size = len(self.tokens)
-        self.bos_id, self.eos_id = len(self.ranks), len(self.ranks) + 1
-        stops = {"<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"} & self.special.keys()
-        self.stop_ids = frozenset(self.special[name] for name in stops)
+        self.vocab_size, self.hidden = len(self.tokens), frozenset(self.special.values())
+        self.configure({})
 
-    def encode(self, text: str, bos=False, eos=False, continues=False, allowed_special=()
-               ) -> list[int]:
-        """What looks like a special token is ordinary text, unless allowed_special has its name.
-        `continues` changes nothing: no space is ever added."""
-        self.check(text)
-        if unknown := set(allowed_special) - self.special.keys():
-            raise ValueError(f"no special token is {min(unknown)}; try {min(self.special)}")
-        separator = "|".join(map(re.escape, allowed_special)) or "(?!)"
-        pretokens = pretoken_pattern(128 if text.isascii() else 0x110000)
-        ids = [self.bos_id] * bos
-        for i, part in enumerate(re.split(f"({separator})", text)):
-            if i % 2:  # re.split puts the separators at odd places
-                ids.append(self.special[part])
-                continue
-            for piece in pretokens.findall(part):
-                found = self.cache.get(piece)
-                if found is None:
-                    found = self.merge(piece.encode())
-                    if len(self.cache) < CACHED_PIECES and len(piece) <= CACHED_LENGTH:
-                        self.cache[piece] = found
-                ids += found
-        return ids + [self.eos_id] * eos
+    def ordinary(self, text, begins):
+        ids = []
+        for piece in self.pretokens(text, begins):
+            found = self.cache.get(piece)
+            if found is None:
+                found = self.merge(self.symbols(piece))
+                if len(self.cache) < CACHED_PIECES and len(piece) <= CACHED_LENGTH:
+                    self.cache[piece] = found
+            ids += found
+        return ids
 
-    def merge(self, piece: bytes) -> list[int]:
+    def pretokens(self, text, begins):
+        return pretoken_pattern(128 if text.isascii() else 0x110000, self.pattern).findall(text)
+
+    def symbols(self, piece):
+        return piece.encode()
+
+    def merge(self, piece: bytes | str) -> list[int]:
         """Ids of a pretoken: itself if it is a token; else its bytes, of which again and again the
-        adjacent pair of lowest rank, the leftmost of equals, becomes one part.
+        adjacent pair of lowest rank, the leftmost of equals, becomes one part. A pair's rank is
+        that of the joined bytes, or of the pair itself where there is a list of merges.
 
         Part i is piece[i:end[i]]. The heap holds (rank, i) for pairs that begin at i, so that n
         bytes take O(n log n); entries that a merge made untrue are recognised by their rank."""
-        ranks, n = self.ranks, len(piece)
-        if piece in ranks:
+        ranks, merges, n = self.ranks, self.merges, len(piece)
+        if self.whole and piece in ranks:
             return [ranks[piece]]
+
+        def rank(i, j, k):  # of parts piece[i:j] and piece[j:k]
+            return ranks.get(piece[i:k]) if merges is None else merges.get((piece[i:j], piece[j:k]))
+
         end, before = [*range(1, n + 1), n], [*range(-1, n)]
-        heap = [(ranks[piece[i:i + 2]], i) for i in range(n - 1) if piece[i:i + 2] in ranks]
+        heap = [(r, i) for i in range(n - 1) if (r := rank(i, i + 1, i + 2)) is not None]
         heapq.heapify(heap)
         while heap:
-            rank, i = heapq.heappop(heap)
+            r, i = heapq.heappop(heap)
             j = end[i]
-            if j == n or ranks.get(piece[i:end[j]]) != rank:
+            if j == n or rank(i, j, end[j]) != r:
                 continue
             end[i], end[j] = end[j], n  # part j is gone; entries of it look like the last part's
             before[end[i]] = i
             for k in (i, before[i]):
-                pair = piece[k:end[end[k]]]
-                if k >= 0 and pair in ranks:
-                    heapq.heappush(heap, (ranks[pair], k))
+                if k >= 0 and (r := rank(k, end[k], end[end[k]])) is not None:
+                    heapq.heappush(heap, (r, k))
         ids, i = [], 0
         while i < n:
             ids.append(ranks[piece[i:end[i]]])
@@ -342,23 +385,244 @@ class BytePair(Tokenizer):
     def token_bytes(self, token: int) -> bytes:
         """b"" for special tokens, which are not text."""
         self.check(ids=[token])
-        return self.tokens[token] if token < len(self.ranks) else b""
+        return b"" if token in self.hidden else self.tokens[token]
+
+
+def known(what, value, *allowed):
+    """The value if it is an allowed one, else a ValueError that names it."""
+    if value not in allowed:
+        raise ValueError(f"{what} {json.dumps(value)[:200]} is not implemented; try a tokenizer of "
+                         "Llama's, SmolLM2's or GPT-2's kind")
+    return value
+
+
+def steps(file, part, inside):
+    """The steps of a part of a tokenizer.json: those inside a Sequence, or the part, or none."""
+    found = file.get(part) or {"type": "Sequence", inside: []}
+    found = found[inside] if found["type"] == "Sequence" else [found]
+    # Offsets are not kept, and older files leave out what is usual.
+    found = [{"use_regex": True} | step if step["type"] == "ByteLevel" else step for step in found]
+    return [{key: step[key] for key in step if key != "trim_offsets"} for step in found]
+
+
+class HuggingFace(BytePair):
+    """BPE by a list of merges, from a tokenizer.json's bytes: over bytes (Llama 3, SmolLM2, GPT-2)
+    or characters that fall back to bytes, where "▁" is a space (LLaMA 1, 2). Added tokens are
+    special. What is not implemented, and an id without a token, is a ValueError; a byte without a
+    token (SmolLM2 has some) is left out of texts, as in Hugging Face's library."""
+
+    def __init__(self, data, config={}):
+        self.source, self.cache, file = data, {}, json.loads(data)
+        self.recognise(file, file["model"])
+        self.read(file["model"], file.get("added_tokens") or [])
+        self.configure(file["model"].get("tokenizer_config", {}) | config)
+
+    def recognise(self, file, model):
+        """What the file says of the way from a text to merges and back, if it is known."""
+        for step in steps(file, "post_processor", "processors"):
+            known("post_processor", step["type"], "ByteLevel", "TemplateProcessing")
+            if step["type"] == "TemplateProcessing":  # what it puts behind a text, eos= puts there
+                front = itertools.takewhile(lambda item: "SpecialToken" in item, step["single"])
+                names = [item["SpecialToken"]["id"] for item in front]
+                known("post_processor's start", names, [], names[:1])
+                self.config = {"bos_token": names[0]} if names else {}
+        self.config = self.config | {"add_bos_token": "bos_token" in self.config}
+        found = [steps(file, "normalizer", "normalizers"),
+                 steps(file, "pre_tokenizer", "pretokenizers")]
+        known("normalizer, pre_tokenizer", found, *(kind for _, *kind in KINDS))
+        self.pattern = next(name for name, *kind in KINDS if kind == found)
+        self.spaced, self.every_part = "p{L}" not in self.pattern, self.pattern != "first"
+        back = [step["type"] for step in steps(file, "decoder", "decoders")]
+        fused = [step["type"] for step in FUSED]
+        known("decoder", back, *([fused, fused[:3]] if self.spaced else [["ByteLevel"]]))
+        self.strips, self.whole = back == fused, bool(model.get("ignore_merges"))
+        for key, *allowed in (
+                ("type", "BPE", None), ("dropout", None), ("continuing_subword_prefix", None),
+                ("end_of_word_suffix", None), ("byte_fallback", self.spaced or None),
+                ("ignore_merges", None, not self.spaced)):
+            known(key, model.get(key) or None, *allowed)
+
+    def read(self, model, added):
+        """The vocabulary. What merges join are characters: GPT-2's for bytes, or the text's, among
+        which byte b, where there is no other, is the surrogate U+DC00 + b, which is in no text."""
+        vocab = dict(model["vocab"])
+        for token in added:
+            for key in ("single_word", "lstrip", "rstrip"):
+                known(key, token.get(key, False), False)
+            if vocab.setdefault(token["content"], token["id"]) != token["id"]:
+                raise ValueError(f"{token['content']} has two ids; try another copy")
+        self.special = {token["content"]: token["id"] for token in added}
+        self.hidden = frozenset(token["id"] for token in added if token["special"])
+        self.check("".join(vocab))
+        names, self.vocab_size = sorted(vocab, key=vocab.get), len(vocab)
+        if ({*map(type, vocab.values())} != {int} or "" in vocab
+                or [vocab[name] for name in names] != [*range(len(vocab))]):
+            raise ValueError("the ids are not 0, 1, 2 ... of one token each; try another copy")
+        self.tokens = [self.spelled(name) for name in names]
+        self.ranks = {name: vocab[name] for name in names if name not in self.special}
+        self.merges = {}
+        for rank, pair in enumerate(model["merges"]):
+            left, right = pair.split(" ") if isinstance(pair, str) else pair
+            if not {left, right, left + right} <= self.ranks.keys():
+                raise ValueError(f"merge {rank} is not of tokens; try another copy")
+            self.merges[left, right] = rank
+        if self.spaced:
+            self.ranks |= {chr(0xDC00 + b): self.ranks[f"<0x{b:02X}>"] for b in range(256)}
+        elif not self.ranks.keys() >= {chr(b).translate(CHARACTERS) for b in range(256)}:
+            known("unk_token", model.get("unk_token"), None)
+        # Where no token has a space behind a letter, no merge goes over the start of a word.
+        crossed = self.spaced and any(re.search("[^▁]▁", name) for name in self.ranks)
+        self.words = re.compile("(?s:.+)" if crossed else "▁*[^▁]+|▁+")
+
+    def spelled(self, name):
+        """The bytes of a token."""
+        if name in self.special:
+            return name.encode()
+        if not self.spaced:
+            return name.translate(BYTE_OF).encode("latin-1")
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", name)
+        return bytes.fromhex(byte[1]) if byte else name.replace("▁", " ").encode()
+
+    @property
+    def data(self):
+        """The file, and in it what was beside it (where Hugging Face's reader passes over it)."""
+        file = json.loads(self.source)
+        file["model"]["tokenizer_config"] = self.config
+        return json.dumps(file).encode()
+
+    def pretokens(self, text, begins):
+        if not self.spaced:
+            return super().pretokens(text, begins)
+        text = text.replace(" ", "▁")
+        # Prepend ("in front") puts a space even in front of a space, Metaspace does not.
+        if begins and text and self.pattern != "never":
+            text = "▁" * (self.pattern == "in front" or text[0] != "▁") + text
+        return self.words.findall(text)
+
+    def symbols(self, piece):
+        if not self.spaced:
+            piece = piece.encode().decode("latin-1").translate(CHARACTERS)
+            return "".join([c for c in piece if c in self.ranks])
+        return "".join([c if c in self.ranks else "".join([chr(0xDC00 + b) for b in c.encode()])
+                        for c in piece])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Over bytes special tokens become their names, else they have no text, and the space in
+        front is gone again; broken UTF-8 becomes U+FFFD."""
+        if not self.spaced:
+            return super().decode(ids)
+        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+        return text[self.strips and text[:1] == " ":]
+
+
+def from_gguf(fields: dict) -> HuggingFace:
+    """The tokenizer in a GGUF file's metadata: "llama" (pieces with scores) or "gpt2" (merges; an
+    unnamed or "default" split is GPT-2's), as a tokenizer.json. ValueError where they lie."""
+    with blamed("the vocabulary"):
+        field = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
+        tokens, spaced = field["tokens"], known("model", field["model"], "llama", "gpt2") == "llama"
+        types = field.get("token_type", [1] * len(tokens))  # 1 normal, 2 unknown, 3 control, 4 user
+        if not len(types) == len(tokens) == len(set(tokens)):
+            raise ValueError("two tokens are equal, or types are missing; try another copy")
+        ids = {key: field.get(f"{key}_id") for key in ("bos_token", "eos_token", "eot_token")}
+        ids = {key: number for key, number in ids.items() if number is not None}
+        for wrong in (i for i in ids.values() if type(i) is not int or not 0 <= i < len(tokens)):
+            raise ValueError(f"no token has id {wrong}; try another copy")
+        if spaced:
+            front = known("add_space_prefix", field.get("add_space_prefix", True), True, False)
+            kind, merges = "in front" if front else "never", scored(tokens, field["scores"], types)
+        else:
+            kind = GGUF[known("tokenizer.ggml.pre", field.get("pre", "default"), *GGUF)]
+            merges = field["merges"]
+        normalizers, pretokenizers = next(found for name, *found in KINDS if name == kind)
+        config = {key: tokens[number] for key, number in ids.items()}
+        config["add_bos_token"] = field.get("add_bos_token", spaced or kind == LLAMA3)
+        config["chat_template"] = field.get("tokenizer.chat_template")
+        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        return HuggingFace(json.dumps({
+            "version": "1.0",
+            "added_tokens": [{"id": i, "content": token, "special": sort != 4} | plain
+                             for i, (token, sort) in enumerate(zip(tokens, types))
+                             if sort in (2, 3, 4) or i in ids.values()],
+            "normalizer": {"type": "Sequence", "normalizers": normalizers},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": pretokenizers},
+            "decoder": {"type": "Sequence",
+                        "decoders": FUSED[:3 + (kind != "never")] if spaced else [WORDS]},
+            "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)},
+                      "merges": merges, "byte_fallback": spaced, "ignore_merges": kind == LLAMA3,
+                      "tokenizer_config": config}}).encode())
+
+
+def scored(pieces, scores, types):
+    """The merges that do what SentencePiece does: of all pairs that make a piece, first those of
+    the highest score."""
+    score = {piece: value for piece, value, kind in zip(pieces, scores, types) if kind == 1}
+    if len(scores) != len(pieces) or any(value != value for value in scores):
+        raise ValueError("scores are too few, or no numbers; try another copy")
+    if max(map(len, score), default=0) > 1000:  # each has as many pairs
+        raise ValueError("a piece is too long to be one; try another copy")
+    pairs = [(-value, piece[:i], piece[i:]) for piece, value in score.items()
+             for i in range(1, len(piece)) if piece[:i] in score and piece[i:] in score]
+    return [pair for _, *pair in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def read_llama2c(data: bytes) -> HuggingFace:
+    """llama2.c's tokenizer.bin: uint32 longest; per id a float32 score, a uint32 length and the
+    text with plain spaces. Ids: unk, bos, eos, 256 bytes, then pieces."""
+    names, scores, at, longest = [], [], 4, int.from_bytes(data[:4], "little")
+    marks = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    try:
+        while at < len(data):
+            score, size = struct.unpack_from("<fI", data, at)
+            at += 8 + size
+            names.append(data[at - size:at].decode().replace(" ", "▁"))
+            scores.append(score)
+            if size > longest or at > len(data):
+                raise ValueError
+        if names[3:259] != marks[3:]:
+            raise ValueError
+    except (ValueError, struct.error):
+        raise ValueError(f"tokenizer.bin is damaged near id {len(names)}; try another") from None
+    return from_gguf({"model": "llama", "tokens": marks + names[259:], "scores": scores,
+                      "token_type": [2, 3, 3] + [6] * 256 + [1] * len(names[259:]),
+                      "bos_token_id": 1, "eos_token_id": 2})
+
+
+def read_bounded(path):
+    with open(path, "rb") as file:
+        return file.read(LARGEST)
+
+
+def beside(path):
+    """What tokenizer_config.json and chat_template.jinja in the folder of a file say."""
+    found, readers = {}, {"tokenizer_config.json": json.loads,
+                          "chat_template.jinja": lambda data: {"chat_template": data.decode()}}
+    for name, reader in readers.items():
+        file = Path(path).with_name(name)
+        with blamed(file):
+            found |= reader(read_bounded(file)) if file.is_file() else {}
+    return found
 
 
 def load_tokenizer(path: str | Path, names: str = "3.1") -> Tokenizer:
-    """The tokenizer in a file: SentencePiece's .model, tiktoken's lines or llama2.c's .bin, told
-    apart by content, never by name. `names` are the special tokens of a tiktoken file."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(LARGEST)
+    """The tokenizer in a file: SentencePiece's .model, tiktoken's lines, Hugging Face's
+    tokenizer.json or llama2.c's .bin, told apart by content, never by name; a tokenizer_config.json
+    and a chat_template.jinja beside it count. `names` are the special tokens of a tiktoken file."""
+    data, config = read_bounded(path), beside(path)
+    with blamed(path):
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
-            return BytePair(data, names)
-        if data[12:17] == b"<unk>" or data[:1] == b"\n":  # the latter: field 1, a piece
-            return SentencePiece(read_llama2c(data) if data[12:17] == b"<unk>" else data)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    raise ValueError(f"{path} holds no tokenizer; try a SentencePiece .model, Llama 3's "
-                     "tokenizer.model (lines of base64 and rank) or llama2.c's tokenizer.bin")
+            tokenizer = BytePair(data, names)
+        elif re.match(rb'\s*\{\s*"', data):
+            tokenizer = HuggingFace(data, config)
+        elif data[12:17] == b"<unk>":
+            tokenizer = read_llama2c(data)
+        elif data[:1] == b"\n":  # protobuf's field 1, a piece
+            tokenizer = SentencePiece(data)
+        else:
+            raise ValueError("holds no tokenizer; try a SentencePiece .model, a tokenizer.json, "
+                             "Llama 3's tokenizer.model (ranks) or llama2.c's tokenizer.bin")
+        tokenizer.configure(config)
+    return tokenizer
 
 
 class StreamDecoder:
