@@ -12,19 +12,24 @@ Module names are the keys of Meta's checkpoints.
 
 Axes, the same letters everywhere:
     B batch    T new positions    S positions seen so far (S = T unless a cache holds earlier ones)
-    D model width (dim)    H query heads    K key/value heads    E head size, D / H
+    D model width (dim)    H query heads    K key/value heads    E head size, D / H (or head_size)
     F hidden width of the feed-forward    V vocabulary    L layers
 """
+import ctypes
 import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
 import pickle
+import re
 import struct
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,20 +56,26 @@ class LlamaConfig:
     rope_theta: float = 10000.0       # base of the rotary frequencies
     rope_scaling: float | None = None  # factor of Llama 3.1's slow frequencies (3.1: 8, 3.2: 32)
     tie_embeddings: bool = False      # the output projection is the embedding (3.2 1B and 3B)
+    head_size: int | None = None      # E where it is not D / H
 
     def __post_init__(self):
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
             if kind is bool and type(value) is bool or value is None and field.default is None:
                 continue
-            if type(value) not in {int, kind if kind is int else float} or not 0 < value < 2**24:
+            whole = kind in (int, int | None)
+            if type(value) not in {int, int if whole else float} or not 0 < value < 2**24:
                 wanted = {int: "a positive whole number", bool: "true or false"}
                 raise ValueError(f"{field.name}={value!r} must be {wanted.get(kind, 'positive')}; "
                                  "try the published value")
-        if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads or self.n_layers > 1024:
+        split = self.n_heads * (self.head_size or 0)  # what must be the heads' width, D unless said
+        if ((split or self.dim) % (2 * self.n_heads) or self.n_heads % self.n_kv_heads
+                or self.n_layers > 1024):
             raise ValueError(f"dim={self.dim} must split into n_heads={self.n_heads} of even size, "
                              f"they into n_kv_heads={self.n_kv_heads} groups, and n_layers="
                              f"{self.n_layers} be 1024 at most; try the published shape")
+        if split == self.dim:
+            object.__setattr__(self, "head_size", None)  # one way to write a config
 
     @classmethod
     def from_dict(cls, values: dict) -> "LlamaConfig":
@@ -76,7 +87,7 @@ class LlamaConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.n_heads
+        return self.head_size or self.dim // self.n_heads
 
     @property
     def n_params(self) -> int:
@@ -495,11 +506,11 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        kv_dim = config.n_kv_heads * config.head_dim
-        self.wq = Linear(config.dim, config.dim)
+        q_dim, kv_dim = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
+        self.wq = Linear(config.dim, q_dim)
         self.wk = Linear(config.dim, kv_dim)
         self.wv = Linear(config.dim, kv_dim)
-        self.wo = Linear(config.dim, config.dim)
+        self.wo = Linear(q_dim, config.dim)
 
     def products(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.wq(x), self.wk(x), self.wv(x)
@@ -867,40 +878,178 @@ class MeanLoss(torch.autograd.Function):
 # Files that hold weights
 
 
+def give_back(x: Tensor) -> None:
+    """Hands the pages that lie wholly in x back to the system, which reads them from the file again
+    when they are used again. Only for tensors that are mapped from a file and unchanged."""
+    start = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (x.data_ptr() + x.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):  # Linux and macOS
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+class Weight(NamedTuple):
+    """A tensor that is still in its file: nothing of it is in memory until read.
+
+    `parts` are mapped from files. One alone is the tensor, or bytes that `decode` turns into it;
+    else `places` gives the views of the whole tensor that they fill.
+    """
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: tuple[Tensor, ...]
+    places: Callable | None = None
+    decode: Callable | None = None
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Weight":
+        return cls(tuple(x.shape), x.dtype, (x,))
+
+    def read(self, device="cpu", dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor on its device; a view of the file where nothing has to be converted."""
+        dtype = dtype or self.dtype
+        if self.places is None:
+            part = self.parts[0]
+            x = (self.decode(part) if self.decode else part).to(device=device, dtype=dtype)
+            if x.data_ptr() != part.data_ptr():
+                give_back(part)
+            return x
+        x = torch.empty(self.shape, dtype=dtype, device=device)
+        for place, part in zip(self.places(x), self.parts):
+            place.copy_(part.view(place.shape))
+            give_back(part)
+        return x
+
+    def equals(self, other: "Weight") -> bool:
+        """Are both the same numbers?"""
+        if self.shape != other.shape:
+            return False
+        same = torch.equal(self.read(), other.read(dtype=self.dtype))
+        for part in (*self.parts, *other.parts):
+            give_back(part)
+        return same
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The bytes of a file, read when they are used."""
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writable, in memory alone
+
+
+def mapped(data: mmap.mmap, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> Tensor:
+    """The tensor at a byte of a mapped file; ValueError if it does not lie in it."""
+    count = math.prod(shape)
+    if count <= 0 or not 0 <= start <= start + count * dtype.itemsize <= len(data):
+        raise ValueError("a tensor lies beyond the end of the file: cut short")
+    if start % dtype.itemsize:
+        raise ValueError("a tensor is not aligned; try to save it with a newer safetensors")
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(shape)
+
+
+def once(pairs: list[tuple]) -> dict:
+    """The dictionary of pairs; ValueError if a name stands there twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice in it")
+    return dict(pairs)
+
+
+def read_json(data: bytes) -> dict:
+    """The object in JSON; TypeError if there is another thing."""
+    return {**json.loads(data, object_pairs_hook=once)}
+
+
+def only(values: dict, accepted: dict[str, tuple]) -> None:
+    """Refuses fields whose value makes another function than the one in this file."""
+    for name, allowed in accepted.items():
+        if values.get(name) not in allowed:
+            raise ValueError(f"{name}={values.get(name)!r} is not implemented, only {allowed[-1]!r}"
+                             "; try a plain Llama")
+
+
+def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight by its name."""
+    with torch.device("meta"):
+        return {name: tuple(w.shape) for name, w in Llama(config).state_dict().items()}
+
+
+NAMES = {  # Meta's name: (transformers', GGUF's)
+    "tok_embeddings": ("model.embed_tokens", "token_embd"),
+    "norm": ("model.norm", "output_norm"),
+    "output": ("lm_head", "output"),
+    "layers.{}.attention_norm": ("model.layers.{}.input_layernorm", "blk.{}.attn_norm"),
+    "layers.{}.attention.wq": ("model.layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
+    "layers.{}.attention.wk": ("model.layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
+    "layers.{}.attention.wv": ("model.layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
+    "layers.{}.attention.wo": ("model.layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
+    "layers.{}.ffn_norm": ("model.layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
+    "layers.{}.feed_forward.w1": ("model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
+    "layers.{}.feed_forward.w2": ("model.layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
+    "layers.{}.feed_forward.w3": ("model.layers.{}.mlp.up_proj", "blk.{}.ffn_up")}
+
+
+def their_names(config: LlamaConfig, column: int) -> dict[str, str]:
+    """Meta's name of every weight: the name in a column of NAMES."""
+    return {f"{ours.format(i)}.weight": f"{theirs[column].format(i)}.weight"
+            for ours, theirs in NAMES.items() for i in range(config.n_layers)}
+
+
+def renamed(config: LlamaConfig, weights: dict[str, Weight], column: int) -> dict[str, Weight]:
+    """Weights by Meta's names, from the names in a column of NAMES."""
+    ours = {theirs: name for name, theirs in their_names(config, column).items()}
+    return {ours.get(name, f"unknown {name}"): weight for name, weight in weights.items()}
+
+
+def read_pickle(path: Path) -> dict:
+    """The dictionary in a file of torch.save, its tensors mapped; nothing in it is executed."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path.name} holds more than tensors, which could run code, and was not "
+                         "opened; try a file of weights alone") from None
+    except Exception as error:  # a damaged pickle raises anything
+        raise ValueError(f"{path.name} is cut short or no checkpoint ({error!r:.99})") from None
+
+
+def weights_of(table: dict) -> dict[str, Weight]:
+    """The weights in a table of mapped tensors; ValueError for any other entry."""
+    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if not all(isinstance(w, Tensor) and w.dtype in kinds and w.layout is torch.strided
+               and w.device.type == "cpu" and w.is_contiguous() and w.numel()
+               for w in table.values()):
+        raise ValueError("not a table of weights; try the file that was published")
+    return {str(name): Weight.of(w.detach()) for name, w in table.items()}
+
+
 def write_params(config: LlamaConfig) -> dict:
     """Meta's params.json. It has no field for F: the last two give any F in Meta's formula."""
     params = asdict(config)
     hidden_dim, factor, _ = (params.pop(name) for name in ("hidden_dim", "rope_scaling",
                                                            "tie_embeddings"))
+    if config.head_size is None:
+        del params["head_size"]
     scaling = {"use_scaled_rope": True, "rope_scaling_factor": factor} if factor else {}
     return {**params, **scaling, "multiple_of": hidden_dim,
             "ffn_dim_multiplier": min(1, hidden_dim / int(8 * config.dim / 3))}
 
 
-def read_params(params: dict, weights: dict[str, Tensor]) -> LlamaConfig:
+def read_params(params: dict, weights: dict[str, Weight]) -> LlamaConfig:
     """The config of a Meta folder from its params.json and the shapes of its weights.
 
     F = the next multiple of multiple_of from int(ffn_dim_multiplier * int(8 D / 3)). What
     params.json does not say (context, factor of the scaling) comes from the size of that shape.
     """
-    try:
-        values = dict(params)
-        hidden = int((values.pop("ffn_dim_multiplier", None) or 1) * int(8 * values["dim"] / 3))
-        multiple_of = values.pop("multiple_of")
-        values["hidden_dim"] = -(-hidden // multiple_of) * multiple_of
-        values["n_kv_heads"] = values.get("n_kv_heads") or values["n_heads"]
-        embedding, output = weights["tok_embeddings.weight"], weights.get("output.weight")
-        if values.get("vocab_size", -1) == -1:
-            values["vocab_size"] = embedding.shape[0]
-        values["tie_embeddings"] = output is None or (
-            output.shape == embedding.shape and torch.equal(output, embedding))
-        scaled = values.pop("use_scaled_rope", False)
-        factor = values.pop("rope_scaling_factor", None)
-        values["rope_scaling"] = (factor or 8.0) if scaled else None
-        config = LlamaConfig.from_dict({"max_seq_len": 2048, **values})
-    except (KeyError, TypeError, ArithmeticError) as error:
-        raise ValueError(f"params.json or the weights lack what a Llama needs: {error!r}; "
-                         "try the folder as it was published") from None
+    values = dict(params)
+    hidden = int((values.pop("ffn_dim_multiplier", None) or 1) * int(8 * values["dim"] / 3))
+    multiple_of = values.pop("multiple_of")
+    values["hidden_dim"] = values.get("hidden_dim") or -(-hidden // multiple_of) * multiple_of
+    values["n_kv_heads"] = values.get("n_kv_heads") or values["n_heads"]
+    embedding, output = weights["tok_embeddings.weight"], weights.get("output.weight")
+    if values.get("vocab_size", -1) == -1:
+        values["vocab_size"] = embedding.shape[0]
+    values["tie_embeddings"] = output is None or output.equals(embedding)
+    scaled = values.pop("use_scaled_rope", False)
+    factor = values.pop("rope_scaling_factor", None)
+    values["rope_scaling"] = (factor or 8.0) if scaled else None
+    config = LlamaConfig.from_dict({"max_seq_len": 2048, **values})
     for size, _ in SIZES.values():
         like = replace(config, max_seq_len=size.max_seq_len, rope_scaling=size.rope_scaling)
         if like == size and bool(scaled) == bool(size.rope_scaling):
@@ -909,85 +1058,357 @@ def read_params(params: dict, weights: dict[str, Tensor]) -> LlamaConfig:
     return config
 
 
-def read_meta(folder: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    """Meta's layout: params.json and consolidated.00.pth (LLaMA 1, 2, 3 and our own runs). The
-    weights are mapped into memory; only tensors are read, nothing in the file is executed."""
-    file = folder / "consolidated.00.pth"
-    if (folder / "consolidated.01.pth").exists():
-        raise ValueError(f"{folder} holds several shards; try a checkpoint of one")
-    try:
-        params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
-        weights = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-    except pickle.UnpicklingError:
-        raise ValueError(f"{file} holds more than tensors, which could run code, and was not "
-                         "opened; try a file of weights alone") from None
-    except (RuntimeError, EOFError, ValueError, TypeError) as error:
-        raise ValueError(f"{folder} is cut short or no checkpoint ({str(error)[:100]}); "
-                         "try to fetch it again") from None
-    weights.pop("rope.freqs", None)  # LLaMA 1 and 2 hold this table; here it is computed
-    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    if not all(isinstance(w, Tensor) and w.dtype in kinds and w.layout is torch.strided
-               and w.device.type == "cpu" for w in weights.values()):
-        raise ValueError(f"{file} is not a table of weights; try the one that was published")
-    config = read_params(params, weights)
-    if config.tie_embeddings:
-        weights.pop("output.weight", None)
+def merged(name: str, parts: tuple[Tensor, ...], params: dict) -> Weight:
+    """One weight of the parts in all shards: rows laid below each other, but columns side by side
+    for wo, w2 and the embedding of LLaMA 1 and 2. Norms are the same in all of them, and so are
+    the neighbours' wk and wv where there are more shards than key/value heads."""
+    kind, shape = name.removesuffix(".weight").split(".")[-1], list(parts[0].shape)
+    if kind in ("wk", "wv"):
+        parts = parts[::max(1, len(parts) // (params.get("n_kv_heads") or params["n_heads"]))]
+    if len(parts) == 1 or len(shape) == 1:
+        return Weight.of(parts[0])
+    if any(part.shape != parts[0].shape for part in parts):
+        raise ValueError(f"the shards hold {name} in different shapes")
+    axis = int(kind in ("wo", "w2") or kind == "tok_embeddings" and shape[1] < params["dim"])
+    shape[axis] *= len(parts)
+    return Weight(tuple(shape), parts[0].dtype, parts, lambda x: x.chunk(len(parts), axis))
+
+
+def read_meta(folder: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
+    """Meta's layout (LLaMA 1, 2, 3 and our own runs), any number of shards."""
+    params = read_json((folder / "params.json").read_bytes())
+    numbers = {int(file.name[13:15]) for file in folder.glob("consolidated.[0-9][0-9].pth")}
+    shards = [weights_of(read_pickle(folder / f"consolidated.{i:02}.pth")) for i in sorted(numbers)]
+    if not shards:
+        raise ValueError("consolidated.00.pth is missing; try a folder that holds it")
+    first = shards[0]
+    width = params["n_heads"] * params["head_size"] if "head_size" in params else params["dim"]
+    wanted = max(width // first["layers.0.attention.wo.weight"].shape[1], max(numbers) + 1)
+    missing = next((i for i in range(wanted) if i not in numbers), None)
+    if missing is not None:
+        raise ValueError(f"consolidated.{missing:02}.pth is missing; try to fetch it")
+    if any(shard.keys() != first.keys() for shard in shards):
+        raise ValueError("the shards hold different tensors")
+    weights = {name: merged(name, tuple(shard[name].parts[0] for shard in shards), params)
+               for name in first}
+    return read_params(params, weights), weights
+
+
+SAFE_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+              "BF16": torch.bfloat16}
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Mapped tensors by name. The file: the header's length as a uint64, the header in JSON,
+    {name: {"dtype", "shape", "data_offsets": [begin, end]}}, and the bytes they count."""
+    data = map_file(path)
+    size, = struct.unpack_from("<Q", data)
+    if size > min(len(data) - 8, 100 * 10**6):
+        raise ValueError(f"the header of {path.name} lies beyond the end of the file: cut short")
+    header, tensors, spans = read_json(data[8:8 + size]), {}, []
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if dtype not in SAFE_TYPES:
+            raise ValueError(f"{name} is of type {dtype}; try one of {', '.join(SAFE_TYPES)}")
+        if not (all(type(n) is int and n >= 0 for n in (begin, end, *shape)) and len(shape) < 3
+                and end - begin == math.prod(shape) * SAFE_TYPES[dtype].itemsize):
+            raise ValueError(f"{name} has not the size of its shape")
+        tensors[name] = mapped(data, SAFE_TYPES[dtype], shape, 8 + size + begin)
+        spans.append((begin, end))
+    if any(end > begin for (_, end), (begin, _) in itertools.pairwise(sorted(spans))):
+        raise ValueError("tensors overlap")
+    return tensors
+
+
+HF_FIELDS = {"hidden_size": "dim", "num_hidden_layers": "n_layers",
+             "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads",
+             "intermediate_size": "hidden_dim", "vocab_size": "vocab_size",
+             "max_position_embeddings": "max_seq_len", "rms_norm_eps": "norm_eps",
+             "tie_word_embeddings": "tie_embeddings", "head_dim": "head_size",
+             "rope_theta": "rope_theta"}
+HF_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 8192}
+HF_ONLY = {"model_type": ("llama",), "hidden_act": (None, "silu"), "attention_bias": (None, False),
+           "mlp_bias": (None, False), "sliding_window": (None,), "quantization_config": (None,),
+           "num_local_experts": (None,), "partial_rotary_factor": (None, 1),
+           "rope_type": (None, "default", "llama3"), "type": (None, "default", "llama3")}
+
+
+def read_hf_config(values: dict) -> LlamaConfig:
+    """The config in config.json. Frequencies: rope_theta and rope_scaling of transformers 4, or
+    rope_parameters of 5. What a file leaves out has transformers' default."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    values = {name: value for name, value in {**values, **rope}.items() if value is not None}
+    values = {"num_key_value_heads": values["num_attention_heads"], "rms_norm_eps": 1e-6,
+              "max_position_embeddings": values.get("max_sequence_length", 2048), **values}
+    only(values, HF_ONLY)
+    config = {ours: values[theirs] for theirs, ours in HF_FIELDS.items() if theirs in values}
+    if "llama3" in (rope.get("rope_type"), rope.get("type")):
+        only(rope, {name: (plain,) for name, plain in HF_SCALING.items()})
+        config["rope_scaling"] = rope["factor"]
+    return LlamaConfig.from_dict(config)
+
+
+def halves(w: Tensor, head_dim: int) -> Tensor:
+    """wq or wk (H E, D), where the two of a pair are neighbours, as transformers has the rows of
+    a head, the first of all pairs and then the second: a view (H, 2, E/2, D)."""
+    return w.view(-1, head_dim // 2, 2, w.shape[-1]).transpose(1, 2)
+
+
+def read_hf(folder: Path, file: Path | None = None) -> tuple[LlamaConfig, dict[str, Weight]]:
+    """A folder of transformers, or one file of it."""
+    config = read_hf_config(read_json((folder / "config.json").read_bytes()))
+    weights, files = {}, [file] if file else []
+    for pattern in ("pytorch_model*.bin", "*.safetensors"):  # which is taken where both are there
+        listed = {folder / Path(name).name for index in folder.glob(pattern + ".index.json")
+                  for name in read_json(index.read_bytes())["weight_map"].values()}
+        if not file or file in listed:
+            files = sorted(listed or folder.glob(pattern)) or files
+    for path in files:
+        with open(path, "rb") as start:
+            zipped = start.read(2) == b"PK"
+        found = weights_of(read_pickle(path) if zipped else read_safetensors(path))
+        if twice := found.keys() & weights.keys():
+            raise ValueError(f"{min(twice)} is in two files")
+        weights |= found
+    weights = renamed(config, weights, 0)
+    for name in weights:
+        if name.endswith(("wq.weight", "wk.weight")):
+            weights[name] = weights[name]._replace(places=lambda x: [halves(x, config.head_dim)])
     return config, weights
 
 
-def read_llama2c(path: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    """llama2.c's .bin, version 0: D, F, L, H, K, V (negative: the output is not tied) and context
-    as int32, then fp32 weights, each kind over all layers. Mapped into memory."""
-    with open(path, "rb") as file:
-        header = file.read(28)
-    if len(header) < 28:
-        raise ValueError(f"{path} is too short for a checkpoint; try to fetch it again")
-    dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack("<7i", header)
+GGUF_KINDS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+GGUF_TYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+GGUF_FIELDS = {"embedding_length": "dim", "block_count": "n_layers",
+               "attention.head_count": "n_heads", "attention.head_count_kv": "n_kv_heads",
+               "feed_forward_length": "hidden_dim", "context_length": "max_seq_len",
+               "attention.layer_norm_rms_epsilon": "norm_eps", "rope.freq_base": "rope_theta",
+               "attention.key_length": "head_size"}
+
+
+def quantised(data: mmap.mmap, shape: tuple[int, ...], kind: int, start: int) -> Weight:
+    """A tensor in blocks of one of ggml's types, which the package gguf decodes to fp32."""
     try:
-        config = LlamaConfig(dim, layers, heads, kv_heads, hidden, abs(vocab), context,
-                             tie_embeddings=vocab > 0)
-    except ValueError as error:
-        raise ValueError(f"{path} is no llama2.c file of version 0: {error}") from None
-    kinds = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
-             "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-    order = ["tok_embeddings.weight"]
-    order += [f"layers.{i}.{kind}.weight" for kind in kinds for i in range(layers)]
-    order += ["norm.weight", "cos", "sin"] + ["output.weight"] * (vocab < 0)
-    with torch.device("meta"):
-        shapes = {name: w.shape for name, w in Llama(config).state_dict().items()}
-    shapes["cos"] = shapes["sin"] = torch.Size((context, config.head_dim // 2))  # not used
-    sizes = [shapes[name].numel() for name in order]
-    if path.stat().st_size != 28 + 4 * sum(sizes):
-        raise ValueError(f"{path} has not the {28 + 4 * sum(sizes):,} bytes that its header asks "
-                         "for: cut short, or no llama2.c file of version 0; try to fetch it again")
-    data = torch.from_numpy(np.memmap(path, dtype="<f4", mode="c", offset=28))
-    weights = {name: part.view(shapes[name]) for name, part in zip(order, data.split(sizes))}
-    return config, {name: w for name, w in weights.items() if name not in ("cos", "sin")}
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+        kind = GGMLQuantizationType(kind)
+        block, size = GGML_QUANT_SIZES[kind]
+        quants.dequantize(np.zeros((1, size), np.uint8), kind)
+    except (ImportError, ValueError, NotImplementedError):
+        raise ValueError(f"tensors of ggml's type {int(kind)} need the package gguf, if it knows "
+                         "them; try pip install -U gguf") from None
+    if shape[-1] % block:
+        raise ValueError(f"rows of {shape[-1]} are no whole blocks of {kind.name}")
+    raw = mapped(data, torch.uint8, (*shape[:-1], shape[-1] // block * size), start)
+    return Weight(shape, torch.float32, (raw,), decode=lambda x: torch.from_numpy(
+        quants.dequantize(x.numpy(), kind)))
 
 
-def load(path: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Llama:
-    """The model in a folder of Meta's layout or a llama2.c file; dtype None keeps the file's.
+def read_gguf_header(data: mmap.mmap) -> tuple[dict, dict[str, tuple], int]:
+    """(values by key, (shape, ggml type, offset) by name, where the header ends) of version 2 and
+    3, little-endian. Arrays are passed over. What points beyond the end is a struct.error."""
+    at = 4
 
-    Strict: an unknown or missing tensor or a wrong shape is an error that names it. Weights stay
-    in the file, mapped into memory, until they are used or converted.
+    def take(form: str) -> tuple:
+        nonlocal at
+        values = struct.unpack_from("<" + form, data, at)
+        at += struct.calcsize("<" + form)
+        return values
+
+    def text() -> str:
+        return take(f"{take('Q')[0]}s")[0].decode()
+
+    def value(kind: int):
+        nonlocal at
+        if kind == 8:
+            return text()
+        if kind != 9:
+            number, = take(GGUF_KINDS[kind])
+            return float(str(np.float32(number))) if kind == 6 else number  # 1e-5, not 9.99e-6
+        kind, n = take("IQ")
+        if kind != 8:
+            at += n * struct.calcsize("<" + GGUF_KINDS[kind])
+            return None
+        for _ in range(n):  # the vocabulary's texts: hundreds of thousands
+            at += 8 + struct.unpack_from("<Q", data, at)[0]
+
+    version, n_tensors, n_keys = take("IQQ")
+    if version not in (2, 3) or max(n_tensors, n_keys) > 2**20:
+        raise ValueError(f"GGUF of version {version} with {n_tensors} tensors is not known; try "
+                         "one of version 3")
+    keys = once([(text(), value(*take("I"))) for _ in range(n_keys)])
+    tensors = once([(text(), (take(f"{take('I')[0]}Q")[::-1], *take("IQ")))
+                    for _ in range(n_tensors)])  # shapes: the fastest axis first
+    return keys, tensors, at
+
+
+def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
+    """GGUF, of llama.cpp, whose wq and wk have Meta's order: F32, F16 and BF16 are mapped, other
+    types decoded. Llama 3.1's frequencies are in it as the numbers that they are divided by."""
+    data, weights = map_file(path), {}
+    keys, tensors, end = read_gguf_header(data)
+    only(keys, {"general.architecture": ("llama",), "split.count": (None, 0, 1)})
+    alignment = keys.get("general.alignment", 32)
+    for name, (shape, kind, offset) in tensors.items():
+        start = -(-end // alignment) * alignment + offset
+        weights[name] = (Weight.of(mapped(data, GGUF_TYPES[kind], shape, start))
+                         if kind in GGUF_TYPES else quantised(data, shape, kind, start))
+    keys = {name[6:]: value for name, value in keys.items() if name.startswith("llama.")}
+    config = {"n_kv_heads": keys["attention.head_count"],
+              **{ours: keys.pop(theirs) for theirs, ours in GGUF_FIELDS.items() if theirs in keys}}
+    config = LlamaConfig.from_dict({
+        **config, "vocab_size": weights["token_embd.weight"].shape[0],
+        "tie_embeddings": "output.weight" not in weights})
+    plain = {"vocab_size": keys.get("vocab_size"), "rope.dimension_count": config.head_dim,
+             "attention.value_length": config.head_dim, "rope.scaling.type": "none",
+             "tensor_data_layout": "Meta AI original pth"}
+    only(keys, {name: (0, 1, plain.get(name)) for name in keys})  # all else changes the function
+    if "rope_freqs.weight" in weights:
+        factors = weights["rope_freqs.weight"].read(dtype=torch.float32)
+        scaled = replace(config, rope_scaling=float(factors.max()))
+        wanted = rope_frequencies(config) / rope_frequencies(scaled)
+        if wanted.shape != factors.shape or not torch.allclose(wanted, factors, rtol=1e-3):
+            raise ValueError("rope_freqs.weight is not Llama 3.1's scaling; try a Llama of Meta's")
+        config = scaled
+    return config, renamed(config, weights, 1)
+
+
+def llama2c_order(config: LlamaConfig, version: int) -> list[str]:
+    """The tensors in the order of the file, each kind over all layers."""
+    def each(*kinds: str) -> list[str]:
+        return [f"layers.{i}.{kind}.weight" for kind in kinds for i in range(config.n_layers)]
+    attention = each(*(f"attention.{w}" for w in ("wq", "wk", "wv", "wo")))
+    feed_forward = each(*(f"feed_forward.{w}" for w in ("w1", "w2", "w3")))
+    if version:
+        order = [*each("attention_norm", "ffn_norm"), "norm.weight", "tok_embeddings.weight",
+                 *attention, *feed_forward]
+    else:
+        order = ["tok_embeddings.weight", *each("attention_norm"), *attention, *each("ffn_norm"),
+                 *feed_forward, "norm.weight", "cos", "sin"]
+    return order + ["output.weight"] * (not config.tie_embeddings)
+
+
+def read_llama2c(path: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
+    """llama2.c's .bin. Version 0 begins with D, F, L, H, K, V (negative: the output is not tied)
+    and the context as int32; 1 and 2 with a magic number, the version, the same seven, whether
+    the output is tied, and in 2 how many int8 share a scale, in 256 bytes."""
+    data, version, start = map_file(path), 0, 28
+    if data[:4] == b"24ka":
+        version, start = struct.unpack_from("<i", data, 4)[0], 256
+        if version not in (1, 2):
+            raise ValueError(f"llama2.c's version {version} is not known; try 0, 1 or 2")
+    dim, hidden, layers, heads, kv_heads, vocab, context, shared, group = struct.unpack_from(
+        "<7iBi", data, 8 if version else 0)
+    config = LlamaConfig(dim, layers, heads, kv_heads, hidden, abs(vocab), context,
+                         tie_embeddings=bool(shared) if version else vocab > 0)
+
+    def decode(raw: Tensor, shape: tuple[int, int]) -> Tensor:
+        int8, scales = raw.split([math.prod(shape), len(raw) - math.prod(shape)])
+        scales = scales.view(torch.float32)[:, None]
+        return int8.view(torch.int8).float().view(-1, group).mul_(scales).view(shape)
+
+    weights, wanted = {}, shapes(config)
+    for name in llama2c_order(config, version):
+        shape = wanted.get(name, (context, config.head_dim // 2))  # the tables of cos and sin
+        n = math.prod(shape)
+        if version == 2 and len(shape) == 2:
+            if group < 4 or group % 4 or n % group:
+                raise ValueError(f"{group} int8 to a scale do not divide its tensors")
+            raw = mapped(data, torch.uint8, (n + 4 * (n // group),), start)
+            weights[name] = Weight(shape, torch.float32, (raw,), None, partial(decode, shape=shape))
+        else:
+            weights[name] = Weight.of(mapped(data, torch.float32, shape, start))
+        start += weights[name].parts[0].nbytes
+    if start != len(data):
+        raise ValueError(f"it has not the {start:,} bytes that its header asks for: cut short, or "
+                         "no llama2.c file; try to fetch it again")
+    return config, {name: weights[name] for name in wanted}
+
+
+def read_torch_file(path: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
+    """A file of torch.save: llama2.c's .pt, or one of a folder."""
+    table = read_pickle(path)
+    if "model_args" not in table:
+        transformers = any(str(name).startswith("model.") for name in table)
+        return read_hf(path.parent, path) if transformers else read_meta(path.parent)
+    weights = {str(name).removeprefix("_orig_mod."): weight
+               for name, weight in weights_of(table["model"]).items()}
+    params = {name: value for name, value in table["model_args"].items() if name != "dropout"}
+    return read_params({"multiple_of": 256, **params}, weights), weights
+
+
+HARMLESS = ("rope.freqs", "rotary_emb.inv_freq", "rope_freqs.weight")  # tables computed here
+
+
+def read_any(path: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
+    """The reader of what is found in the file or the folder, not of its name."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            head = file.read(9)
+        if head[:4] == b"GGUF":
+            return read_gguf(path)
+        if head[:2] == b"PK":
+            return read_torch_file(path)
+        if head[8:] == b"{":
+            return read_hf(path.parent, path)
+        return read_any(path.parent) if head[:1] == b"{" else read_llama2c(path)
+    if (path / "config.json").is_file() and not any(path.glob("consolidated.*.pth")):
+        return read_hf(path)
+    if (path / "params.json").is_file():
+        return read_meta(path)
+    raise ValueError("there is no checkpoint; try a folder with params.json and "
+                     "consolidated.00.pth, or config.json and model.safetensors, a GGUF file or "
+                     "llama2.c's .bin")
+
+
+def open_checkpoint(path: str | Path) -> tuple[LlamaConfig, dict[str, Weight]]:
+    """The config and the weights, still in their files, of any checkpoint by Meta's names.
+
+    Strict: an unknown or missing tensor or a wrong shape is a ValueError that names it, as is
+    whatever is damaged or asks for what is not implemented.
     """
     path = Path(path)
-    if not (path.is_file() or (path / "params.json").is_file()):
-        raise ValueError(f"{path} is no checkpoint; try a folder with params.json and "
-                         "consolidated.00.pth, or a llama2.c .bin file")
-    config, weights = read_llama2c(path) if path.is_file() else read_meta(path)
-    with torch.device("meta"):
-        model = Llama(config)
-    wanted = {name: tuple(w.shape) for name, w in model.state_dict().items()}
-    found = {name: tuple(w.shape) for name, w in weights.items()}
+    try:
+        config, weights = read_any(path)
+        wanted = shapes(config)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+            struct.error) as error:
+        text = str(error) if isinstance(error, ValueError) else f"cut short or damaged ({error!r})"
+        text = " ".join(text.split())[:400]
+        advice = "" if "; try" in text else "; try to fetch it again"
+        raise ValueError(f"{path}: {text}{advice}") from None
+    weights = {name: w for name, w in weights.items() if not name.endswith(HARMLESS)}
+    table, output = weights.get("tok_embeddings.weight"), weights.get("output.weight")
+    if config.tie_embeddings and table and output and output.equals(table):
+        del weights["output.weight"]
+    found = {name: w.shape for name, w in weights.items()}
     if wrong := [name for name in wanted | found if wanted.get(name) != found.get(name)]:
         detail = "; ".join(f"{name} is {found.get(name, 'missing')}, not "
                            f"{wanted.get(name, 'known')}" for name in wrong[:3])
-        raise ValueError(f"{path} is not the Llama of its header: {detail} ({len(wrong)} tensors "
-                         "in all); try the files as they were published")
+        raise ValueError(f"{path} is not the Llama of its header: {' '.join(detail.split()):.400} "
+                         f"({len(wrong)} tensors in all); try the files as they were published")
+    return config, weights
+
+
+def load(path: str | Path, device="cpu", dtype: torch.dtype | None = None, finish=None) -> Llama:
+    """The model in any checkpoint; dtype None keeps the file's, that of its embedding.
+
+    Weights stay in the file, mapped into memory, unless they are converted: one block (embedding,
+    layer, norm, output) after the other, and of it one tensor. Then finish(name, block), if given,
+    may change the block or return another in its place, before the next one is read.
+    """
+    config, weights = open_checkpoint(path)
     dtype = dtype or weights["tok_embeddings.weight"].dtype
-    weights = {name: w.to(device=device, dtype=dtype) for name, w in weights.items()}
-    model.load_state_dict(weights, assign=True)
+    with torch.device("meta"):
+        model = Llama(config)
+    blocks = ["tok_embeddings", *(f"layers.{i}" for i in range(config.n_layers)), "norm"]
+    for name in blocks + ["output"] * (not config.tie_embeddings):
+        block = model.get_submodule(name)
+        block.load_state_dict({key: weights[f"{name}.{key}"].read(device, dtype)
+                               for key in block.state_dict()}, assign=True)
+        if finish is not None:
+            model.set_submodule(name, finish(name, block) or block)
     return model.eval()
 
 
@@ -1002,14 +1423,111 @@ def write_aside(path: Path, write) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        aside.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({str(error)[:100]}) and is as it was before; "
                       "try to free space on the disk") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict) -> None:
+    write_aside(path, lambda file: file.write(json.dumps(values, indent=1).encode()))
 
 
 def save_meta(model: Llama, folder: Path) -> None:
     """Writes Meta's layout: consolidated.00.pth and params.json."""
     folder.mkdir(parents=True, exist_ok=True)
     write_aside(folder / "consolidated.00.pth", lambda file: torch.save(model.state_dict(), file))
-    text = json.dumps(write_params(model.config), indent=1)
-    write_aside(folder / "params.json", lambda file: file.write(text.encode()))
+    write_json(folder / "params.json", write_params(model.config))
+
+
+def write_tensor(file, weight: Weight, dtype: torch.dtype, halves_of: int | None = None) -> None:
+    """The bytes of a weight, heads of size halves_of in halves; then it leaves memory."""
+    x = weight.read(dtype=dtype)
+    if halves_of:
+        x = halves(x, halves_of)
+    file.write(x.contiguous().flatten().view(torch.uint8).numpy())
+    for part in weight.parts:
+        give_back(part)
+
+
+def write_safetensors(file, weights: dict[str, Weight], head_dim: int) -> None:
+    """A safetensors file, tensor by tensor; wq and wk, by transformers' names, in its order."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    codes = {dtype: code for code, dtype in SAFE_TYPES.items()}
+    for name, w in weights.items():
+        end = at + math.prod(w.shape) * w.dtype.itemsize
+        header[name] = {"dtype": codes[w.dtype], "shape": w.shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name, w in weights.items():
+        turned = name.endswith(("q_proj.weight", "k_proj.weight"))
+        write_tensor(file, w, w.dtype, head_dim if turned else None)
+
+
+def write_meta(config: LlamaConfig, weights: dict[str, Weight], folder: Path) -> None:
+    """Meta's folder. torch.save wants all tensors at once: they are mapped from a file aside."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / "weights.aside"
+    try:
+        write_aside(aside, lambda file: write_safetensors(file, weights, config.head_dim))
+        tensors = read_safetensors(aside)
+        write_aside(folder / "consolidated.00.pth", lambda file: torch.save(tensors, file))
+    finally:
+        aside.unlink(missing_ok=True)
+    write_json(folder / "params.json", write_params(config))
+
+
+def write_hf(config: LlamaConfig, weights: dict[str, Weight], folder: Path) -> None:
+    """The folder that transformers loads; what the frequencies are is said as in its version 4."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = their_names(config, 0)
+    theirs = {names[name]: weight for name, weight in weights.items()}
+    write_aside(folder / "model.safetensors",
+                lambda file: write_safetensors(file, theirs, config.head_dim))
+    scaling = config.rope_scaling and {"rope_type": "llama3", "factor": config.rope_scaling,
+                                       **HF_SCALING}
+    fields = {theirs: getattr(config, ours) for theirs, ours in HF_FIELDS.items()}
+    dtype = str(weights["tok_embeddings.weight"].dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {
+        **fields, "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+        "head_dim": config.head_dim, "rope_scaling": scaling, "torch_dtype": dtype,
+        "bos_token_id": None, "eos_token_id": None})  # which only the tokenizer knows
+
+
+def write_llama2c(config: LlamaConfig, weights: dict[str, Weight], path: Path) -> None:
+    """llama2.c's .bin of version 0, in fp32; ValueError for what it has no field for."""
+    for name, plain in {"rope_theta": 1e4, "rope_scaling": None, "norm_eps": 1e-5,
+                        "head_size": None}.items():
+        if getattr(config, name) != plain:
+            raise ValueError(f"llama2.c has no {name} but {plain}, and this model's is "
+                             f"{getattr(config, name)}; try the format meta or hf")
+    tables = dict(zip(("cos", "sin"), rope_table(config, torch.arange(config.max_seq_len))))
+    vocab = config.vocab_size if config.tie_embeddings else -config.vocab_size
+
+    def write(file) -> None:
+        file.write(struct.pack("<7i", config.dim, config.hidden_dim, config.n_layers,
+                               config.n_heads, config.n_kv_heads, vocab, config.max_seq_len))
+        for name in llama2c_order(config, 0):
+            if name in tables:
+                file.write(tables[name].numpy())
+            else:
+                write_tensor(file, weights[name], torch.float32)
+    write_aside(path, write)
+
+
+EXPORTS = {"meta": write_meta, "hf": write_hf, "llama2c": write_llama2c}
+
+
+def export(path: str | Path, format: str, out: str | Path) -> None:
+    """Writes any checkpoint in another format, tensor by tensor: a folder of Meta's ("meta") or of
+    transformers ("hf"), or a file of llama2.c ("llama2c"). Numbers keep their type; quantised
+    ones, and all in llama2.c, are fp32."""
+    out = Path(out)
+    if format not in EXPORTS:
+        raise ValueError(f"there is no format {format!r}; try one of {', '.join(EXPORTS)}")
+    if out.is_dir() and any(out.iterdir()) or out.exists() and not out.is_dir():
+        raise ValueError(f"{out} exists already and stays as it is; try another name")
+    EXPORTS[format](*open_checkpoint(path), out)

@@ -10,8 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small products; a second thread
 import ast
 import base64
 import contextlib
+import ctypes
 import functools
 import hashlib
+import io
 import json
 import math
 import pickle
@@ -23,6 +25,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import unicodedata
 from dataclasses import asdict, replace
 from functools import partial
@@ -132,6 +135,15 @@ class TestSizes:
                 counted = sum(p.numel() for p in Llama(config).parameters())
             assert counted == config.n_params == self.COUNTS.get(name, counted), name
 
+    def test_heads_of_a_size_of_their_own(self):
+        config = replace(SMALL, head_size=20)
+        model = Llama.create(config, 0)
+        assert model.layers[0].attention.wo.weight.shape == (48, 4 * 20) and config.head_dim == 20
+        assert sum(p.numel() for p in model.parameters()) == config.n_params
+        assert replace(SMALL, head_size=12) == SMALL  # where it is D / H it is not said
+        assert replace(SMALL, dim=96).head_dim == 24 and replace(config, dim=50).head_dim == 20
+        assert "head_size" not in llama.write_params(SMALL)
+
     def test_table_2(self):
         rows = {"7b": (4096, 32, 32, 3e-4, 1.0e12), "13b": (5120, 40, 40, 3e-4, 1.0e12),
                 "33b": (6656, 52, 60, 1.5e-4, 1.4e12), "65b": (8192, 64, 80, 1.5e-4, 1.4e12)}
@@ -164,7 +176,8 @@ class TestSizes:
         ({"dims": 3}, "dims"), ({"dim": 50}, "dim=50"), ({"n_kv_heads": 3}, "n_kv_heads=3"),
         ({"n_layers": 0}, "n_layers=0"), ({"n_layers": 10**6}, "n_layers"),
         ({"dim": 4.0}, "dim=4.0"), ({"norm_eps": -1.0}, "norm_eps"),
-        ({"rope_theta": None}, "rope_theta")])
+        ({"rope_theta": None}, "rope_theta"), ({"head_size": 12.5}, "head_size"),
+        ({"head_size": 7}, "even size")])
     def test_bad_fields_are_named(self, change, named):
         with pytest.raises(ValueError, match=named):
             LlamaConfig.from_dict({**asdict(SMALL), **change})
@@ -742,7 +755,7 @@ class TestCheckpoints:
         return model, tmp_path
 
     @pytest.mark.parametrize("change", [
-        {}, {"hidden_dim": 500}, {"hidden_dim": 128},
+        {}, {"hidden_dim": 500}, {"hidden_dim": 128}, {"head_size": 20},
         {"tie_embeddings": True, "rope_theta": 5e5, "rope_scaling": 32.0}])
     def test_there_and_back(self, tmp_path, change):
         model = random_model(replace(SMALL, **change))
@@ -773,6 +786,7 @@ class TestCheckpoints:
             weights = {"tok_embeddings.weight": torch.empty(config.vocab_size, 1, device="meta")}
             if not config.tie_embeddings:
                 weights["output.weight"] = torch.empty(config.vocab_size, 2, device="meta")
+            weights = {n: llama.Weight.of(w) for n, w in weights.items()}
             assert llama.read_params(params, weights) == config
         other = llama.read_params({**params, "rope_scaling_factor": 16, "max_seq_len": 9}, weights)
         assert other == replace(config, rope_scaling=16, max_seq_len=9)
@@ -804,7 +818,7 @@ class TestCheckpoints:
         ("wk.weight is .24, 40.", lambda w: w.update(
             {"layers.1.attention.wk.weight": torch.zeros(24, 40)})),
         ("not a table of weights", lambda w: w.update({"norm.weight": torch.arange(48)})),
-        ("lack what a Llama needs", lambda w: w.pop("tok_embeddings.weight"))])
+        ("damaged .KeyError..tok_emb", lambda w: w.pop("tok_embeddings.weight"))])
     def test_strict(self, saved, name, spoil):
         model, folder = saved
         weights = dict(model.state_dict())
@@ -822,6 +836,40 @@ class TestCheckpoints:
         (folder / "params.json").write_text(json.dumps({**params, **change}))
         with pytest.raises(ValueError):
             llama.load(folder)
+
+    @pytest.mark.parametrize("n, axis, change", [
+        (2, 0, {}), (2, 1, {"n_kv_heads": 4}), (4, 0, {"vocab_size": 96}),
+        (4, 1, {"n_kv_heads": 1, "head_size": 16}), (4, 1, {"dim": 64, "n_heads": 8})])
+    def test_any_number_of_shards(self, tmp_path, n, axis, change):
+        """Merged in one process; LLaMA 1 and 2 cut the embedding by columns, Llama 3 by rows."""
+        model = random_model(replace(SMALL, **{"vocab_size": 96, **change}))
+        write_shards(tmp_path, model, n, axis)
+        again = llama.load(tmp_path)
+        assert again.config == model.config and state_equal(again, model.state_dict())
+        assert torch.equal(again(tokens(2, 30)), model(tokens(2, 30)))
+        half = llama.load(tmp_path, dtype=torch.bfloat16).state_dict()
+        assert all(torch.equal(half[name], w.bfloat16()) for name, w in model.state_dict().items())
+
+    @pytest.mark.parametrize("gone", [[0], [1], [3], [2, 3], [0, 1, 2, 3]])
+    def test_a_missing_shard_is_named(self, tmp_path, gone):
+        write_shards(tmp_path, random_model(replace(SMALL, vocab_size=96)), 4, 1)
+        for i in gone:
+            (tmp_path / f"consolidated.{i:02}.pth").unlink()
+        with pytest.raises(ValueError, match=f"consolidated.{gone[0]:02}.pth is missing"):
+            llama.load(tmp_path)
+
+    @pytest.mark.parametrize("named, spoil", [
+        ("different tensors", lambda shard: shard.update(extra=torch.zeros(3))),
+        ("different tensors", lambda shard: shard.pop("layers.1.attention.wq.weight")),
+        ("wq.weight in different shapes", lambda shard: shard.update(
+            {"layers.1.attention.wq.weight": torch.zeros(3, 48)}))])
+    def test_shards_that_do_not_fit_together(self, tmp_path, named, spoil):
+        write_shards(tmp_path, random_model(replace(SMALL, vocab_size=96)), 2, 1)
+        shard = dict(torch.load(tmp_path / "consolidated.01.pth"))
+        spoil(shard)
+        torch.save(shard, tmp_path / "consolidated.01.pth")
+        with pytest.raises(ValueError, match=named):
+            llama.load(tmp_path)
 
     def test_cut_short_or_pickled_code(self, saved, tmp_path):
         file = saved[1] / "consolidated.00.pth"
@@ -855,19 +903,54 @@ class TestCheckpoints:
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def write_llama2c(model, path):
-    """llama2.c's version 0, written from its description by the test itself."""
-    c, state = model.config, model.state_dict()
+def write_shards(folder, model, n, axis):
+    """Meta's folder in n shards; the embedding is cut along `axis`."""
+    folder.mkdir(exist_ok=True)
+    shards = [{} for _ in range(n)]
+    for name, w in model.state_dict().items():
+        kind, pieces = name.split(".")[-2], [w] * n
+        if w.dim() == 2:
+            along = axis if kind == "tok_embeddings" else int(kind in ("wo", "w2"))
+            repeat = max(1, n // model.config.n_kv_heads) if kind in ("wk", "wv") else 1
+            pieces = [piece for piece in w.chunk(n // repeat, along) for _ in range(repeat)]
+        for shard, piece in zip(shards, pieces):
+            shard[name] = piece.clone()
+    for i, shard in enumerate(shards):
+        torch.save(shard | {"rope.freqs": torch.zeros(6)}, folder / f"consolidated.{i:02}.pth")
+    (folder / "params.json").write_text(json.dumps(llama.write_params(model.config)))
+
+
+def write_llama2c(model, path, version=0):
+    """llama2.c's files, written from their description by the test itself. In version 2 groups of
+    8 share a scale; the state that such a file holds."""
+    c, state = model.config, {n: w.detach() for n, w in model.state_dict().items()}
     kinds = ["attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
              "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
-    parts = [state["tok_embeddings.weight"]]
-    parts += [state[f"layers.{i}.{kind}.weight"] for kind in kinds for i in range(c.n_layers)]
-    parts += [state["norm.weight"], torch.full((2 * c.max_seq_len * c.head_dim // 2,), math.nan)]
+    if version:
+        kinds = ["attention_norm", "ffn_norm", "", "tok_embeddings", *kinds[1:5], *kinds[6:]]
+    named = {"": ["norm.weight"], "tok_embeddings": ["tok_embeddings.weight"]}
+    order = [name for kind in kinds for name in named.get(
+        kind, [f"layers.{i}.{kind}.weight" for i in range(c.n_layers)])]
+    if not version:
+        order = ["tok_embeddings.weight", *order, "norm.weight"]
+    tables = torch.full((2 * c.max_seq_len * c.head_dim // 2,), math.nan)
+    parts = [state[name] for name in order] + ([] if version else [tables])
     parts += [] if c.tie_embeddings else [state["output.weight"]]
-    vocab = c.vocab_size if c.tie_embeddings else -c.vocab_size
+    vocab = c.vocab_size if c.tie_embeddings or version else -c.vocab_size
     header = struct.pack("<7i", c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads, vocab,
                          c.max_seq_len)
-    path.write_bytes(header + b"".join(part.numpy().tobytes() for part in parts))
+    if version:
+        header = struct.pack("<Ii", 0x616b3432, version) + header
+        header += struct.pack("<Bi", c.tie_embeddings, 8) + bytes(256 - 41)
+    data = [part.numpy().tobytes() for part in parts]
+    if version == 2:
+        for i, part in enumerate(parts):
+            if part.dim() == 2:
+                scales = part.view(-1, 8).abs().amax(1) / 127
+                int8 = (part.view(-1, 8) / scales[:, None]).round().to(torch.int8)
+                data[i] = int8.numpy().tobytes() + scales.numpy().tobytes()
+                part.copy_(int8.float().mul(scales[:, None]).view_as(part))
+    path.write_bytes(header + b"".join(data))
 
 
 class TestLlama2c:
@@ -879,6 +962,29 @@ class TestLlama2c:
         again = llama.load(tmp_path / "model.bin")
         assert again.config == model.config
         assert all(torch.equal(w, model.state_dict()[n]) for n, w in again.state_dict().items())
+
+    @pytest.mark.parametrize("version", [1, 2])
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_version_1_and_2(self, tmp_path, version, tied):
+        model = random_model(replace(SMALL, hidden_dim=96, tie_embeddings=tied))
+        before = {name: w.clone() for name, w in model.state_dict().items()}
+        write_llama2c(model, tmp_path / "m", version)  # model now has what version 2 rounds
+        again = llama.load(tmp_path / "m")
+        assert again.config == model.config and state_equal(again, model.state_dict())
+        assert version == 1 or not torch.equal(before["tok_embeddings.weight"],
+                                               model.tok_embeddings.weight)
+
+    @pytest.mark.parametrize("compiled", ["", "_orig_mod."])
+    def test_pt(self, tmp_path, compiled):
+        model = random_model(replace(SMALL, hidden_dim=128, tie_embeddings=True))
+        state = {compiled + name: w for name, w in model.state_dict().items()}
+        state[compiled + "output.weight"] = state[compiled + "tok_embeddings.weight"]
+        args = {"dim": 48, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 97,
+                "multiple_of": 32, "max_seq_len": 64, "dropout": 0.1}
+        torch.save({"model": state, "model_args": args, "iter_num": 3, "config": {"x": "y"},
+                    "optimizer": {"state": {0: torch.zeros(3)}}}, tmp_path / "ckpt")
+        again = llama.load(tmp_path / "ckpt")
+        assert again.config == model.config and state_equal(again, model.state_dict())
 
     def test_damaged(self, tmp_path):
         file = tmp_path / "model.bin"
@@ -899,6 +1005,570 @@ class TestLlama2c:
         assert capsys.readouterr().out == (folder / "expected_greedy_200.txt").read_text()
         config = llama.load(folder / "stories260K.bin").config
         assert config == SIZES["stories260k"][0]
+
+
+def state_equal(model, wanted):
+    """Are all weights of the model those of a state dict, bit for bit?"""
+    found = model.state_dict()
+    return found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
+
+
+def greedy(model, n=200):
+    """n tokens, each the most likely one after those before it."""
+    cache, text = KVCache(model.config, 1, n), [1]
+    with torch.no_grad():
+        while len(text) < n:
+            text.append(int(model(torch.tensor([text[-1:]]), cache)[0, -1].argmax()))
+    return torch.tensor([text])
+
+
+def llama3_rope(factor):
+    return {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_theta": 1e4}
+
+
+def save_hf(folder, dtype=torch.float32, shard="1GB", **change):
+    """A folder that transformers writes, and its model as transformers reads it again."""
+    from transformers import LlamaConfig as HFConfig
+    from transformers import LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
+    torch.manual_seed(0)
+    shape = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 3,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+             "max_position_embeddings": 16384, "initializer_range": 0.2}
+    model = LlamaForCausalLM(HFConfig(**{**shape, **change})).to(dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(noise(*p.shape, seed=len(name)).to(dtype), alpha=0.1 * (p.dim() == 1))
+    model.save_pretrained(folder, max_shard_size=shard)
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+class TestHuggingFace:
+    """Folders that transformers writes give the logits and the greedy text of transformers."""
+
+    @staticmethod
+    def check(oracle, path):
+        model = llama.load(path, dtype=torch.float32)
+        text = greedy(model)
+        assert len(set(text[0].tolist())) > 20  # it does not go round in circles
+        with torch.no_grad():
+            theirs = oracle(input_ids=text).logits
+            close(model(text), theirs, atol=1e-4)
+        assert torch.equal(theirs.argmax(-1)[:, :-1], text[:, 1:])
+        return model
+
+    @pytest.mark.parametrize("change", [
+        {}, {"dtype": torch.bfloat16}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1},
+        {"tie_word_embeddings": True}, {"head_dim": 24}, {"head_dim": 8, "dtype": torch.float16},
+        {"shard": "60KB", "dtype": torch.bfloat16}, {"rms_norm_eps": 0.3},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}])
+    def test_logits_and_greedy_text(self, tmp_path, change):
+        oracle = save_hf(tmp_path, **change)
+        self.check(oracle, tmp_path)
+        assert ("shard" in change) == (len(list(tmp_path.glob("*.safetensors"))) > 1)
+
+    @pytest.mark.parametrize("factor", [8.0, 32.0])
+    def test_scaled_frequencies_of_3_1_and_3_2(self, tmp_path, factor):
+        model = self.check(save_hf(tmp_path, rope_parameters=llama3_rope(factor)), tmp_path)
+        assert model.config.rope_scaling == factor
+        text = greedy(model)
+        wanted = model(text)
+        for other in (None, 40.0 - factor):  # 8 where the file says 32 is an old mistake
+            model.config = replace(model.config, rope_scaling=other)
+            assert (model(text) - wanted).abs().max() > 0.01
+
+    def test_the_wrong_layout_of_rope_fails(self, tmp_path, monkeypatch):
+        oracle = save_hf(tmp_path)
+        monkeypatch.setattr(llama, "halves", lambda w, head_dim: w)
+        with pytest.raises(AssertionError):
+            self.check(oracle, tmp_path)
+
+    def test_config_of_transformers_4_and_older(self, tmp_path):
+        oracle = save_hf(tmp_path, num_key_value_heads=4, rope_parameters=llama3_rope(8.0))
+        config = json.loads((tmp_path / "config.json").read_text())
+        rope = config.pop("rope_parameters")
+        theta = rope.pop("rope_theta")
+        for name in ("head_dim", "num_key_value_heads", "attention_bias", "mlp_bias"):
+            del config[name]
+        (tmp_path / "config.json").write_text(json.dumps(
+            {**config, "rope_theta": theta, "rope_scaling": rope, "pretraining_tp": 2}))
+        self.check(oracle, tmp_path)
+        oldest = {name: config[name] for name in ("hidden_size", "intermediate_size", "vocab_size",
+                                                  "num_hidden_layers", "num_attention_heads")}
+        assert llama.read_hf_config({**oldest, "model_type": "llama", "max_sequence_length": 2048,
+                                     "architectures": ["LLaMAForCausalLM"]}) == LlamaConfig(
+            64, 3, 4, 4, 100, 97, 2048, 1e-6)
+
+    def test_files_of_torch_save_in_any_number(self, tmp_path):
+        oracle = save_hf(tmp_path, tie_word_embeddings=True)
+        state = {name: w.clone() for name, w in oracle.state_dict().items()}
+        assert "lm_head.weight" in state  # the same numbers as the embedding: skipped
+        (tmp_path / "model.safetensors").unlink()
+        state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)  # in old files
+        torch.save(state, tmp_path / "pytorch_model.bin")
+        self.check(oracle, tmp_path)
+        self.check(oracle, tmp_path / "pytorch_model.bin")
+        (tmp_path / "pytorch_model.bin").unlink()
+        files = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+        for i, file in enumerate(files):
+            torch.save(dict(list(state.items())[i::2]), tmp_path / file)
+        self.check(oracle, tmp_path)  # without an index, and with one
+        index = {"weight_map": {name: files[i % 2] for i, name in enumerate(state)}}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        torch.save({"other": torch.zeros(1)}, tmp_path / "pytorch_model_other.bin")
+        self.check(oracle, tmp_path)
+        self.check(oracle, tmp_path / files[1])
+
+    def test_a_single_file_is_told_by_what_is_in_it(self, tmp_path):
+        oracle = save_hf(tmp_path)
+        (tmp_path / "model.safetensors").rename(tmp_path / "weights.of.mine")
+        for name in ("weights.of.mine", "config.json"):
+            if name == "config.json":
+                (tmp_path / "weights.of.mine").rename(tmp_path / "a.safetensors")
+            self.check(oracle, tmp_path / name)
+
+    @pytest.mark.parametrize("named, change", [
+        ("model_type='mixtral'", {"model_type": "mixtral"}),
+        ("hidden_act='gelu'", {"hidden_act": "gelu"}),
+        ("attention_bias=True", {"attention_bias": True}), ("mlp_bias=True", {"mlp_bias": True}),
+        ("sliding_window=4096", {"sliding_window": 4096}),
+        ("quantization_config", {"quantization_config": {"bits": 4}}),
+        ("num_local_experts=8", {"num_local_experts": 8}),
+        ("partial_rotary_factor=0.5", {"partial_rotary_factor": 0.5}),
+        ("type='linear'", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("rope_type='yarn'", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}),
+        ("low_freq_factor=2.0", {"rope_scaling": {**llama3_rope(8.0), "low_freq_factor": 2.0}}),
+        ("original_max_position_embeddings=4096", {"rope_scaling": {
+            **llama3_rope(8.0), "original_max_position_embeddings": 4096}})])
+    def test_what_is_not_implemented_is_named(self, named, change):
+        plain = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 100,
+                 "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 97}
+        assert llama.read_hf_config({**plain, "rope_scaling": llama3_rope(8.0),
+                                     "pretraining_tp": 4, "use_cache": True}).rope_scaling == 8
+        with pytest.raises(ValueError, match=named):
+            llama.read_hf_config({**plain, **change})
+
+
+GGUF_NAMES = {
+    "tok_embeddings": "token_embd", "norm": "output_norm", "output": "output",
+    "attention_norm": "attn_norm", "ffn_norm": "ffn_norm", "attention.wq": "attn_q",
+    "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up"}
+WIDE = replace(SMALL, dim=256, n_layers=1, n_heads=4, hidden_dim=512)  # whole blocks of 256
+
+
+def write_gguf(path, config, state, kind=None, factor=None, extra=lambda writer: None):
+    """A GGUF file by the package gguf; matrices of `kind`, or fp32. {name: what it then holds}"""
+    import gguf
+    from gguf import quants
+    w, stored = gguf.GGUFWriter(path, "llama"), {}
+    w.add_context_length(config.max_seq_len)
+    w.add_embedding_length(config.dim)
+    w.add_block_count(config.n_layers)
+    w.add_feed_forward_length(config.hidden_dim)
+    w.add_head_count(config.n_heads)
+    w.add_head_count_kv(config.n_kv_heads)
+    w.add_layer_norm_rms_eps(config.norm_eps)
+    w.add_rope_freq_base(config.rope_theta)
+    w.add_rope_dimension_count(config.head_dim)
+    w.add_key_length(config.head_dim)
+    w.add_value_length(config.head_dim)
+    w.add_tokenizer_model("llama")
+    w.add_token_list([f"piece {i}" for i in range(config.vocab_size)])
+    w.add_token_scores([0.5] * config.vocab_size)
+    extra(w)
+    if factor:
+        f = 1e4 ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+        turns = 8192 * f / (2 * math.pi)
+        m = ((turns - 1) / 3).clamp(0, 1)
+        w.add_tensor("rope_freqs.weight", (f / ((1 - m) * f / factor + m * f)).numpy())
+    kind = gguf.GGMLQuantizationType[kind or "F32"]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    for name, x in state.items():
+        layer, what = re.fullmatch(r"(layers\.\d+\.)?(.*)\.weight", name).groups()
+        name_there = f"{(layer or '').replace('layers', 'blk')}{GGUF_NAMES[what]}.weight"
+        if x.dim() == 1 or kind.name == "F32":
+            w.add_tensor(name_there, x.numpy())
+            stored[name] = x
+            continue
+        try:
+            data = quants.quantize(x.numpy(), kind)
+        except NotImplementedError:  # gguf decodes this type alone: any blocks will do
+            data = np.random.default_rng(0).integers(0, 60, (len(x), x.shape[1] // block * size),
+                                                     dtype=np.uint8)
+        w.add_tensor(name_there, data, raw_dtype=kind)
+        stored[name] = torch.from_numpy(quants.dequantize(data, kind))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return stored
+
+
+class TestGGUF:
+    @pytest.mark.parametrize("kind", [None, "F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "Q4_K", "Q6_K",
+                                      "IQ4_NL"])
+    def test_types(self, tmp_path, kind):
+        state = {name: w.detach() for name, w in random_model(WIDE).state_dict().items()}
+        stored = write_gguf(tmp_path / "model", WIDE, state, kind)
+        model = llama.load(tmp_path / "model")
+        assert model.config == WIDE
+        assert model.norm.weight.dtype == {"F16": torch.float16, "BF16": torch.bfloat16}.get(
+            kind, torch.float32)
+        model = llama.load(tmp_path / "model", dtype=torch.float32)
+        assert state_equal(model, stored)
+
+    @pytest.mark.parametrize("factor, change", [
+        (None, {"head_dim": 24}), (8.0, {}), (32.0, {"tie_word_embeddings": True})])
+    def test_logits_of_transformers(self, tmp_path, factor, change):
+        """Rows of wq and wk in the order of llama.cpp's conversion; its frequency factors."""
+        rope = {"rope_parameters": llama3_rope(factor)} if factor else {}
+        oracle = save_hf(tmp_path, **change, **rope)
+        state = llama.load(tmp_path).state_dict()  # names alone: all values are replaced
+        theirs = oracle.state_dict()
+        for name in state:
+            state[name] = theirs[hf_name(name)]
+            if name.endswith(("wq.weight", "wk.weight")):
+                heads = 4 if "wq" in name else 2
+                w = state[name].numpy()
+                state[name] = torch.from_numpy(w.reshape(
+                    heads, 2, w.shape[0] // heads // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape))
+        config = llama.load(tmp_path).config
+        write_gguf(tmp_path / "m.gguf", config, state, factor=factor)
+        assert TestHuggingFace.check(oracle, tmp_path / "m.gguf").config == config
+
+    @pytest.mark.parametrize("named, extra", [
+        ("expert_count", lambda w: w.add_expert_count(8)),
+        ("rope.scaling.type", lambda w: w.add_string(
+            "llama.rope.scaling.type", "linear")),
+        ("sliding_window", lambda w: w.add_sliding_window(4096)),
+        ("logit_scale", lambda w: w.add_logit_scale(0.5)),
+        ("rope_freqs.weight", lambda w: w.add_tensor("rope_freqs.weight", np.linspace(
+            1, 8, 32, dtype=np.float32))),
+        ("unknown blk.7.x", lambda w: w.add_tensor("blk.7.x", np.zeros(4, np.float32))),
+        ("type 26 need the package", lambda w: w.add_tensor("a", np.zeros((4, 4), np.int32)))])
+    def test_what_is_not_implemented_is_named(self, tmp_path, named, extra):
+        state = {name: w.detach() for name, w in random_model(WIDE).state_dict().items()}
+        write_gguf(tmp_path / "m", WIDE, state, extra=extra)
+        with pytest.raises(ValueError, match=named):
+            llama.load(tmp_path / "m")
+
+    def test_without_the_package(self, tmp_path, monkeypatch):
+        state = {name: w.detach() for name, w in random_model(WIDE).state_dict().items()}
+        write_gguf(tmp_path / "native", WIDE, state, "F16")
+        write_gguf(tmp_path / "quantised", WIDE, state, "Q8_0")
+        monkeypatch.setitem(sys.modules, "gguf", None)
+        llama.load(tmp_path / "native")
+        with pytest.raises(ValueError, match="try pip install -U gguf"):
+            llama.load(tmp_path / "quantised")
+
+
+class TestExport:
+    @pytest.mark.parametrize("change", [
+        {}, {"dtype": torch.bfloat16, "tie_word_embeddings": True}, {"head_dim": 24},
+        {"rope_parameters": llama3_rope(32.0), "num_key_value_heads": 1}])
+    @pytest.mark.parametrize("format", ["meta", "hf", "llama2c"])
+    def test_in_out_in_is_bit_equal(self, tmp_path, format, change):
+        oracle = save_hf(tmp_path / "in", **change)
+        model, out = llama.load(tmp_path / "in"), tmp_path / "out"
+        if format == "llama2c" and change.keys() & {"head_dim", "rope_parameters"}:
+            with pytest.raises(ValueError, match="head_size|rope_scaling"):
+                llama.export(tmp_path / "in", format, out)
+            assert not out.exists()
+            return
+        llama.export(tmp_path / "in", format, out)
+        again = llama.load(out, dtype=model.norm.weight.dtype)
+        assert again.config == model.config and state_equal(again, model.state_dict())
+        if format == "hf":
+            from transformers import LlamaForCausalLM
+            theirs = LlamaForCausalLM.from_pretrained(out)
+            assert theirs.dtype == model.norm.weight.dtype
+            x = tokens(2, 60)
+            assert torch.equal(theirs.float()(x).logits, oracle(x).logits)
+        names = {"meta": {"consolidated.00.pth", "params.json"},
+                 "hf": {"model.safetensors", "config.json"}}.get(format)
+        assert names is None or {file.name for file in out.iterdir()} == names
+
+    def test_safetensors_reads_it(self, tmp_path):
+        from safetensors.torch import load_file, safe_open
+        llama.save_meta(random_model(SMALL), tmp_path / "in")
+        llama.export(tmp_path / "in", "hf", tmp_path / "out")
+        theirs = load_file(tmp_path / "out" / "model.safetensors")
+        wanted = oracle_of(llama.load(tmp_path / "in")).state_dict()
+        assert theirs.keys() == wanted.keys()
+        assert all(torch.equal(theirs[name], wanted[name]) for name in wanted)
+        with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+
+    def test_what_is_there_stays(self, tmp_path, monkeypatch):
+        llama.save_meta(random_model(SMALL), tmp_path / "in")
+        with pytest.raises(ValueError, match="no format 'gguf'; try one of meta, hf, llama2c"):
+            llama.export(tmp_path / "in", "gguf", tmp_path / "out")
+        with pytest.raises(ValueError, match="exists already"):
+            llama.export(tmp_path / "in", "hf", tmp_path / "in")
+        with pytest.raises(ValueError, match="exists already"):
+            llama.export(tmp_path / "in", "llama2c", tmp_path / "in" / "params.json")
+        (tmp_path / "empty").mkdir()
+
+        def full_disk(*args):
+            raise OSError("No space left on device")
+        monkeypatch.setattr(os, "fsync", full_disk)
+        for format in llama.EXPORTS:
+            with pytest.raises(OSError, match="could not be written.*No space"):
+                llama.export(tmp_path / "in", format, tmp_path / "empty" / format)
+        assert not [file for file in (tmp_path / "empty").rglob("*") if file.is_file()]
+
+
+def peak_memory(act):
+    """The most memory that act() held beyond what there was before, with mapped pages, in bytes."""
+    def status(field):
+        return 1024 * int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not there to be used again
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    held = act()
+    return status("VmHWM") - before, held
+
+
+class TestStreaming:
+    """Loading takes the weights in their new type and one tensor, whatever the format."""
+    CONFIG = replace(SMALL, dim=256, n_heads=4, n_layers=12, hidden_dim=1024, vocab_size=4096)
+    KINDS = ["meta", "shards", "hf", "F32", "Q8_0", "llama2c"]
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def saved(cls, tmp_path_factory):
+        folder, model = tmp_path_factory.mktemp("saved"), Llama.create(cls.CONFIG, 0)
+        state = {name: w.detach() for name, w in model.state_dict().items()}
+        llama.save_meta(model, folder / "meta")
+        write_shards(folder / "shards", model, 2, 0)
+        llama.export(folder / "meta", "hf", folder / "hf")
+        llama.export(folder / "meta", "llama2c", folder / "llama2c")
+        for kind in ("F32", "Q8_0"):
+            write_gguf(folder / kind, cls.CONFIG, state, kind)
+        return folder
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_memory_is_not_doubled(self, saved, kind):
+        llama.load(saved / kind, dtype=torch.bfloat16)  # what is imported and allocated once
+        used, model = peak_memory(lambda: llama.load(saved / kind, dtype=torch.bfloat16))
+        largest = 4 * self.CONFIG.vocab_size * self.CONFIG.dim
+        assert model.norm.weight.dtype == torch.bfloat16
+        temporary = largest if kind == "Q8_0" else 0  # the package gguf takes twice
+        assert used < 2 * self.CONFIG.n_params + largest + temporary + 3e6
+
+    def test_blocks_in_their_order(self, saved):
+        seen = []
+
+        def finish(name, block):
+            assert {p.device.type for p in block.parameters()} == {"cpu"}
+            seen.append(name)
+            return torch.nn.Identity() if name == "output" else None
+        model = llama.load(saved / "hf", finish=finish)
+        assert seen == ["tok_embeddings", *(f"layers.{i}" for i in range(12)), "norm", "output"]
+        assert isinstance(model.output, torch.nn.Identity)
+
+
+class TestMalformed:
+    """A file that is damaged or lies is one line, takes no memory and executes nothing."""
+    CONFIG = LlamaConfig(16, 2, 2, 1, 24, 19, 32)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def good(cls, tmp_path_factory):
+        """{name: (path to load, file to spoil)} of small checkpoints in every format."""
+        folder, model = tmp_path_factory.mktemp("good"), random_model(cls.CONFIG)
+        state = {name: w.detach() for name, w in model.state_dict().items()}
+        llama.save_meta(model, folder / "meta")
+        llama.export(folder / "meta", "hf", folder / "hf")
+        write_gguf(folder / "gguf", cls.CONFIG, state, "F16", 8.0)
+        args = {"dim": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 19,
+                "multiple_of": 24, "max_seq_len": 32, "hidden_dim": 24}
+        torch.save({"model": state, "model_args": args}, folder / "pt")
+        for version in (0, 1, 2):
+            write_llama2c(model, folder / f"bin{version}", version)
+        paths = {name: (folder / name,) * 2 for name in ("gguf", "pt", "bin0", "bin1", "bin2")}
+        return paths | {
+            "pth": (folder / "meta", folder / "meta" / "consolidated.00.pth"),
+            "params": (folder / "meta", folder / "meta" / "params.json"),
+            "safetensors": (folder / "hf", folder / "hf" / "model.safetensors"),
+            "config": (folder / "hf", folder / "hf" / "config.json")}
+
+    @staticmethod
+    def refused(path, file, data, must=True):
+        """Loads `path` with `data` in one of its files: a model, or one line that says why not."""
+        whole = file.read_bytes()
+        file.unlink()  # a new file: the old one may be mapped
+        file.write_bytes(data)
+        try:
+            model = llama.load(path)
+            assert not must and isinstance(model, Llama)
+        except (ValueError, OSError) as error:
+            text = str(error)
+            assert text and "\n" not in text and len(text) < 1000
+            assert isinstance(error, OSError) or "; try " in text, text
+            return text
+        finally:
+            file.unlink()
+            file.write_bytes(whole)
+
+    def spoiled_header(self, whole, change):
+        size = struct.unpack("<Q", whole[:8])[0]
+        header = json.loads(whole[8:8 + size])
+        text = change(header)
+        text = (text if isinstance(text, str) else json.dumps(header)).encode()
+        text += b" " * (-len(text) % 8)  # aligned
+        return struct.pack("<Q", len(text)) + text + whole[8 + size:]
+
+    SAFETENSORS = {
+        "dtype unknown": lambda h: h["lm_head.weight"].update(dtype="I64"),
+        "dtype a list": lambda h: h["lm_head.weight"].update(dtype=[]),
+        "no dtype": lambda h: h["lm_head.weight"].pop("dtype"),
+        "entry a number": lambda h: h.update({"lm_head.weight": 3}),
+        "shape negative": lambda h: h["lm_head.weight"].update(shape=[-19, -16]),
+        "shape of floats": lambda h: h["lm_head.weight"].update(shape=[19.0, 16.0]),
+        "shape of booleans": lambda h: h["model.norm.weight"].update(shape=[True, 16]),
+        "shape huge": lambda h: h["lm_head.weight"].update(shape=[2**62, 2**62]),
+        "shape of many": lambda h: h["lm_head.weight"].update(shape=[2] * 10**5),
+        "shape with 0": lambda h: h["lm_head.weight"].update(shape=[0, 16], data_offsets=[0, 0]),
+        "shape a text": lambda h: h["lm_head.weight"].update(shape="19"),
+        "shape another": lambda h: h["lm_head.weight"].update(shape=[16, 19]),
+        "offsets beyond": lambda h: h["lm_head.weight"].update(data_offsets=[10**9, 10**9 + 1216]),
+        "offsets negative": lambda h: h["lm_head.weight"].update(data_offsets=[-1216, 0]),
+        "offsets reversed": lambda h: h["lm_head.weight"].update(data_offsets=[1216, 0]),
+        "offsets three": lambda h: h["lm_head.weight"].update(data_offsets=[0, 1, 2]),
+        "offsets overlap": lambda h: h["lm_head.weight"].update(data_offsets=[4, 1220]),
+        "offsets odd": lambda h: h["lm_head.weight"].update(data_offsets=[1, 1217]),
+        "offsets short": lambda h: h["lm_head.weight"].update(data_offsets=[0, 1212]),
+        "missing": lambda h: h.pop("lm_head.weight"),
+        "unknown": lambda h: h.update(x=h["lm_head.weight"]),
+        "Meta's name": lambda h: h.update({"norm.weight": h.pop("model.norm.weight")}),
+        "a name of two lines": lambda h: h.update({"a\nb": h.pop("model.norm.weight")}),
+        "a list": lambda h: "[]", "no JSON": lambda h: "{", "deep": lambda h: "[" * 10**5,
+        "a name twice": lambda h: json.dumps(h)[:-1] + ', "model.norm.weight": '
+        + json.dumps(h["model.norm.weight"]) + "}",
+        "a number of many digits": lambda h: '{"a": ' + "9" * 5000 + "}"}
+
+    @pytest.mark.parametrize("name", SAFETENSORS)
+    def test_safetensors(self, good, name):
+        path, file = good["safetensors"]
+        whole = file.read_bytes()
+        change = self.SAFETENSORS[name]
+        self.refused(path, file, self.spoiled_header(whole, change))
+
+    def test_safetensors_lengths(self, good):
+        path, file = good["safetensors"]
+        whole = file.read_bytes()
+        for size in (0, 3, len(whole) - 8, len(whole) - 7, 2**63):
+            text = self.refused(path, file, struct.pack("<Q", size) + whole[8:])
+            assert ("the header" in text) == (size > len(whole) - 8)
+        for data in (b"", whole[:4], whole[:8], whole[:100], whole[:-1]):
+            self.refused(path, file, data)
+
+    def test_a_tensor_in_two_files(self, good):
+        path, file = good["safetensors"]
+        other = shutil.copy(file, path / "model-2.safetensors")
+        try:
+            assert "in two files" in self.refused(path, file, file.read_bytes())
+        finally:
+            os.unlink(other)
+
+    @pytest.mark.parametrize("at, form, value", [
+        (4, "I", 1), (4, "I", 0x03000000), (8, "Q", 0), (8, "Q", 2**63), (16, "Q", 0),
+        (16, "Q", 2**64 - 1), (24, "Q", 2**62), (24, "Q", 0), (24, "Q", 10**4)])
+    def test_gguf_header(self, good, at, form, value):
+        path, file = good["gguf"]
+        whole = file.read_bytes()
+        self.refused(path, file, whole[:at] + struct.pack("<" + form, value)
+                     + whole[at + struct.calcsize(form):])
+
+    @pytest.mark.parametrize("kind, value", [
+        (9, struct.pack("<IQ", 9, 2**40)), (9, struct.pack("<IQ", 8, 2**60)),
+        (9, struct.pack("<IQ", 0, 2**60)), (9, struct.pack("<IQ", 77, 1)), (8, b"\xff" * 8),
+        (77, b""), (4, b"")])
+    def test_gguf_values(self, tmp_path, kind, value):
+        key = b"general.name"
+        data = b"GGUF" + struct.pack("<IQQQ", 3, 1, 1, len(key)) + key + struct.pack("<I", kind)
+        (tmp_path / "m").write_bytes(b"")
+        self.refused(tmp_path / "m", tmp_path / "m", data + value)
+
+    @pytest.mark.parametrize("dims, kind, offset", [
+        ([2**63, 2], 0, 0), ([2**32, 2**32], 2, 0), ([16] * 5, 0, 0), ([16], 99, 0), ([], 0, 0),
+        ([16], 0, 2**63), ([15], 2, 0), ([0], 0, 0), ([16], 0, 1), ([2**40], 8, 0)])
+    def test_gguf_tensors(self, tmp_path, dims, kind, offset):
+        key = b"general.architecture"
+        data = b"GGUF" + struct.pack("<IQQQ", 3, 1, 1, len(key)) + key
+        data += struct.pack("<IQ", 8, 5) + b"llama" + struct.pack("<Q", 1) + b"x"
+        data += struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset) + bytes(200)
+        (tmp_path / "m").write_bytes(b"")
+        self.refused(tmp_path / "m", tmp_path / "m", data)
+
+    def test_llama2c(self, good):
+        for name, start in (("bin0", 0), ("bin1", 8), ("bin2", 8)):
+            path, file = good[name]
+            whole = file.read_bytes()
+            for at in range(start, start + 24, 4):
+                for n in (0, -1, 5, 2**31 - 1, -2**31):
+                    self.refused(path, file, whole[:at] + struct.pack("<i", n) + whole[at + 4:])
+            for data in (whole[:3], whole[:30], whole[:-4], whole + b"0000"):
+                self.refused(path, file, data)
+        for at, data in ((4, struct.pack("<i", 3)), (37, struct.pack("<i", 0)),
+                         (37, struct.pack("<i", -4)), (37, struct.pack("<i", 7)), (36, b"\1")):
+            self.refused(path, file, whole[:at] + data + whole[at + len(data):])
+
+    @pytest.mark.parametrize("values", [
+        [], {"model": {}}, {"model": [1], "model_args": {}}, {"model": {"a": 3}, "model_args": {}},
+        {"model": {}, "model_args": {"dim": 16}}, {1: torch.zeros(2)}, {"model": {}, "x": None},
+        {"model_args": {"dim": 16, "moe": 3}, "model": {"norm.weight": torch.zeros(16)}},
+        {"tok_embeddings.weight": torch.zeros(1).expand(10**9, 16)},
+        {"norm.weight": torch.zeros(16, device="meta")},
+        {"norm.weight": torch.zeros(16, 16).to_sparse()}, {"norm.weight": torch.zeros(16, 16).T}])
+    def test_pickles(self, good, values):
+        for name in ("pt", "pth"):
+            path, file = good[name]
+            data = io.BytesIO()
+            torch.save(values, data)
+            self.refused(path, file, data.getvalue())
+
+    @pytest.mark.parametrize("text", ["", "[]", "3", "{", "null", '{"dim": 16}', "[" * 10**5,
+                                      '{"model_type": "llama", "model_type": "llama"}', "\x00",
+                                      '{"model_type": "llama", "rope_scaling": [1]}'])
+    def test_json(self, good, text):
+        for name in ("params", "config"):
+            self.refused(*good[name], text.encode())
+        index = good["config"][0] / "model.safetensors.index.json"
+        index.write_text(text)
+        try:
+            self.refused(*good["config"], good["config"][1].read_bytes())
+            index.write_text('{"weight_map": {"a": "../../../etc/passwd"}}')
+            self.refused(*good["config"], good["config"][1].read_bytes())
+        finally:
+            index.unlink()
+
+    @pytest.mark.parametrize("name", ["safetensors", "gguf", "pt", "pth", "bin0", "bin1", "bin2",
+                                      "params", "config"])
+    def test_any_bytes_changed(self, good, name):
+        import resource
+        path, file = good[name]
+        whole, chance = file.read_bytes(), random.Random(0)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        tracemalloc.start()
+        for _ in range(25):
+            data = bytearray(whole)
+            where = len(data) if chance.random() < 0.3 else min(len(data), 2000)  # mostly headers
+            for _ in range(chance.choice([1, 1, 2, 8])):
+                data[chance.randrange(where)] = chance.choice([0, 1, 34, 127, 255])
+            if chance.random() < 0.2:
+                del data[chance.randrange(len(data)):]
+            self.refused(path, file, bytes(data), must=False)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 30e6
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
 
 
 class TestSampling:
@@ -2206,7 +2876,7 @@ class TestMistakes:
         (["train.py", "--warmpu", "3"], "--warmpu"),
         (["train.py", "--backward", "hand"], "'manual', 'autograd', 'recompute'"),
         (["train.py", "--compile", "--document-mask"], "try --no-document-mask"),
-        (["generate.py", "nowhere"], "nowhere is no checkpoint"),
+        (["generate.py", "nowhere"], "nowhere: there is no checkpoint"),
         (["generate.py", "README.md"], "README.md"),
         (["generate.py", "--top-p", "2"], "--top-p"),
     ]
