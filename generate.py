@@ -3,8 +3,11 @@
     python generate.py --prompt "Once upon a time"                    # from the newest run
     python generate.py runs/tiny --prompt "" --temperature 0          # greedy, from BOS alone
     python generate.py stories15M.bin --prompt "One day" --prompt "Two dogs" --json
+    python generate.py Llama-3.2-1B-Instruct/ --chat                  # a conversation
+    python generate.py model.gguf --quantize int8 --compile --prompt "The sky is"
     python generate.py runs/tiny --score README.md                    # bits per byte of a text
-    python generate.py runs/tiny --bench 64                           # tokens a second
+    python generate.py SmolLM2-135M/ --bench 64                       # tokens a second
+    python generate.py llama-2-7b/ --export hf llama-2-7b-hf/         # for transformers
 """
 import argparse
 import contextlib
@@ -15,6 +18,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 STARTED = time.perf_counter()  # before torch, whose import is a good part of the first token's wait
@@ -23,8 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import Attention, FeedForward, KVCache, Layer, Llama, load, through
-from tokenizer import Parser, StreamDecoder, command, documents, load_tokenizer
+from llama import (EXPORTS, Attention, FeedForward, KVCache, Layer, Llama, export, gguf_fields,
+                   load, open_checkpoint, through)
+from tokenizer import (BytePair, HuggingFace, Parser, StreamDecoder, Tokenizer, command, documents,
+                       from_gguf, load_tokenizer)
 
 FEW = 16  # rows up to which kernels for one row are the faster ones
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,19 +55,29 @@ def newest_run(root: Path = Path("runs")) -> Path:
     return runs[-1].parent
 
 
-def tokenizer_beside(checkpoint: Path, vocab_size: int, given: str | None = None):
-    """The tokenizer of a checkpoint: the one given, or the file beside it (or one folder up, where
-    LLaMA 1 has it). Its size must be the model's."""
+def tokenizer_beside(checkpoint: Path, vocab_size: int, given: str | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint: the one given, or the one inside a GGUF file, or the file
+    beside it (or one folder up, where LLaMA 1 has it). Its size must be the model's. What ends a
+    text is also in transformers' generation_config.json."""
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    names = ("tokenizer.model", "tokenizer.bin", f"tok{vocab_size}.bin")
-    found = [place / name for place in (folder, folder.resolve().parent) for name in names]
-    path = Path(given) if given else next((p for p in found if p.is_file()), None)
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer.bin", f"tok{vocab_size}.bin")
+    places = [place / name for place in (folder, folder.resolve().parent) for name in names]
+    path = Path(given) if given else checkpoint
+    fields = gguf_fields(path) if path.is_file() else None
+    if fields is None and not given:
+        path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise ValueError(f"there is no tokenizer beside {checkpoint}; try --tokenizer PATH")
-    tokenizer = load_tokenizer(path)
+    tokenizer = from_gguf(fields) if fields else load_tokenizer(path)
     if tokenizer.vocab_size != vocab_size:
         raise ValueError(f"{path} has {tokenizer.vocab_size} tokens and the model {vocab_size}: "
-                         "they do not belong together; try --tokenizer with the model's own")
+                         "they do not belong together, or the model's embedding was padded; try "
+                         "--tokenizer with the model's own, or a model cut to its vocabulary")
+    ends = folder / "generation_config.json"
+    if ends.is_file():
+        with contextlib.suppress(ValueError, AttributeError, TypeError):
+            eos = json.loads(ends.read_bytes()).get("eos_token_id") or []
+            tokenizer.stop_ids |= frozenset(eos if isinstance(eos, list) else [eos])
     return tokenizer
 
 
@@ -113,7 +129,7 @@ class PackedProduct(nn.Module):
 OPS = torch.library.Library("llama", "FRAGMENT")
 OPS.define("packed(Tensor x, Tensor number, int n_out) -> Tensor")
 OPS.impl("packed", lambda x, number, n_out: PackedProduct.numbered[int(number)](x), "CPU")
-torch.library.register_fake("llama::packed", lambda x, number, n_out: x.new_empty((*x.shape[:-1], n_out)), lib=OPS)
+OPS._register_fake("packed", lambda x, number, n_out: x.new_empty(*x.shape[:-1], n_out))
 
 
 class Int8Product(nn.Module):
@@ -205,6 +221,59 @@ class FusedFeedForward(FeedForward):
 
     def products(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.w13(x).chunk(2, -1)
+
+
+def open_model(path: Path, dtype: torch.dtype | None = None, quantize: str | None = None,
+               compiled: bool = False) -> Llama:
+    """The model in any checkpoint, ready to generate on the best device: its matrices laid out for
+    products of few rows as soon as they are read, one layer after the other. dtype None is the
+    file's, but bf16 with `quantize`."""
+    device = best_device()
+    if device != "cpu" and not quantize:
+        model = load(path, device, dtype)
+    else:
+        def finish(name: str, block: nn.Module) -> nn.Module:
+            nonlocal dtype
+            dtype = dtype or (torch.bfloat16 if quantize else block.weight.dtype)
+            lay_out = partial(product, dtype=dtype, quantize=quantize)
+            if not isinstance(block, Layer):
+                return lay_out(block.weight) if name == "output" else block.to(dtype)
+            block.attention_norm.to(dtype)
+            block.ffn_norm.to(dtype)
+            block.attention = FusedAttention(block.attention, lay_out)
+            block.feed_forward = FusedFeedForward(block.feed_forward, lay_out)
+            return block
+
+        with torch.no_grad():
+            model = load(path, device, finish=finish)
+            if model.output is None:
+                model.output = product(model.tok_embeddings.weight, dtype, quantize)
+        model.dtype = dtype
+    if compiled:
+        compile_steps(model)
+    return model
+
+
+def check_compiler() -> None:
+    """ValueError where torch.compile does not work."""
+    try:
+        torch.compile(torch.neg)(torch.ones(2))
+    except Exception as error:
+        raise ValueError(f"nothing can be compiled here ({str(error).splitlines()[0]:.200}); try "
+                         "without --compile, or install a C++ compiler") from None
+
+
+def compile_steps(model: Llama, most: int = 10) -> None:
+    """torch.compile of the way of one token through as many layers as divide their number, up to
+    `most`: one compilation serves them all, so that a deep model takes no longer. Inductor keeps
+    what it compiled for the next time."""
+    check_compiler()
+    compiled, layers = torch.compile(through, fullgraph=True), model.config.n_layers
+
+    def step(some, held, h, cos, sin, positions, keys, attention):
+        torch._dynamo.mark_dynamic(keys, 0)  # grows with each token
+        return compiled(some, held, h, cos, sin, positions, keys, attention)
+    model.through_one = max(n for n in range(1, most + 1) if layers % n == 0), step
 
 
 # ---------------------------------------------------------------------------------------------
@@ -404,16 +473,16 @@ class Sample:
 
 def sample_texts(model: Llama, tokenizer, prompts: list[str], max_new_tokens: int,
                  sampling: Sampling, num_samples: int = 1, stop_texts: list[str] = (),
-                 show=None) -> list[Sample]:
+                 speculate: int = 0, show=None) -> list[Sample]:
     """num_samples texts of each prompt, one batch; show(text) gets the first as it comes."""
     samples = [Sample(tokenizer, prompt, tokenizer.stop_ids, list(stop_texts))
                for prompt in prompts for _ in range(num_samples)]
-    ids = [tokenizer.encode(sample.prompt, bos=tokenizer.adds_bos) if sample.prompt
-           else [tokenizer.bos_id] for sample in samples]
+    ids = [ids for prompt in prompts for ids in num_samples * [
+        tokenizer.encode(prompt, bos=tokenizer.adds_bos) if prompt else [tokenizer.bos_id]]]
     numbers = list(range(num_samples)) * len(prompts)
     show = show or (lambda text: None)
     for n, step in enumerate(generate(model, ids, max_new_tokens, sampling, tokenizer.stop_ids,
-                                      numbers)):
+                                      numbers, speculate)):
         if n == 0:
             show(prompts[0])
         for row, token, logprob in step:
@@ -428,6 +497,110 @@ def sample_texts(model: Llama, tokenizer, prompts: list[str], max_new_tokens: in
         if row == 0:
             show(rest)
     return samples
+
+
+# ---------------------------------------------------------------------------------------------
+# Conversation
+
+CHATS = {  # what stands before a role, after it, before the text, and after the text
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "\n\n", "<|eot_id|>", ""),
+    "chatml": ("<|im_start|>", None, "\n", "<|im_end|>", "\n"),
+    "llama2": ("[INST]",)}  # all in the text; no special tokens but BOS and EOS
+
+
+def chat_format(tokenizer: Tokenizer) -> str:
+    """Which of CHATS a model was tuned for: by its template, else by its special tokens."""
+    template = tokenizer.chat_template
+    for name, (mark, *_) in CHATS.items():
+        if mark in (tokenizer.special if template is None else template):
+            return name
+    if template is None and not isinstance(tokenizer, BytePair):
+        return "llama2"  # whose files name no format
+    raise ValueError("this model's chat format is none of " + ", ".join(CHATS) + "; try --prompt")
+
+
+def turn(tokenizer: Tokenizer, text: str, system: str = "", first: bool = True) -> list[int]:
+    """The ids from the end of the last answer to where the next one begins.
+
+        llama3  <|start_header_id|>user<|end_header_id|>\\n\\n TEXT <|eot_id|>, and the same for the
+                system; the answer follows <|start_header_id|>assistant<|end_header_id|>\\n\\n
+        chatml  <|im_start|>user\\n TEXT <|im_end|>\\n; the answer follows <|im_start|>assistant\\n
+        llama2  BOS [INST] <<SYS>>\\n SYSTEM \\n<</SYS>>\\n\\n TEXT [/INST] ANSWER EOS
+
+    Special tokens come from here alone: in a text they are ordinary characters.
+    """
+    name = chat_format(tokenizer)
+    if name == "llama2":
+        if tag := next((tag for tag in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+                        if tag in text + system), None):
+            raise ValueError(f"{tag} is a mark of this chat format; try a text without it")
+        system = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and first else ""
+        ids = tokenizer.encode(f"[INST] {system}{text.strip()} [/INST]", bos=True)
+        return ids if first else [tokenizer.eos_id, *ids]
+    before, after, gap, end, newline = CHATS[name]
+
+    def mark(special: str) -> list[int]:
+        return [tokenizer.special[special]]
+
+    def words(plain: str) -> list[int]:
+        return tokenizer.encode(plain, continues=True)
+
+    def begin(role: str, content: str = "") -> list[int]:
+        if after is None:
+            return mark(before) + words(role + gap + content)
+        return mark(before) + words(role) + mark(after) + words(gap + content)
+
+    messages = [("system", system)] * bool(system and first) + [("user", text)]
+    ids = [tokenizer.bos_id] * tokenizer.adds_bos if first else mark(end) + words(newline)
+    for role, content in messages:
+        ids += begin(role, content.strip()) + mark(end) + words(newline)
+    return ids + begin("assistant")
+
+
+def chat(model: Llama, tokenizer: Tokenizer, max_new_tokens: int, sampling: Sampling, system: str,
+         stop_texts: list[str] = (), speculate: int = 0) -> None:
+    """A conversation over stdin and stdout. What was said stays in the cache; Ctrl-C ends an
+    answer, the end of the input the conversation."""
+    print(f"a conversation in the format {chat_format(tokenizer)}; Ctrl-C stops an answer, "
+          f"{'Ctrl-Z' if sys.platform == 'win32' else 'Ctrl-D'} ends it", file=sys.stderr)
+    ids, cache, room = [], new_cache(model, 1, 0), model.config.max_seq_len
+    while True:
+        try:
+            text = input("> ")
+            new = turn(tokenizer, text, system, first=not ids)
+            if len(ids) + len(new) >= room and ids:
+                print(f"the context of {room} tokens is full: it begins anew", file=sys.stderr)
+                ids, cache, new = [], new_cache(model, 1, 0), turn(tokenizer, text, system)
+            if len(new) >= room:
+                raise ValueError(f"a text of {len(new)} tokens is too long for {room}; try less")
+        except EOFError:
+            return print()
+        except KeyboardInterrupt:
+            print()
+            continue
+        except ValueError as error:
+            print("error:", error, file=sys.stderr)
+            continue
+        ids += new
+        needed = min(room, len(ids) + max_new_tokens)
+        if needed > len(cache.keys):
+            held, cache = cache, new_cache(model, 1, min(room, needed + needed // 2))
+            cache.take(held, [0])
+        sample = Sample(tokenizer, text, tokenizer.stop_ids, list(stop_texts))
+        try:
+            for step in generate(model, [ids[cache.lengths[0]:]], max_new_tokens, sampling,
+                                 tokenizer.stop_ids, None, speculate, cache):
+                for _, token, logprob in step:
+                    if sample.finish_reason is None:
+                        print(sample.push(token, logprob), end="", flush=True)
+                if sample.finish_reason:
+                    break
+            print("" if sample.finish_reason else sample.end("length"))
+        except KeyboardInterrupt:
+            print(" [stopped]")
+        ids += sample.ids
+        # A guess that was not drawn any more may be in the cache; nothing else can.
+        cache.lengths = [min(cache.lengths[0], len(ids))]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -453,15 +626,21 @@ def token_nll(model: Llama, ids: list[int]) -> Tensor:
     return torch.cat(parts)
 
 
-def score(model: Llama, tokenizer, path: str) -> Iterator[dict]:
-    """Per document of a file or folder, then in all: tokens, nll, perplexity, bits per byte."""
+def score(model: Llama, tokenizer: Tokenizer, path: str) -> Iterator[dict]:
+    """Per document of a file or folder, then in all: tokens, nll, perplexity, bits per byte; per
+    document also its ids and their log-probabilities, and what is between the windows it is read
+    in (0: one window holds it)."""
     skipped, rows = [], []
     for number, pieces in enumerate(documents([path], skipped)):
         if not (text := "".join(pieces)):
             continue
         ids = tokenizer.encode(text, bos=True)
-        rows.append((len(ids) - 1, float(token_nll(model, ids).double().sum()), len(text.encode())))
-        yield {"document": number, **figures(*rows[-1])}
+        nll = token_nll(model, ids)
+        rows.append((len(ids) - 1, float(nll.double().sum()), len(text.encode())))
+        context = model.config.max_seq_len
+        yield {"document": number, **figures(*rows[-1]), "window": context,
+               "stride": context // 2 if len(ids) - 1 > context else 0,
+               "ids": ids[1:], "logprobs": (-nll).tolist()}
     for reason in skipped:
         print(f"passed over {reason}", file=sys.stderr)
     if not rows:
@@ -485,7 +664,7 @@ def memory_bandwidth(device: str) -> float:
     return 4 * data.numel() / min(times)
 
 
-def bench(model: Llama, n: int, load_s: float, dtype: str) -> dict:
+def bench(model: Llama, n: int, load_s: float) -> dict:
     """Speed of reading a prompt of n random tokens and of n - 1 steps after it, best of three."""
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (n,), generator=generator).tolist()
@@ -499,15 +678,15 @@ def bench(model: Llama, n: int, load_s: float, dtype: str) -> dict:
         made = sum(1 for _ in steps)
         prefill.append(n / (read - start))
         decode.append(made / (time.perf_counter() - read))
-    table = 0 if model.output is None else model.tok_embeddings.weight.numel()  # one row is read
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    read_bytes = size - table * model.tok_embeddings.weight.element_size()
+    # A token reads all of it but the embedding, of which it reads a row, where that is not tied.
+    table = model.tok_embeddings.weight.nbytes
+    read_bytes = sum(getattr(m, "nbytes", 0) or sum(p.nbytes for p in m.parameters(recurse=False))
+                     for m in model.modules()) - (0 if model.output is None else table)
     bandwidth = read_bytes * max(decode)
     fraction = bandwidth / memory_bandwidth(model.tok_embeddings.weight.device.type)
     return {"prefill_tokens_per_s": max(prefill), "decode_tokens_per_s": max(decode),
-            "weight_gb": size / 1e9, "bandwidth_gb_s": bandwidth / 1e9,
-            "bandwidth_fraction": round(fraction, 3), "load_s": load_s, "first_token_s": first,
-            "dtype": dtype, "quantize": None}
+            "weight_gb": (read_bytes + table) / 1e9, "bandwidth_gb_s": bandwidth / 1e9,
+            "bandwidth_fraction": round(fraction, 3), "load_s": load_s, "first_token_s": first}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -525,7 +704,8 @@ def positive(kind: type):
 
 
 def parser() -> Parser:
-    p = Parser(prog="generate.py", description="Text from a run, a Meta folder or a llama2.c file.")
+    p = Parser(prog="generate.py", description="Text from a run, a folder of Meta or transformers, "
+               "a GGUF file or llama2.c's files: what it is, is seen from what is in it.")
     p.add_argument("checkpoint", nargs="?", help="folder or file; default: the newest run in runs/")
     text = p.add_argument_group("text")
     text.add_argument("--prompt", action="append", default=[], metavar="TEXT",
@@ -545,8 +725,22 @@ def parser() -> Parser:
     model = p.add_argument_group("model")
     model.add_argument("--dtype", choices=DTYPES, default="auto",
                        help="auto keeps the file's; bf16 halves the memory of an fp32 file")
+    model.add_argument("--quantize", choices=["int8", "int4"],
+                       help="weights alone, all else in bf16: int8 loses next to nothing, int4 "
+                       "little; compare with --score")
+    model.add_argument("--compile", action="store_true",
+                       help="faster tokens after up to a minute of compiling, less the second "
+                       "time; small models gain most")
+    model.add_argument("--speculate", type=positive(int), default=0, metavar="N",
+                       help="guess N tokens from the text so far and check them together: the same "
+                       "text, faster where it repeats itself; try 4 for code")
     model.add_argument("--tokenizer", metavar="PATH", help="default: the one beside the checkpoint")
     other = p.add_argument_group("instead of sampling, and output")
+    other.add_argument("--chat", action="store_true",
+                       help="a conversation in the model's own format; Ctrl-C stops an answer")
+    other.add_argument("--system", default="", metavar="TEXT", help="who answers in --chat")
+    other.add_argument("--export", nargs=2, metavar=("FORMAT", "OUT"), help="write the checkpoint "
+                       f"as one of {', '.join(EXPORTS)}, with its tokenizer")
     other.add_argument("--score", metavar="FILE", help="bits per byte of its documents, the ones "
                        "longer than the context in windows that overlap by half")
     other.add_argument("--bench", type=positive(int), metavar="N",
@@ -555,29 +749,55 @@ def parser() -> Parser:
     return p
 
 
+def export_all(checkpoint: Path, format: str, out: str, given: str | None) -> None:
+    """The checkpoint in another format, and beside it its tokenizer, if there is one."""
+    config, _ = open_checkpoint(checkpoint)
+    export(checkpoint, format, out)
+    folder = Path(out) if Path(out).is_dir() else Path(out).parent
+    try:
+        tokenizer = tokenizer_beside(checkpoint, config.vocab_size, given)
+    except ValueError as error:
+        return print(f"{out} is written, without a tokenizer: {error}", file=sys.stderr)
+    name = "tokenizer.json" if isinstance(tokenizer, HuggingFace) else "tokenizer.model"
+    if not (folder / name).exists():
+        tokenizer.save(folder / name)
+    if format == "hf":
+        ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids)}
+        (folder / "generation_config.json").write_text(json.dumps(ends))
+
+
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if "" in args.stop:
         raise ValueError("--stop needs a text; try --stop with one, or none")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    if args.chat and args.prompt:
+        raise ValueError("--chat reads what is typed; try it without --prompt")
     checkpoint = Path(args.checkpoint) if args.checkpoint else newest_run()
+    if args.export:
+        return export_all(checkpoint, *args.export, args.tokenizer)
     start = time.perf_counter()
-    model = load(checkpoint, best_device(), DTYPES[args.dtype])
+    model = open_model(checkpoint, DTYPES[args.dtype], args.quantize, args.compile)
     load_s = time.perf_counter() - start
     if args.bench:
         if 2 * args.bench > model.config.max_seq_len:
             raise ValueError(f"--bench {args.bench} needs a context of {2 * args.bench}, the model "
                              f"has {model.config.max_seq_len}; try {model.config.max_seq_len // 2}")
-        dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
-        print(json.dumps(bench(model, args.bench, load_s, dtype)))
+        dtype = str(model.dtype or model.tok_embeddings.weight.dtype).removeprefix("torch.")
+        row = bench(model, args.bench, load_s)
+        print(json.dumps({**row, "dtype": dtype, "quantize": args.quantize}))
         return
     tokenizer = tokenizer_beside(checkpoint, model.config.vocab_size, args.tokenizer)
     if args.score is not None:
         for row in score(model, tokenizer, args.score):
-            print(json.dumps(row) if args.json else "document {document}: {tokens} tokens, nll "
-                  "{nll:.2f}, perplexity {perplexity:.2f}, {bits_per_byte:.3f} bits per byte"
-                  .format(**row), flush=True)
+            windows = ", in windows of {window} tokens, {stride} apart" if row.get("stride") else ""
+            text = ("document {document}: {tokens} tokens, nll {nll:.2f}, perplexity "
+                    "{perplexity:.2f}, {bits_per_byte:.3f} bits per byte" + windows)
+            print(json.dumps(row) if args.json else text.format(**row), flush=True)
         return
+    if args.chat:
+        return chat(model, tokenizer, args.max_new_tokens, sampling, args.system, args.stop,
+                    args.speculate)
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt or [""]]
     alone = len(prompts) * args.num_samples == 1 and not args.json
 
@@ -585,7 +805,7 @@ def main(argv: list[str]) -> None:
         print(text, end="", flush=True)
 
     samples = sample_texts(model, tokenizer, prompts, args.max_new_tokens, sampling,
-                           args.num_samples, args.stop, show if alone else None)
+                           args.num_samples, args.stop, args.speculate, show if alone else None)
     for number, sample in enumerate(samples):
         if args.json:
             print(json.dumps(sample.json()))

@@ -15,6 +15,7 @@ Axes, the same letters everywhere:
     D model width (dim)    H query heads    K key/value heads    E head size, D / H (or head_size)
     F hidden width of the feed-forward    V vocabulary    L layers
 """
+import contextlib
 import ctypes
 import hashlib
 import itertools
@@ -1207,7 +1208,7 @@ def quantised(data: mmap.mmap, shape: tuple[int, ...], kind: int, start: int) ->
 
 def read_gguf_header(data: mmap.mmap) -> tuple[dict, dict[str, tuple], int]:
     """(values by key, (shape, ggml type, offset) by name, where the header ends) of version 2 and
-    3, little-endian. Arrays are passed over. What points beyond the end is a struct.error."""
+    3, little-endian. What points beyond the end is a struct.error."""
     at = 4
 
     def take(form: str) -> tuple:
@@ -1227,11 +1228,9 @@ def read_gguf_header(data: mmap.mmap) -> tuple[dict, dict[str, tuple], int]:
             number, = take(GGUF_KINDS[kind])
             return float(str(np.float32(number))) if kind == 6 else number  # 1e-5, not 9.99e-6
         kind, n = take("IQ")
-        if kind != 8:
-            at += n * struct.calcsize("<" + GGUF_KINDS[kind])
-            return None
-        for _ in range(n):  # the vocabulary's texts: hundreds of thousands
-            at += 8 + struct.unpack_from("<Q", data, at)[0]
+        if kind in GGUF_KINDS:
+            return list(take(f"{n}{GGUF_KINDS[kind]}"))
+        return [value(kind) for _ in range(n)]
 
     version, n_tensors, n_keys = take("IQQ")
     if version not in (2, 3) or max(n_tensors, n_keys) > 2**20:
@@ -1362,6 +1361,28 @@ def read_any(path: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
                      "llama2.c's .bin")
 
 
+@contextlib.contextmanager
+def blamed(path: Path):
+    """Whatever a damaged file raises becomes one line that names it."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+            struct.error) as error:
+        text = str(error) if isinstance(error, ValueError) else f"cut short or damaged ({error!r})"
+        text = " ".join(text.split())[:400]
+        advice = "" if "; try" in text else "; try to fetch it again"
+        raise ValueError(f"{path}: {text}{advice}") from None
+
+
+def gguf_fields(path: Path) -> dict | None:
+    """What a GGUF file says by key, its vocabulary too; None for any other file."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            return None
+    with blamed(path):
+        return read_gguf_header(map_file(path))[0]
+
+
 def open_checkpoint(path: str | Path) -> tuple[LlamaConfig, dict[str, Weight]]:
     """The config and the weights, still in their files, of any checkpoint by Meta's names.
 
@@ -1369,15 +1390,9 @@ def open_checkpoint(path: str | Path) -> tuple[LlamaConfig, dict[str, Weight]]:
     whatever is damaged or asks for what is not implemented.
     """
     path = Path(path)
-    try:
+    with blamed(path):
         config, weights = read_any(path)
         wanted = shapes(config)
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
-            struct.error) as error:
-        text = str(error) if isinstance(error, ValueError) else f"cut short or damaged ({error!r})"
-        text = " ".join(text.split())[:400]
-        advice = "" if "; try" in text else "; try to fetch it again"
-        raise ValueError(f"{path}: {text}{advice}") from None
     weights = {name: w for name, w in weights.items() if not name.endswith(HARMLESS)}
     table, output = weights.get("tok_embeddings.weight"), weights.get("output.weight")
     if config.tie_embeddings and table and output and output.equals(table):
@@ -1396,7 +1411,7 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype | None = None, finis
 
     Weights stay in the file, mapped into memory, unless they are converted: one block (embedding,
     layer, norm, output) after the other, and of it one tensor. Then finish(name, block), if given,
-    may change the block or return another in its place, before the next one is read.
+    returns what takes its place, before the next one is read.
     """
     config, weights = open_checkpoint(path)
     dtype = dtype or weights["tok_embeddings.weight"].dtype
@@ -1405,10 +1420,13 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype | None = None, finis
     blocks = ["tok_embeddings", *(f"layers.{i}" for i in range(config.n_layers)), "norm"]
     for name in blocks + ["output"] * (not config.tie_embeddings):
         block = model.get_submodule(name)
-        block.load_state_dict({key: weights[f"{name}.{key}"].read(device, dtype)
-                               for key in block.state_dict()}, assign=True)
+        sources = {key: weights[f"{name}.{key}"] for key in block.state_dict()}
+        block.load_state_dict({key: w.read(device, dtype) for key, w in sources.items()},
+                              assign=True)
         if finish is not None:
-            model.set_submodule(name, finish(name, block) or block)
+            model.set_submodule(name, finish(name, block))
+            for part in (part for w in sources.values() for part in w.parts):
+                give_back(part)
     return model.eval()
 
 

@@ -1045,7 +1045,7 @@ def save_hf(folder, dtype=torch.float32, shard="1GB", **change):
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-class TestHuggingFace:
+class TestReadHF:
     """Folders that transformers writes give the logits and the greedy text of transformers."""
 
     @staticmethod
@@ -1237,7 +1237,7 @@ class TestGGUF:
                     heads, 2, w.shape[0] // heads // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape))
         config = llama.load(tmp_path).config
         write_gguf(tmp_path / "m.gguf", config, state, factor=factor)
-        assert TestHuggingFace.check(oracle, tmp_path / "m.gguf").config == config
+        assert TestReadHF.check(oracle, tmp_path / "m.gguf").config == config
 
     @pytest.mark.parametrize("named, extra", [
         ("expert_count", lambda w: w.add_expert_count(8)),

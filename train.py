@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from generate import DTYPES, Sampling, best_device, positive, sample_texts
+from generate import DTYPES, Sampling, best_device, check_compiler, positive, sample_texts
 from llama import (ATTENTION, BACKWARD, SIZES, Llama, LlamaConfig, Recipe, rope_table,
                    rows_at_once, save_meta, write_aside)
 from tokenizer import (Parser, command, documents, load_tokenizer, prepare, standard_library,
@@ -534,11 +534,7 @@ def open_run(folder: Path, settings: dict, fresh: bool) -> dict:
 def compile_layers(model: Llama) -> Llama:
     """torch.compile of every layer, in place, which fuses what lies between the products: one
     compilation serves all layers of a training step."""
-    try:
-        torch.compile(torch.neg)(torch.ones(2))
-    except Exception as error:
-        raise ValueError(f"nothing can be compiled here ({str(error).splitlines()[0]:.200}); try "
-                         "without --compile, or install a C++ compiler") from None
+    check_compiler()
     for layer in model.layers:
         layer.compile()
     return model
