@@ -1367,7 +1367,7 @@ class TestStreaming:
         def finish(name, block):
             assert {p.device.type for p in block.parameters()} == {"cpu"}
             seen.append(name)
-            return torch.nn.Identity() if name == "output" else None
+            return torch.nn.Identity() if name == "output" else block
         model = llama.load(saved / "hf", finish=finish)
         assert seen == ["tok_embeddings", *(f"layers.{i}" for i in range(12)), "norm", "output"]
         assert isinstance(model.output, torch.nn.Identity)
