@@ -513,13 +513,15 @@ class Attention(nn.Module):
         self.wv = Linear(config.dim, kv_dim)
         self.wo = Linear(q_dim, config.dim)
 
-    def products(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.wq(x), self.wk(x), self.wv(x)
+    def products(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys side by side, which turn together, and values."""
+        return torch.cat((self.wq(x), self.wk(x)), -1), self.wv(x)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
         split = (-1, self.head_dim)  # (B, T, H E) -> (B, T, H, E), local heads only
-        q, k, v = (z.unflatten(-1, split) for z in self.products(x))
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        qk, v = (z.unflatten(-1, split) for z in self.products(x))
+        n_kv = v.shape[2]
+        q, k = apply_rope(qk, cos, sin).split((qk.shape[2] - n_kv, n_kv), dim=2)
         o, _ = attend(*(z.transpose(1, 2) for z in (q, k, v)))  # (B, H, T, E)
         return self.wo(o.transpose(1, 2).flatten(2))
 
@@ -715,7 +717,7 @@ class Llama(nn.Module):
         self.attention = ATTENTION[attention]
         self.backward = backward
         self.dtype = dtype
-        self.through_one = None  # generate.py's: `through` for one token, compiled for some layers
+        self.through_one = None  # generate.py's: `through` for one token, compiled
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -761,13 +763,10 @@ class Llama(nn.Module):
             T = tokens.shape[1]
             positions, keys = cache.positions(T), cache.keys[:max(cache.lengths) + T]
             cos, sin = cache.cos[positions], cache.sin[positions]
-            at_once, run = len(self.layers), through
+            run = partial(through, self.layers)
             if self.through_one and T == 1 and positions.dim() == 1:
-                at_once, run = self.through_one
-            for i in range(0, len(self.layers), at_once):
-                some = slice(i, i + at_once)
-                h = run(self.layers[some], cache.held[some], h, cos, sin, positions, keys,
-                        self.attention[0])
+                run = self.through_one
+            h = run(cache.held, h, cos, sin, positions, keys, self.attention[0])
             cache.lengths = [length + T for length in cache.lengths]
         return self.norm(h)
 
