@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------
@@ -891,14 +892,13 @@ def give_back(x: Tensor) -> None:
 class Weight(NamedTuple):
     """A tensor that is still in its file: nothing of it is in memory until read.
 
-    `parts` are mapped from files. One alone is the tensor, or bytes that `decode` turns into it;
-    else `places` gives the views of the whole tensor that they fill.
+    `parts` are mapped from files: what `decode` makes it of, or the pieces of it along an axis.
     """
     shape: tuple[int, ...]
     dtype: torch.dtype
     parts: tuple[Tensor, ...]
-    places: Callable | None = None
-    decode: Callable | None = None
+    decode: Callable = lambda part: part
+    axis: int | None = None
 
     @classmethod
     def of(cls, x: Tensor) -> "Weight":
@@ -907,26 +907,43 @@ class Weight(NamedTuple):
     def read(self, device="cpu", dtype: torch.dtype | None = None) -> Tensor:
         """The tensor on its device; a view of the file where nothing has to be converted."""
         dtype = dtype or self.dtype
-        if self.places is None:
-            part = self.parts[0]
-            x = (self.decode(part) if self.decode else part).to(device=device, dtype=dtype)
-            if x.data_ptr() != part.data_ptr():
+        if self.axis is not None:
+            x = torch.empty(self.shape, dtype=dtype, device=device)
+            for place, part in zip(x.chunk(len(self.parts), self.axis), self.parts):
+                place.copy_(part)
                 give_back(part)
             return x
-        x = torch.empty(self.shape, dtype=dtype, device=device)
-        for place, part in zip(self.places(x), self.parts):
-            place.copy_(part.view(place.shape))
-            give_back(part)
+        x = self.decode(*self.parts).to(device=device, dtype=dtype,
+                                        memory_format=torch.contiguous_format).reshape(self.shape)
+        if x.data_ptr() != self.parts[0].data_ptr():
+            self.leave()
         return x
+
+    def leave(self) -> None:
+        """Leaves the file alone in holding it, once nobody writes to what was read."""
+        for part in self.parts:
+            give_back(part)
 
     def equals(self, other: "Weight") -> bool:
         """Are both the same numbers?"""
         if self.shape != other.shape:
             return False
         same = torch.equal(self.read(), other.read(dtype=self.dtype))
-        for part in (*self.parts, *other.parts):
-            give_back(part)
+        self.leave()
+        other.leave()
         return same
+
+    def turned(self, n: int, m: int) -> "Weight":
+        """wq or wk, whose heads are n x m rows, with heads of m x n rows. A pair is 2 neighbours
+        in Meta's heads (E/2 x 2); transformers' have the first of all pairs, then the second."""
+        return Weight(self.shape, self.dtype, self.parts, lambda *parts: self.read().view(
+            -1, n, m, self.shape[-1]).transpose(1, 2))
+
+
+def head_of(path: Path) -> bytes:
+    """The first bytes, which tell formats apart."""
+    with open(path, "rb") as file:
+        return file.read(9)
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -937,7 +954,7 @@ def map_file(path: Path) -> mmap.mmap:
 
 def mapped(data: mmap.mmap, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> Tensor:
     """The tensor at a byte of a mapped file; ValueError if it does not lie in it."""
-    count = math.prod(shape)
+    count = math.prod(shape) if len(shape) < 5 else 0  # a product of a million takes minutes
     if count <= 0 or not 0 <= start <= start + count * dtype.itemsize <= len(data):
         raise ValueError("a tensor lies beyond the end of the file: cut short")
     if start % dtype.itemsize:
@@ -965,16 +982,28 @@ def only(values: dict, accepted: dict[str, tuple]) -> None:
                              "; try a plain Llama")
 
 
+class Unfilled(TorchFunctionMode):
+    """Inside it nothing fills new modules, which on meta would load torch's compiler first."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
+
+
+def empty(config: LlamaConfig) -> Llama:
+    """The model without values, which takes no memory."""
+    with torch.device("meta"), Unfilled():
+        return Llama(config)
+
+
 def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every weight by its name."""
-    with torch.device("meta"):
-        return {name: tuple(w.shape) for name, w in Llama(config).state_dict().items()}
+    return {name: tuple(w.shape) for name, w in empty(config).named_parameters()}
 
 
-NAMES = {  # Meta's name: (transformers', GGUF's)
+NAMES = {  # Meta's: (transformers', GGUF's), in the order of llama2.c's version 0
     "tok_embeddings": ("model.embed_tokens", "token_embd"),
-    "norm": ("model.norm", "output_norm"),
-    "output": ("lm_head", "output"),
     "layers.{}.attention_norm": ("model.layers.{}.input_layernorm", "blk.{}.attn_norm"),
     "layers.{}.attention.wq": ("model.layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
     "layers.{}.attention.wk": ("model.layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
@@ -983,7 +1012,10 @@ NAMES = {  # Meta's name: (transformers', GGUF's)
     "layers.{}.ffn_norm": ("model.layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
     "layers.{}.feed_forward.w1": ("model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
     "layers.{}.feed_forward.w2": ("model.layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
-    "layers.{}.feed_forward.w3": ("model.layers.{}.mlp.up_proj", "blk.{}.ffn_up")}
+    "layers.{}.feed_forward.w3": ("model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
+    "norm": ("model.norm", "output_norm"),
+    "output": ("lm_head", "output")}
+TURNED = ("wq.weight", "wk.weight")  # whose rows transformers has in another order
 
 
 def their_names(config: LlamaConfig, column: int) -> dict[str, str]:
@@ -1011,9 +1043,8 @@ def read_pickle(path: Path) -> dict:
 
 def weights_of(table: dict) -> dict[str, Weight]:
     """The weights in a table of mapped tensors; ValueError for any other entry."""
-    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    if not all(isinstance(w, Tensor) and w.dtype in kinds and w.layout is torch.strided
-               and w.device.type == "cpu" and w.is_contiguous() and w.numel()
+    if not all(isinstance(w, Tensor) and w.dtype in SAFE_TYPES.values() and w.numel()
+               and w.layout is torch.strided and w.device.type == "cpu" and w.is_contiguous()
                for w in table.values()):
         raise ValueError("not a table of weights; try the file that was published")
     return {str(name): Weight.of(w.detach()) for name, w in table.items()}
@@ -1021,18 +1052,18 @@ def weights_of(table: dict) -> dict[str, Weight]:
 
 def write_params(config: LlamaConfig) -> dict:
     """Meta's params.json. It has no field for F: the last two give any F in Meta's formula."""
-    params = asdict(config)
-    hidden_dim, factor, _ = (params.pop(name) for name in ("hidden_dim", "rope_scaling",
-                                                           "tie_embeddings"))
-    if config.head_size is None:
-        del params["head_size"]
-    scaling = {"use_scaled_rope": True, "rope_scaling_factor": factor} if factor else {}
-    return {**params, **scaling, "multiple_of": hidden_dim,
+    params = {name: value for name, value in asdict(config).items() if value is not None}
+    del params["tie_embeddings"]
+    if factor := params.pop("rope_scaling", None):
+        params |= {"use_scaled_rope": True, "rope_scaling_factor": factor}
+    hidden_dim = params.pop("hidden_dim")
+    return {**params, "multiple_of": hidden_dim,
             "ffn_dim_multiplier": min(1, hidden_dim / int(8 * config.dim / 3))}
 
 
 def read_params(params: dict, weights: dict[str, Weight]) -> LlamaConfig:
-    """The config of a Meta folder from its params.json and the shapes of its weights.
+    """The config of a Meta folder from its params.json and its weights, of which a tied output is
+    taken out.
 
     F = the next multiple of multiple_of from int(ffn_dim_multiplier * int(8 D / 3)). What
     params.json does not say (context, factor of the scaling) comes from the size of that shape.
@@ -1046,6 +1077,8 @@ def read_params(params: dict, weights: dict[str, Weight]) -> LlamaConfig:
     if values.get("vocab_size", -1) == -1:
         values["vocab_size"] = embedding.shape[0]
     values["tie_embeddings"] = output is None or output.equals(embedding)
+    if values["tie_embeddings"]:
+        weights.pop("output.weight", None)
     scaled = values.pop("use_scaled_rope", False)
     factor = values.pop("rope_scaling_factor", None)
     values["rope_scaling"] = (factor or 8.0) if scaled else None
@@ -1071,21 +1104,19 @@ def merged(name: str, parts: tuple[Tensor, ...], params: dict) -> Weight:
         raise ValueError(f"the shards hold {name} in different shapes")
     axis = int(kind in ("wo", "w2") or kind == "tok_embeddings" and shape[1] < params["dim"])
     shape[axis] *= len(parts)
-    return Weight(tuple(shape), parts[0].dtype, parts, lambda x: x.chunk(len(parts), axis))
+    return Weight(tuple(shape), parts[0].dtype, parts, axis=axis)
 
 
 def read_meta(folder: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
     """Meta's layout (LLaMA 1, 2, 3 and our own runs), any number of shards."""
     params = read_json((folder / "params.json").read_bytes())
-    numbers = {int(file.name[13:15]) for file in folder.glob("consolidated.[0-9][0-9].pth")}
-    shards = [weights_of(read_pickle(folder / f"consolidated.{i:02}.pth")) for i in sorted(numbers)]
-    if not shards:
-        raise ValueError("consolidated.00.pth is missing; try a folder that holds it")
-    first = shards[0]
-    width = params["n_heads"] * params["head_size"] if "head_size" in params else params["dim"]
-    wanted = max(width // first["layers.0.attention.wo.weight"].shape[1], max(numbers) + 1)
-    missing = next((i for i in range(wanted) if i not in numbers), None)
-    if missing is not None:
+    names = sorted(file.name for file in folder.glob("consolidated.[0-9][0-9].pth"))
+    shards = [weights_of(read_pickle(folder / name)) for name in names]
+    missing = next(i for i in range(101) if f"consolidated.{i:02}.pth" not in names)
+    width = params["n_heads"] * params.get("head_size", params["dim"] // params["n_heads"])
+    first = shards[0] if missing else {}
+    count = width // first["layers.0.attention.wo.weight"].shape[1] if first else 1
+    if missing < max(len(names), count):
         raise ValueError(f"consolidated.{missing:02}.pth is missing; try to fetch it")
     if any(shard.keys() != first.keys() for shard in shards):
         raise ValueError("the shards hold different tensors")
@@ -1150,12 +1181,6 @@ def read_hf_config(values: dict) -> LlamaConfig:
     return LlamaConfig.from_dict(config)
 
 
-def halves(w: Tensor, head_dim: int) -> Tensor:
-    """wq or wk (H E, D), where the two of a pair are neighbours, as transformers has the rows of
-    a head, the first of all pairs and then the second: a view (H, 2, E/2, D)."""
-    return w.view(-1, head_dim // 2, 2, w.shape[-1]).transpose(1, 2)
-
-
 def read_hf(folder: Path, file: Path | None = None) -> tuple[LlamaConfig, dict[str, Weight]]:
     """A folder of transformers, or one file of it."""
     config = read_hf_config(read_json((folder / "config.json").read_bytes()))
@@ -1166,16 +1191,15 @@ def read_hf(folder: Path, file: Path | None = None) -> tuple[LlamaConfig, dict[s
         if not file or file in listed:
             files = sorted(listed or folder.glob(pattern)) or files
     for path in files:
-        with open(path, "rb") as start:
-            zipped = start.read(2) == b"PK"
-        found = weights_of(read_pickle(path) if zipped else read_safetensors(path))
+        read = read_pickle if head_of(path)[:2] == b"PK" else read_safetensors
+        found = weights_of(read(path))
         if twice := found.keys() & weights.keys():
             raise ValueError(f"{min(twice)} is in two files")
         weights |= found
     weights = renamed(config, weights, 0)
     for name in weights:
-        if name.endswith(("wq.weight", "wk.weight")):
-            weights[name] = weights[name]._replace(places=lambda x: [halves(x, config.head_dim)])
+        if name.endswith(TURNED):
+            weights[name] = weights[name].turned(2, config.head_dim // 2)
     return config, weights
 
 
@@ -1201,14 +1225,14 @@ def quantised(data: mmap.mmap, shape: tuple[int, ...], kind: int, start: int) ->
     if shape[-1] % block:
         raise ValueError(f"rows of {shape[-1]} are no whole blocks of {kind.name}")
     raw = mapped(data, torch.uint8, (*shape[:-1], shape[-1] // block * size), start)
-    return Weight(shape, torch.float32, (raw,), decode=lambda x: torch.from_numpy(
-        quants.dequantize(x.numpy(), kind)))
+    return Weight(shape, torch.float32, (raw,), lambda raw: torch.from_numpy(
+        quants.dequantize(raw.numpy(), kind)))
 
 
 def read_gguf_header(data: mmap.mmap) -> tuple[dict, dict[str, tuple], int]:
     """(values by key, (shape, ggml type, offset) by name, where the header ends) of version 2 and
-    3, little-endian. What points beyond the end is a struct.error."""
-    at = 4
+    3, little-endian. What points beyond the end is an error, a struct.error for numbers."""
+    at, length = 4, struct.Struct("<Q").unpack_from
 
     def take(form: str) -> tuple:
         nonlocal at
@@ -1217,7 +1241,12 @@ def read_gguf_header(data: mmap.mmap) -> tuple[dict, dict[str, tuple], int]:
         return values
 
     def text() -> str:
-        return take(f"{take('Q')[0]}s")[0].decode()
+        nonlocal at
+        start = at + 8
+        at = start + length(data, at)[0]
+        if at > len(data):
+            raise ValueError("a text lies beyond the end of the file: cut short")
+        return data[start:at].decode()
 
     def value(kind: int):
         nonlocal at
@@ -1229,7 +1258,7 @@ def read_gguf_header(data: mmap.mmap) -> tuple[dict, dict[str, tuple], int]:
         kind, n = take("IQ")
         if kind in GGUF_KINDS:
             return list(take(f"{n}{GGUF_KINDS[kind]}"))
-        return [value(kind) for _ in range(n)]
+        return [text() if kind == 8 else value(kind) for _ in range(n)]
 
     version, n_tensors, n_keys = take("IQQ")
     if version not in (2, 3) or max(n_tensors, n_keys) > 2**20:
@@ -1273,18 +1302,13 @@ def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
 
 
 def llama2c_order(config: LlamaConfig, version: int) -> list[str]:
-    """The tensors in the order of the file, each kind over all layers."""
-    def each(*kinds: str) -> list[str]:
-        return [f"layers.{i}.{kind}.weight" for kind in kinds for i in range(config.n_layers)]
-    attention = each(*(f"attention.{w}" for w in ("wq", "wk", "wv", "wo")))
-    feed_forward = each(*(f"feed_forward.{w}" for w in ("w1", "w2", "w3")))
+    """The tensors in the order of the file, each kind over all layers; 1 and 2 have norms first."""
+    names = [name for name in their_names(config, 0)
+             if name != "output.weight" or not config.tie_embeddings]
     if version:
-        order = [*each("attention_norm", "ffn_norm"), "norm.weight", "tok_embeddings.weight",
-                 *attention, *feed_forward]
-    else:
-        order = ["tok_embeddings.weight", *each("attention_norm"), *attention, *each("ffn_norm"),
-                 *feed_forward, "norm.weight", "cos", "sin"]
-    return order + ["output.weight"] * (not config.tie_embeddings)
+        return sorted(names, key=lambda name: "norm" not in name)
+    end = names.index("norm.weight") + 1
+    return [*names[:end], "cos", "sin", *names[end:]]
 
 
 def read_llama2c(path: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
@@ -1301,10 +1325,8 @@ def read_llama2c(path: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
     config = LlamaConfig(dim, layers, heads, kv_heads, hidden, abs(vocab), context,
                          tie_embeddings=bool(shared) if version else vocab > 0)
 
-    def decode(raw: Tensor, shape: tuple[int, int]) -> Tensor:
-        int8, scales = raw.split([math.prod(shape), len(raw) - math.prod(shape)])
-        scales = scales.view(torch.float32)[:, None]
-        return int8.view(torch.int8).float().view(-1, group).mul_(scales).view(shape)
+    def scaled(int8: Tensor, scales: Tensor) -> Tensor:
+        return int8.float().view(-1, group).mul_(scales[:, None])
 
     weights, wanted = {}, shapes(config)
     for name in llama2c_order(config, version):
@@ -1313,11 +1335,12 @@ def read_llama2c(path: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
         if version == 2 and len(shape) == 2:
             if group < 4 or group % 4 or n % group:
                 raise ValueError(f"{group} int8 to a scale do not divide its tensors")
-            raw = mapped(data, torch.uint8, (n + 4 * (n // group),), start)
-            weights[name] = Weight(shape, torch.float32, (raw,), None, partial(decode, shape=shape))
+            parts = (mapped(data, torch.int8, (n,), start),
+                     mapped(data, torch.float32, (n // group,), start + n))
+            weights[name] = Weight(shape, torch.float32, parts, scaled)
         else:
             weights[name] = Weight.of(mapped(data, torch.float32, shape, start))
-        start += weights[name].parts[0].nbytes
+        start += sum(part.nbytes for part in weights[name].parts)
     if start != len(data):
         raise ValueError(f"it has not the {start:,} bytes that its header asks for: cut short, or "
                          "no llama2.c file; try to fetch it again")
@@ -1342,8 +1365,7 @@ HARMLESS = ("rope.freqs", "rotary_emb.inv_freq", "rope_freqs.weight")  # tables 
 def read_any(path: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
     """The reader of what is found in the file or the folder, not of its name."""
     if path.is_file():
-        with open(path, "rb") as file:
-            head = file.read(9)
+        head = head_of(path)
         if head[:4] == b"GGUF":
             return read_gguf(path)
         if head[:2] == b"PK":
@@ -1355,9 +1377,8 @@ def read_any(path: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
         return read_hf(path)
     if (path / "params.json").is_file():
         return read_meta(path)
-    raise ValueError("there is no checkpoint; try a folder with params.json and "
-                     "consolidated.00.pth, or config.json and model.safetensors, a GGUF file or "
-                     "llama2.c's .bin")
+    raise ValueError("there is no checkpoint; try a folder of Meta's or transformers', a GGUF file "
+                     "or llama2.c's .bin")
 
 
 @contextlib.contextmanager
@@ -1375,11 +1396,9 @@ def blamed(path: Path):
 
 def gguf_fields(path: Path) -> dict | None:
     """What a GGUF file says by key, its vocabulary too; None for any other file."""
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            return None
     with blamed(path):
-        return read_gguf_header(map_file(path))[0]
+        gguf = head_of(path)[:4] == b"GGUF"
+        return read_gguf_header(map_file(path))[0] if gguf else None
 
 
 def open_checkpoint(path: str | Path) -> tuple[LlamaConfig, dict[str, Weight]]:
@@ -1391,17 +1410,16 @@ def open_checkpoint(path: str | Path) -> tuple[LlamaConfig, dict[str, Weight]]:
     path = Path(path)
     with blamed(path):
         config, weights = read_any(path)
-        wanted = shapes(config)
-    weights = {name: w for name, w in weights.items() if not name.endswith(HARMLESS)}
-    table, output = weights.get("tok_embeddings.weight"), weights.get("output.weight")
-    if config.tie_embeddings and table and output and output.equals(table):
-        del weights["output.weight"]
-    found = {name: w.shape for name, w in weights.items()}
-    if wrong := [name for name in wanted | found if wanted.get(name) != found.get(name)]:
-        detail = "; ".join(f"{name} is {found.get(name, 'missing')}, not "
-                           f"{wanted.get(name, 'known')}" for name in wrong[:3])
-        raise ValueError(f"{path} is not the Llama of its header: {' '.join(detail.split()):.400} "
-                         f"({len(wrong)} tensors in all); try the files as they were published")
+        weights = {name: w for name, w in weights.items() if not name.endswith(HARMLESS)}
+        output = weights.get("output.weight") if config.tie_embeddings else None
+        if output and output.equals(weights["tok_embeddings.weight"]):
+            del weights["output.weight"]  # transformers' old files have it twice
+        wanted, found = shapes(config), {name: w.shape for name, w in weights.items()}
+        if wrong := [name for name in wanted | found if wanted.get(name) != found.get(name)]:
+            detail = "; ".join(f"{name:.100} is {found.get(name, 'missing')}, not "
+                               f"{wanted.get(name, 'known')}" for name in wrong[:3])
+            raise ValueError(f"not the Llama of its header ({len(wrong)} tensors): {detail}; try "
+                             "the files as they were published")
     return config, weights
 
 
@@ -1414,18 +1432,17 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype | None = None, finis
     """
     config, weights = open_checkpoint(path)
     dtype = dtype or weights["tok_embeddings.weight"].dtype
-    with torch.device("meta"):
-        model = Llama(config)
+    model = empty(config)
     blocks = ["tok_embeddings", *(f"layers.{i}" for i in range(config.n_layers)), "norm"]
     for name in blocks + ["output"] * (not config.tie_embeddings):
         block = model.get_submodule(name)
-        sources = {key: weights[f"{name}.{key}"] for key in block.state_dict()}
+        sources = {key: weights[f"{name}.{key}"] for key, _ in block.named_parameters()}
         block.load_state_dict({key: w.read(device, dtype) for key, w in sources.items()},
                               assign=True)
         if finish is not None:
             model.set_submodule(name, finish(name, block))
-            for part in (part for w in sources.values() for part in w.parts):
-                give_back(part)
+            for weight in sources.values():
+                weight.leave()
     return model.eval()
 
 
@@ -1457,18 +1474,14 @@ def save_meta(model: Llama, folder: Path) -> None:
     write_json(folder / "params.json", write_params(model.config))
 
 
-def write_tensor(file, weight: Weight, dtype: torch.dtype, halves_of: int | None = None) -> None:
-    """The bytes of a weight, heads of size halves_of in halves; then it leaves memory."""
-    x = weight.read(dtype=dtype)
-    if halves_of:
-        x = halves(x, halves_of)
-    file.write(x.contiguous().flatten().view(torch.uint8).numpy())
-    for part in weight.parts:
-        give_back(part)
+def write_tensor(file, weight: Weight, dtype: torch.dtype) -> None:
+    """The bytes of a weight, which then leaves memory."""
+    file.write(weight.read(dtype=dtype).flatten().view(torch.uint8).numpy())
+    weight.leave()
 
 
-def write_safetensors(file, weights: dict[str, Weight], head_dim: int) -> None:
-    """A safetensors file, tensor by tensor; wq and wk, by transformers' names, in its order."""
+def write_safetensors(file, weights: dict[str, Weight]) -> None:
+    """A safetensors file, tensor by tensor."""
     header, at = {"__metadata__": {"format": "pt"}}, 0
     codes = {dtype: code for code, dtype in SAFE_TYPES.items()}
     for name, w in weights.items():
@@ -1478,9 +1491,8 @@ def write_safetensors(file, weights: dict[str, Weight], head_dim: int) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
-    for name, w in weights.items():
-        turned = name.endswith(("q_proj.weight", "k_proj.weight"))
-        write_tensor(file, w, w.dtype, head_dim if turned else None)
+    for w in weights.values():
+        write_tensor(file, w, w.dtype)
 
 
 def write_meta(config: LlamaConfig, weights: dict[str, Weight], folder: Path) -> None:
@@ -1488,9 +1500,9 @@ def write_meta(config: LlamaConfig, weights: dict[str, Weight], folder: Path) ->
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / "weights.aside"
     try:
-        write_aside(aside, lambda file: write_safetensors(file, weights, config.head_dim))
-        tensors = read_safetensors(aside)
-        write_aside(folder / "consolidated.00.pth", lambda file: torch.save(tensors, file))
+        write_aside(aside, lambda file: write_safetensors(file, weights))
+        write_aside(folder / "consolidated.00.pth",
+                    lambda file: torch.save(read_safetensors(aside), file))
     finally:
         aside.unlink(missing_ok=True)
     write_json(folder / "params.json", write_params(config))
@@ -1500,26 +1512,24 @@ def write_hf(config: LlamaConfig, weights: dict[str, Weight], folder: Path) -> N
     """The folder that transformers loads; what the frequencies are is said as in its version 4."""
     folder.mkdir(parents=True, exist_ok=True)
     names = their_names(config, 0)
-    theirs = {names[name]: weight for name, weight in weights.items()}
-    write_aside(folder / "model.safetensors",
-                lambda file: write_safetensors(file, theirs, config.head_dim))
-    scaling = config.rope_scaling and {"rope_type": "llama3", "factor": config.rope_scaling,
-                                       **HF_SCALING}
-    fields = {theirs: getattr(config, ours) for theirs, ours in HF_FIELDS.items()}
-    dtype = str(weights["tok_embeddings.weight"].dtype).removeprefix("torch.")
+    theirs = {names[name]: weight.turned(config.head_dim // 2, 2) if name.endswith(TURNED)
+              else weight for name, weight in weights.items()}
+    write_aside(folder / "model.safetensors", lambda file: write_safetensors(file, theirs))
+    scaling = {"rope_type": "llama3", "factor": config.rope_scaling, **HF_SCALING}
     write_json(folder / "config.json", {
-        **fields, "architectures": ["LlamaForCausalLM"], "model_type": "llama",
-        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-        "head_dim": config.head_dim, "rope_scaling": scaling, "torch_dtype": dtype,
+        **{theirs: getattr(config, ours) for theirs, ours in HF_FIELDS.items()},
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "head_dim": config.head_dim, "rope_scaling": scaling if config.rope_scaling else None,
+        "torch_dtype": str(weights["tok_embeddings.weight"].dtype).removeprefix("torch."),
         "bos_token_id": None, "eos_token_id": None})  # which only the tokenizer knows
 
 
 def write_llama2c(config: LlamaConfig, weights: dict[str, Weight], path: Path) -> None:
     """llama2.c's .bin of version 0, in fp32; ValueError for what it has no field for."""
-    for name, plain in {"rope_theta": 1e4, "rope_scaling": None, "norm_eps": 1e-5,
-                        "head_size": None}.items():
-        if getattr(config, name) != plain:
-            raise ValueError(f"llama2.c has no {name} but {plain}, and this model's is "
+    plain = {"rope_theta": 1e4, "rope_scaling": None, "norm_eps": 1e-5, "head_size": None}
+    for name, value in plain.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"llama2.c has no {name} but {value}, and this model's is "
                              f"{getattr(config, name)}; try the format meta or hf")
     tables = dict(zip(("cos", "sin"), rope_table(config, torch.arange(config.max_seq_len))))
     vocab = config.vocab_size if config.tie_embeddings else -config.vocab_size

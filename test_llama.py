@@ -761,9 +761,7 @@ class TestCheckpoints:
         model = random_model(replace(SMALL, **change))
         llama.save_meta(model, tmp_path)
         again = llama.load(tmp_path)
-        assert again.config == model.config
-        for name, w in again.state_dict().items():
-            assert torch.equal(w, model.state_dict()[name]), name
+        assert again.config == model.config and state_equal(again, model.state_dict())
         assert llama.load(tmp_path, dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
 
     def test_published_params(self):
@@ -802,16 +800,6 @@ class TestCheckpoints:
         again = llama.load(folder)
         assert again.config.tie_embeddings and again.output is None
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-    def test_memory_mapped(self, tmp_path):
-        llama.save_meta(Llama.create(replace(SMALL, vocab_size=2**18), 0), tmp_path)  # 100 MB
-
-        def own_memory():
-            return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-        before = own_memory()
-        model = llama.load(tmp_path)
-        assert own_memory() - before < 20_000 and model.norm.weight.shape == (48,)
-
     @pytest.mark.parametrize("name, spoil", [
         ("unknown", lambda w: w.update(extra=w["norm.weight"])),
         ("norm.weight is missing", lambda w: w.pop("norm.weight")),
@@ -825,16 +813,6 @@ class TestCheckpoints:
         spoil(weights)
         torch.save(weights, folder / "consolidated.00.pth")
         with pytest.raises(ValueError, match=name.replace("unknown", "extra is .48,., not known")):
-            llama.load(folder)
-
-    @pytest.mark.parametrize("change", [{"dim": "48"}, {"multiple_of": 0}, {"n_layers": 10**9},
-                                        {"moe": {}}, {"n_heads": None}, {"dim": 10**400},
-                                        {"ffn_dim_multiplier": math.nan}, {"norm_eps": "x"}])
-    def test_hostile_params(self, saved, change):
-        folder = saved[1]
-        params = json.loads((folder / "params.json").read_text())
-        (folder / "params.json").write_text(json.dumps({**params, **change}))
-        with pytest.raises(ValueError):
             llama.load(folder)
 
     @pytest.mark.parametrize("n, axis, change", [
@@ -858,31 +836,21 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match=f"consolidated.{gone[0]:02}.pth is missing"):
             llama.load(tmp_path)
 
-    @pytest.mark.parametrize("named, spoil", [
-        ("different tensors", lambda shard: shard.update(extra=torch.zeros(3))),
-        ("different tensors", lambda shard: shard.pop("layers.1.attention.wq.weight")),
-        ("wq.weight in different shapes", lambda shard: shard.update(
-            {"layers.1.attention.wq.weight": torch.zeros(3, 48)}))])
-    def test_shards_that_do_not_fit_together(self, tmp_path, named, spoil):
+    @pytest.mark.parametrize("named, change", [
+        ("different tensors", {"extra": torch.zeros(3)}),
+        ("wq.weight in different shapes", {"layers.1.attention.wq.weight": torch.zeros(3, 48)})])
+    def test_shards_that_do_not_fit_together(self, tmp_path, named, change):
         write_shards(tmp_path, random_model(replace(SMALL, vocab_size=96)), 2, 1)
-        shard = dict(torch.load(tmp_path / "consolidated.01.pth"))
-        spoil(shard)
+        shard = torch.load(tmp_path / "consolidated.01.pth") | change
         torch.save(shard, tmp_path / "consolidated.01.pth")
         with pytest.raises(ValueError, match=named):
             llama.load(tmp_path)
 
-    def test_cut_short_or_pickled_code(self, saved, tmp_path):
-        file = saved[1] / "consolidated.00.pth"
-        whole = file.read_bytes()
-        for size in (0, 10, len(whole) // 2, len(whole) - 5):
-            file.write_bytes(whole[:size])
-            with pytest.raises(ValueError, match="cut short|no checkpoint|more than tensors"):
-                llama.load(saved[1])
-
+    def test_pickled_code_is_not_run(self, saved, tmp_path):
         class Bomb:
             def __reduce__(self):
                 return os.mkdir, (str(tmp_path / "executed"),)
-        torch.save({"norm.weight": Bomb()}, file)
+        torch.save({"norm.weight": Bomb()}, saved[1] / "consolidated.00.pth")
         with pytest.raises(ValueError, match="could run code"):
             llama.load(saved[1])
         assert not (tmp_path / "executed").exists()
@@ -924,15 +892,13 @@ def write_llama2c(model, path, version=0):
     """llama2.c's files, written from their description by the test itself. In version 2 groups of
     8 share a scale; the state that such a file holds."""
     c, state = model.config, {n: w.detach() for n, w in model.state_dict().items()}
-    kinds = ["attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
-             "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
+    kinds = ("tok_embeddings layers.attention_norm layers.attention.wq layers.attention.wk "
+             "layers.attention.wv layers.attention.wo layers.ffn_norm layers.feed_forward.w1 "
+             "layers.feed_forward.w2 layers.feed_forward.w3 norm").split()
     if version:
-        kinds = ["attention_norm", "ffn_norm", "", "tok_embeddings", *kinds[1:5], *kinds[6:]]
-    named = {"": ["norm.weight"], "tok_embeddings": ["tok_embeddings.weight"]}
-    order = [name for kind in kinds for name in named.get(
-        kind, [f"layers.{i}.{kind}.weight" for i in range(c.n_layers)])]
-    if not version:
-        order = ["tok_embeddings.weight", *order, "norm.weight"]
+        kinds = [kinds[i] for i in (1, 6, 10, 0, 2, 3, 4, 5, 7, 8, 9)]
+    order = [f"{kind.replace('layers', f'layers.{i}')}.weight" for kind in kinds
+             for i in range(c.n_layers if "layers" in kind else 1)]
     tables = torch.full((2 * c.max_seq_len * c.head_dim // 2,), math.nan)
     parts = [state[name] for name in order] + ([] if version else [tables])
     parts += [] if c.tie_embeddings else [state["output.weight"]]
@@ -954,25 +920,15 @@ def write_llama2c(model, path, version=0):
 
 
 class TestLlama2c:
+    @pytest.mark.parametrize("version", [0, 1, 2])
     @pytest.mark.parametrize("tied", [True, False])
-    def test_version_0(self, tmp_path, tied):
-        with torch.no_grad():
-            model = random_model(replace(SMALL, tie_embeddings=tied))
-            write_llama2c(model, tmp_path / "model.bin")
-        again = llama.load(tmp_path / "model.bin")
-        assert again.config == model.config
-        assert all(torch.equal(w, model.state_dict()[n]) for n, w in again.state_dict().items())
-
-    @pytest.mark.parametrize("version", [1, 2])
-    @pytest.mark.parametrize("tied", [True, False])
-    def test_version_1_and_2(self, tmp_path, version, tied):
+    def test_versions(self, tmp_path, version, tied):
         model = random_model(replace(SMALL, hidden_dim=96, tie_embeddings=tied))
-        before = {name: w.clone() for name, w in model.state_dict().items()}
+        before = model.tok_embeddings.weight.clone()
         write_llama2c(model, tmp_path / "m", version)  # model now has what version 2 rounds
         again = llama.load(tmp_path / "m")
         assert again.config == model.config and state_equal(again, model.state_dict())
-        assert version == 1 or not torch.equal(before["tok_embeddings.weight"],
-                                               model.tok_embeddings.weight)
+        assert torch.equal(before, model.tok_embeddings.weight) is (version < 2)
 
     @pytest.mark.parametrize("compiled", ["", "_orig_mod."])
     def test_pt(self, tmp_path, compiled):
@@ -985,17 +941,6 @@ class TestLlama2c:
                     "optimizer": {"state": {0: torch.zeros(3)}}}, tmp_path / "ckpt")
         again = llama.load(tmp_path / "ckpt")
         assert again.config == model.config and state_equal(again, model.state_dict())
-
-    def test_damaged(self, tmp_path):
-        file = tmp_path / "model.bin"
-        write_llama2c(Llama.create(SMALL, 0), file)
-        whole = file.read_bytes()
-        lies = [whole[:4 * i] + struct.pack("<i", n) + whole[4 * i + 4:]
-                for i in range(7) for n in (0, -1, 5, 2**31 - 1, -2**31)]
-        for data in [b"", whole[:20], whole[:28], whole[:-4], whole + b"0000", *lies]:
-            file.write_bytes(data)
-            with pytest.raises(ValueError):
-                llama.load(file)
 
     @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
     def test_stories260k(self, capsys):
@@ -1081,7 +1026,7 @@ class TestReadHF:
 
     def test_the_wrong_layout_of_rope_fails(self, tmp_path, monkeypatch):
         oracle = save_hf(tmp_path)
-        monkeypatch.setattr(llama, "halves", lambda w, head_dim: w)
+        monkeypatch.setattr(llama.Weight, "turned", lambda weight, n, m: weight)
         with pytest.raises(AssertionError):
             self.check(oracle, tmp_path)
 
@@ -1120,14 +1065,15 @@ class TestReadHF:
         torch.save({"other": torch.zeros(1)}, tmp_path / "pytorch_model_other.bin")
         self.check(oracle, tmp_path)
         self.check(oracle, tmp_path / files[1])
+        torch.save(state, tmp_path / files[1])
+        with pytest.raises(ValueError, match="is in two files; try"):
+            llama.load(tmp_path)
 
     def test_a_single_file_is_told_by_what_is_in_it(self, tmp_path):
         oracle = save_hf(tmp_path)
-        (tmp_path / "model.safetensors").rename(tmp_path / "weights.of.mine")
-        for name in ("weights.of.mine", "config.json"):
-            if name == "config.json":
-                (tmp_path / "weights.of.mine").rename(tmp_path / "a.safetensors")
-            self.check(oracle, tmp_path / name)
+        self.check(oracle, tmp_path / "config.json")
+        file = (tmp_path / "model.safetensors").rename(tmp_path / "weights.of.mine")
+        self.check(oracle, file)
 
     @pytest.mark.parametrize("named, change", [
         ("model_type='mixtral'", {"model_type": "mixtral"}),
@@ -1151,11 +1097,9 @@ class TestReadHF:
             llama.read_hf_config({**plain, **change})
 
 
-GGUF_NAMES = {
-    "tok_embeddings": "token_embd", "norm": "output_norm", "output": "output",
-    "attention_norm": "attn_norm", "ffn_norm": "ffn_norm", "attention.wq": "attn_q",
-    "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
-    "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up"}
+GGUF_NAMES = dict(zip(HF_NAMES, (
+    "token_embd", "output_norm", "output", "attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v",
+    "attn_output", "ffn_gate", "ffn_down", "ffn_up")))
 WIDE = replace(SMALL, dim=256, n_layers=1, n_heads=4, hidden_dim=512)  # whole blocks of 256
 
 
@@ -1291,17 +1235,6 @@ class TestExport:
                  "hf": {"model.safetensors", "config.json"}}.get(format)
         assert names is None or {file.name for file in out.iterdir()} == names
 
-    def test_safetensors_reads_it(self, tmp_path):
-        from safetensors.torch import load_file, safe_open
-        llama.save_meta(random_model(SMALL), tmp_path / "in")
-        llama.export(tmp_path / "in", "hf", tmp_path / "out")
-        theirs = load_file(tmp_path / "out" / "model.safetensors")
-        wanted = oracle_of(llama.load(tmp_path / "in")).state_dict()
-        assert theirs.keys() == wanted.keys()
-        assert all(torch.equal(theirs[name], wanted[name]) for name in wanted)
-        with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
-            assert file.metadata() == {"format": "pt"}
-
     def test_what_is_there_stays(self, tmp_path, monkeypatch):
         llama.save_meta(random_model(SMALL), tmp_path / "in")
         with pytest.raises(ValueError, match="no format 'gguf'; try one of meta, hf, llama2c"):
@@ -1321,16 +1254,16 @@ class TestExport:
         assert not [file for file in (tmp_path / "empty").rglob("*") if file.is_file()]
 
 
-def peak_memory(act):
+def peak_memory(act, field="VmRSS", most="VmHWM"):
     """The most memory that act() held beyond what there was before, with mapped pages, in bytes."""
     def status(field):
         return 1024 * int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not there to be used again
-    before = status("VmRSS")
+    before = status(field)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
     held = act()
-    return status("VmHWM") - before, held
+    return status(most) - before, held
 
 
 class TestStreaming:
@@ -1361,6 +1294,28 @@ class TestStreaming:
         temporary = largest if kind == "Q8_0" else 0  # the package gguf takes twice
         assert used < 2 * self.CONFIG.n_params + largest + temporary + 3e6
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    @pytest.mark.parametrize("kind", ["meta", "F32", "llama2c"])
+    def test_memory_mapped(self, saved, kind):
+        used, _ = peak_memory(lambda: llama.load(saved / kind), "RssAnon", "RssAnon")
+        assert used < 4e6
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    def test_a_finished_block_leaves_memory(self, saved):
+        def finish(name, block):
+            assert all(p.sum().isfinite() for p in block.parameters())
+            return torch.nn.Identity()
+        used, _ = peak_memory(lambda: llama.load(saved / "F32", finish=finish))
+        assert used < 4 * self.CONFIG.vocab_size * self.CONFIG.dim + 8e6
+
+    @pytest.mark.parametrize("kind", ["meta", "hf"])
+    def test_a_fresh_process_loads_no_compiler_and_keeps_the_file(self, saved, kind):
+        code = (f"import sys, llama; model = llama.load({str(saved / kind)!r}); "
+                "model.norm.weight.data.add_(1); sys.exit('torch._dynamo' in sys.modules)")
+        before = llama.load(saved / kind).norm.weight.clone()
+        assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
+        assert torch.equal(llama.load(saved / kind).norm.weight, before)
+
     def test_blocks_in_their_order(self, saved):
         seen = []
 
@@ -1373,19 +1328,26 @@ class TestStreaming:
         assert isinstance(model.output, torch.nn.Identity)
 
 
+LITTLE = LlamaConfig(16, 2, 2, 1, 24, 19, 32)
+
+
+def gguf_bytes(n_tensors, kind, rest, key=b"general.architecture"):
+    """A GGUF file of one key, whose value and what comes behind it are `rest`."""
+    head = struct.pack("<IQQQ", 3, n_tensors, 1, len(key)) + key
+    return b"GGUF" + head + struct.pack("<I", kind) + rest
+
+
 class TestMalformed:
     """A file that is damaged or lies is one line, takes no memory and executes nothing."""
-    CONFIG = LlamaConfig(16, 2, 2, 1, 24, 19, 32)
-
     @pytest.fixture(scope="class")
     @classmethod
     def good(cls, tmp_path_factory):
         """{name: (path to load, file to spoil)} of small checkpoints in every format."""
-        folder, model = tmp_path_factory.mktemp("good"), random_model(cls.CONFIG)
+        folder, model = tmp_path_factory.mktemp("good"), random_model(LITTLE)
         state = {name: w.detach() for name, w in model.state_dict().items()}
         llama.save_meta(model, folder / "meta")
         llama.export(folder / "meta", "hf", folder / "hf")
-        write_gguf(folder / "gguf", cls.CONFIG, state, "F16", 8.0)
+        write_gguf(folder / "gguf", LITTLE, state, "F16", 8.0)
         args = {"dim": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 19,
                 "multiple_of": 24, "max_seq_len": 32, "hidden_dim": 24}
         torch.save({"model": state, "model_args": args}, folder / "pt")
@@ -1415,14 +1377,6 @@ class TestMalformed:
         finally:
             file.unlink()
             file.write_bytes(whole)
-
-    def spoiled_header(self, whole, change):
-        size = struct.unpack("<Q", whole[:8])[0]
-        header = json.loads(whole[8:8 + size])
-        text = change(header)
-        text = (text if isinstance(text, str) else json.dumps(header)).encode()
-        text += b" " * (-len(text) % 8)  # aligned
-        return struct.pack("<Q", len(text)) + text + whole[8 + size:]
 
     SAFETENSORS = {
         "dtype unknown": lambda h: h["lm_head.weight"].update(dtype="I64"),
@@ -1456,9 +1410,12 @@ class TestMalformed:
     @pytest.mark.parametrize("name", SAFETENSORS)
     def test_safetensors(self, good, name):
         path, file = good["safetensors"]
-        whole = file.read_bytes()
-        change = self.SAFETENSORS[name]
-        self.refused(path, file, self.spoiled_header(whole, change))
+        size, = struct.unpack("<Q", (whole := file.read_bytes())[:8])
+        header = json.loads(whole[8:8 + size])
+        text = self.SAFETENSORS[name](header)
+        text = (text if isinstance(text, str) else json.dumps(header)).encode()
+        text += b" " * (-len(text) % 8)  # aligned
+        self.refused(path, file, struct.pack("<Q", len(text)) + text + whole[8 + size:])
 
     def test_safetensors_lengths(self, good):
         path, file = good["safetensors"]
@@ -1469,14 +1426,6 @@ class TestMalformed:
         for data in (b"", whole[:4], whole[:8], whole[:100], whole[:-1]):
             self.refused(path, file, data)
 
-    def test_a_tensor_in_two_files(self, good):
-        path, file = good["safetensors"]
-        other = shutil.copy(file, path / "model-2.safetensors")
-        try:
-            assert "in two files" in self.refused(path, file, file.read_bytes())
-        finally:
-            os.unlink(other)
-
     @pytest.mark.parametrize("at, form, value", [
         (4, "I", 1), (4, "I", 0x03000000), (8, "Q", 0), (8, "Q", 2**63), (16, "Q", 0),
         (16, "Q", 2**64 - 1), (24, "Q", 2**62), (24, "Q", 0), (24, "Q", 10**4)])
@@ -1486,25 +1435,20 @@ class TestMalformed:
         self.refused(path, file, whole[:at] + struct.pack("<" + form, value)
                      + whole[at + struct.calcsize(form):])
 
-    @pytest.mark.parametrize("kind, value", [
+    @pytest.mark.parametrize("data", [*(gguf_bytes(1, kind, value) for kind, value in (
         (9, struct.pack("<IQ", 9, 2**40)), (9, struct.pack("<IQ", 8, 2**60)),
         (9, struct.pack("<IQ", 0, 2**60)), (9, struct.pack("<IQ", 77, 1)), (8, b"\xff" * 8),
-        (77, b""), (4, b"")])
-    def test_gguf_values(self, tmp_path, kind, value):
-        key = b"general.name"
-        data = b"GGUF" + struct.pack("<IQQQ", 3, 1, 1, len(key)) + key + struct.pack("<I", kind)
-        (tmp_path / "m").write_bytes(b"")
-        self.refused(tmp_path / "m", tmp_path / "m", data + value)
-
-    @pytest.mark.parametrize("dims, kind, offset", [
-        ([2**63, 2], 0, 0), ([2**32, 2**32], 2, 0), ([16] * 5, 0, 0), ([16], 99, 0), ([], 0, 0),
-        ([16], 0, 2**63), ([15], 2, 0), ([0], 0, 0), ([16], 0, 1), ([2**40], 8, 0)])
-    def test_gguf_tensors(self, tmp_path, dims, kind, offset):
-        key = b"general.architecture"
-        data = b"GGUF" + struct.pack("<IQQQ", 3, 1, 1, len(key)) + key
-        data += struct.pack("<IQ", 8, 5) + b"llama" + struct.pack("<Q", 1) + b"x"
-        data += struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset) + bytes(200)
-        (tmp_path / "m").write_bytes(b"")
+        (9, struct.pack("<IQ", 9, 1) * 2000), (77, b""), (4, b""))), *(
+        gguf_bytes(1, 8, struct.pack("<Q5sQs", 5, b"llama", 1, b"x")
+             + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset) + bytes(200))
+        for dims, kind, offset in (
+            ([2**63, 2], 0, 0), ([2**63] * 10**6, 0, 0), ([2**32, 2**32], 2, 0), ([16] * 5, 0, 0),
+            ([16], 99, 0), ([], 0, 0),
+            ([16], 0, 2**63), ([15], 2, 0), ([0], 0, 0), ([16], 0, 1), ([2**40], 8, 0)))], ids=len)
+    def test_gguf_values_and_tensors(self, tmp_path, data):
+        (tmp_path / "m").write_bytes(gguf_bytes(0, 8, struct.pack("<Q", 9) + b"cut shor"))
+        with pytest.raises(ValueError, match="beyond the end"):
+            llama.gguf_fields(tmp_path / "m")
         self.refused(tmp_path / "m", tmp_path / "m", data)
 
     def test_llama2c(self, good):
@@ -1536,7 +1480,10 @@ class TestMalformed:
 
     @pytest.mark.parametrize("text", ["", "[]", "3", "{", "null", '{"dim": 16}', "[" * 10**5,
                                       '{"model_type": "llama", "model_type": "llama"}', "\x00",
-                                      '{"model_type": "llama", "rope_scaling": [1]}'])
+                                      '{"model_type": "llama", "rope_scaling": [1]}', *(
+        json.dumps(llama.write_params(LITTLE) | change) for change in (
+            {"dim": "48"}, {"multiple_of": 0}, {"n_layers": 10**9}, {"moe": {}}, {"n_heads": None},
+            {"dim": 10**400}, {"ffn_dim_multiplier": math.nan}, {"norm_eps": "x"}))])
     def test_json(self, good, text):
         for name in ("params", "config"):
             self.refused(*good[name], text.encode())
@@ -2071,6 +2018,7 @@ class TestHuggingFace:
         for change, named in (
                 ({"type": "WordPiece"}, "type .WordPiece"), ({"dropout": 0.1}, "dropout 0.1"),
                 ({"end_of_word_suffix": "</w>"}, "</w>"), ({"merges": ["a zz"]}, "merge 0"),
+                ({"merges": ["u i"]}, "merge 0"), ({"merges": [["", "e"]]}, "merge 0"),
                 ({"byte_fallback": kind != "legacy"}, "byte_fallback")):
             with pytest.raises(ValueError, match=f"file: .*{named}.*; try"):
                 read({**json.loads(data), "model": json.loads(data)["model"] | change})

@@ -459,11 +459,11 @@ class HuggingFace(BytePair):
                 or [vocab[name] for name in names] != [*range(len(vocab))]):
             raise ValueError("the ids are not 0, 1, 2 ... of one token each; try another copy")
         self.tokens = [self.spelled(name) for name in names]
-        self.ranks = {name: vocab[name] for name in names if name not in self.special}
+        self.ranks = ranks = {name: vocab[name] for name in names if name not in self.special}
         self.merges = {}
         for rank, pair in enumerate(model["merges"]):
             left, right = pair.split(" ") if isinstance(pair, str) else pair
-            if not {left, right, left + right} <= self.ranks.keys():
+            if left not in ranks or right not in ranks or left + right not in ranks:
                 raise ValueError(f"merge {rank} is not of tokens; try another copy")
             self.merges[left, right] = rank
         if self.spaced:
@@ -524,8 +524,8 @@ def from_gguf(fields: dict) -> HuggingFace:
         types = field.get("token_type", [1] * len(tokens))  # 1 normal, 2 unknown, 3 control, 4 user
         if not len(types) == len(tokens) == len(set(tokens)):
             raise ValueError("two tokens are equal, or types are missing; try another copy")
-        ids = {key: field.get(f"{key}_id") for key in ("bos_token", "eos_token", "eot_token")}
-        ids = {key: number for key, number in ids.items() if number is not None}
+        ids = {key: field[f"{key}_id"] for key in ("bos_token", "eos_token", "eot_token")
+               if field.get(f"{key}_id") is not None}
         for wrong in (i for i in ids.values() if type(i) is not int or not 0 <= i < len(tokens)):
             raise ValueError(f"no token has id {wrong}; try another copy")
         if spaced:
@@ -535,9 +535,9 @@ def from_gguf(fields: dict) -> HuggingFace:
             kind = GGUF[known("tokenizer.ggml.pre", field.get("pre", "default"), *GGUF)]
             merges = field["merges"]
         normalizers, pretokenizers = next(found for name, *found in KINDS if name == kind)
-        config = {key: tokens[number] for key, number in ids.items()}
-        config["add_bos_token"] = field.get("add_bos_token", spaced or kind == LLAMA3)
-        config["chat_template"] = field.get("tokenizer.chat_template")
+        config = {key: tokens[number] for key, number in ids.items()} | {
+            "add_bos_token": field.get("add_bos_token", spaced or kind == LLAMA3),
+            "chat_template": field.get("tokenizer.chat_template")}
         plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         return HuggingFace(json.dumps({
             "version": "1.0",
@@ -782,10 +782,9 @@ def records(reader, chosen):
         yield from ((split, False, None) for split in sorted(begun))
 
 
-def encode_record(record, tokenizer=None):
+def encode_record(record):
     """The tokens of a record: uint16, or uint32 where the vocabulary is larger; little endian."""
-    tokenizer = tokenizer or encode_record.tokenizer
-    _, starts, piece = record
+    tokenizer, (_, starts, piece) = encode_record.tokenizer, record
     ids = [tokenizer.eos_id]
     if piece is not None:
         ids = tokenizer.encode(piece, bos=starts, continues=not starts)
@@ -801,7 +800,8 @@ def start_worker(tokenizer):
 def encoded(items, tokenizer, workers):
     """(record, its tokens) in order; the reader never runs far ahead of the processes."""
     if workers == 1:
-        yield from ((record, encode_record(record, tokenizer)) for record in items)
+        encode_record.tokenizer = tokenizer
+        yield from ((record, encode_record(record)) for record in items)
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, start_worker, (tokenizer,)) as pool:
