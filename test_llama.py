@@ -1518,6 +1518,129 @@ class TestMalformed:
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
 
 
+PACKED = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+
+
+class TestProducts:
+    """Of every layout of W; of the quantised ones, whose W is another, by what eye shows of it."""
+    W = noise(48, 64) * torch.linspace(0.1, 3, 48)[:, None]
+
+    @staticmethod
+    def check(lay_out, dtype, w, far):
+        product, (n, k) = lay_out(w), w.shape
+        shown = product(torch.eye(k, dtype=dtype)).T.double()
+        for shape in ((1, k), (1, 1, k), (2, 3, k), (20, k)):
+            x = noise(*shape, seed=1, dtype=dtype)
+            wanted, found = x.double() @ shown.T, product(x)
+            assert found.dtype == dtype and (found - wanted).norm() < far * wanted.norm()
+        return product, (shown - w).abs()
+
+    @pytest.mark.parametrize("lay_out", [generate.Product, partial(generate.product, quantize="")])
+    @pytest.mark.parametrize("dtype, far", [
+        (torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 5e-3)])
+    def test_equation(self, lay_out, dtype, far):
+        product, wrong = self.check(partial(lay_out, dtype=dtype), dtype, self.W, far)
+        assert torch.all(wrong <= far * self.W.abs()) and product.nbytes == 48 * 64 * dtype.itemsize
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_quantised(self, dtype):
+        """No weight is further from its own than half a step, and bf16's rounding."""
+        w = torch.cat((self.W, self.W + 9, torch.zeros(16, 64)))
+        low, high = w.view(112, 2, 32).aminmax(dim=-1, keepdim=True)
+        largest = w.abs().amax(1, True)
+        for kind, step, size in ((generate.Int8Product, largest / 127, 64 + 2),
+                                 (generate.Int4Product, (high - low) / 15, 32 + 2 * 2 * 2)):
+            product, wrong = self.check(kind, dtype, w, 2**-7)
+            most = step.view(112, -1, 1) / 2 + largest[..., None] / 200
+            assert torch.all(wrong.view(112, 2, 32) <= most) and product.nbytes == 112 * size
+
+    @pytest.mark.parametrize("shape, kind", [
+        ((48, 64), generate.Int4Product), ((40, 64), generate.Int8Product),
+        pytest.param((48, 50), generate.Int8Product, marks=pytest.mark.xfail(
+            run=False, reason="_weight_int8pack_mm reads beyond the end where 16 is no divisor"))])
+    def test_chosen_by_shape(self, shape, kind):
+        lay_out = partial(generate.product, dtype=torch.bfloat16, quantize="int4")
+        assert type(self.check(lay_out, torch.bfloat16, noise(*shape), 2**-7)[0]) is kind
+
+    @PACKED
+    def test_packed(self):
+        for dtype, kind in ((torch.float16, "Product"), (torch.float32, "PackedProduct")):
+            assert type(generate.product(self.W, dtype, None)).__name__ == kind
+
+    @pytest.mark.parametrize("kind", [generate.Int8Product, generate.Int4Product])
+    def test_on_other_devices(self, kind):
+        """The branch without kernels of the CPU, by tensors that say to be elsewhere."""
+        class Elsewhere(torch.Tensor):
+            device = torch.device("cuda")
+        there, x = kind(self.W.as_subclass(Elsewhere)), noise(2, 3, 64)
+        found = there(x.as_subclass(Elsewhere)).as_subclass(torch.Tensor)
+        torch.testing.assert_close(found, kind(self.W)(x), rtol=0.01, atol=0.2)
+
+    def test_fused(self):
+        layer, x, at = random_model(SMALL).layers[0], noise(2, 7, 48), torch.arange(7)
+        attend = partial(llama.attention_equation, positions=at, boundaries=None)
+        more = (*llama.rope_table(SMALL, at), attend)
+        lay_out = partial(generate.Product, dtype=torch.float32)
+        close(generate.FusedAttention(layer.attention, lay_out)(x, *more),
+              layer.attention(x, *more))
+        close(generate.FusedFeedForward(layer.feed_forward, lay_out)(x), layer.feed_forward(x))
+
+    @PACKED
+    @pytest.mark.xfail(strict=True, reason="the length of what lives is no free number")
+    def test_every_packed_one_has_its_own_number(self):
+        first, second = (generate.PackedProduct(self.W, torch.float32) for _ in range(2))
+        del first
+        third = generate.PackedProduct(self.W, torch.float32)
+        assert int(second.number) != int(third.number)
+
+
+class TestOpenModel:
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_logits_and_scores_in_every_format(self, tmp_path, tied):
+        llama.save_meta(random_model(replace(WIDE, tie_embeddings=tied)), tmp_path)
+        x, model = tokens(1, 40), llama.load(tmp_path)
+        nll = generate.token_nll(model, x[0].tolist()).mean().item()
+        for dtype, quantize, far in (
+                ("auto", None, 1e-5), ("bf16", None, 0.03), ("fp16", None, 0.005),
+                ("auto", "int8", 0.05), ("fp32", "int8", 0.04), ("auto", "int4", 0.4)):
+            found = generate.open_model(tmp_path, generate.DTYPES[dtype], quantize)
+            with torch.no_grad():
+                wanted = model(x)
+                assert (found(x) - wanted).norm() < far * wanted.norm(), (dtype, quantize)
+            bits = generate.token_nll(found, x[0].tolist()).mean().item()
+            assert bits == pytest.approx(nll, rel=far / 10 + 1e-6), (dtype, quantize)
+
+    def test_no_cuda_is_needed(self, monkeypatch):
+        """meta-llama/llama#50, #112 and six more: a machine with a CPU alone."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        assert generate.best_device() == "cpu"
+
+    def test_no_compiler_is_needed(self, monkeypatch):
+        """nanoGPT#28, gpt-fast#68."""
+        monkeypatch.setattr(torch, "compile", lambda f: lambda x: [].pop())
+        with pytest.raises(ValueError, match="compiled here .pop.*; try without --compile"):
+            generate.check_compiler()
+
+    @pytest.mark.parametrize("quantize, prompt", [
+        (None, [1, 2]), ("int8", [1, 2]), pytest.param(None, [1], marks=pytest.mark.xfail(
+            strict=True, reason="a prompt of one token is compiled for, with one key"))])
+    def test_compiled_once_for_groups_of_layers(self, tmp_path, monkeypatch, quantize, prompt):
+        from torch._dynamo.testing import CompileCounter
+        torch._dynamo.reset()
+        llama.save_meta(random_model(replace(SMALL, n_layers=4, dim=64, hidden_dim=96)), tmp_path)
+        model, counted = generate.open_model(tmp_path, None, quantize), CompileCounter()
+
+        def text():
+            return spelled(generate.generate(model, [prompt], 30, Sampling(0.0)), 0)
+        wanted = text()
+        compiled = partial(torch.compile, fullgraph=True, backend=counted)
+        monkeypatch.setattr(torch, "compile", lambda run, **options: compiled(run))
+        generate.compile_steps(model, 2)
+        counted.clear()
+        assert text() == wanted and model.through_one and counted.frame_count == 1
+
+
 class TestSampling:
     def test_temperature(self):
         logits = noise(3, 50) * 3
@@ -1531,16 +1654,47 @@ class TestSampling:
                                       (5, 0.5), (99, 1.0)])
     def test_cuts_of_transformers(self, k, p):
         from transformers import TopKLogitsWarper, TopPLogitsWarper
-        logits = noise(20, 50) * 3
-        wanted = TopKLogitsWarper(k)(None, logits) if k else logits
-        wanted = TopPLogitsWarper(p)(None, wanted) if p < 1 else wanted
-        close(Sampling(1.0, k, p).probabilities(logits), wanted.softmax(-1))
+        for logits in (noise(20, 50) * 3, noise(9, 600) * 3, noise(9, 600) * 0.1):  # 256, or all
+            wanted = TopKLogitsWarper(k)(None, logits) if k else logits
+            wanted = TopPLogitsWarper(p)(None, wanted) if p < 1 else wanted
+            close(Sampling(1.0, k, p).probabilities(logits), wanted.softmax(-1))
+
+    @pytest.mark.parametrize("sampling", [Sampling(1.0, 0, 1.0), Sampling(0.7, 5, 0.9)])
+    def test_draws_the_distribution(self, sampling):
+        logits, random = noise(1, 7) * 2, torch.Generator().manual_seed(0)
+        drawn = sampling.draw(logits.expand(20000, 7), [random] * 20000)
+        share = torch.bincount(torch.tensor([token for token, _ in drawn]), minlength=7) / 20000
+        p, plain = sampling.probabilities(logits)[0], logits[0].log_softmax(-1)
+        assert (share - p).abs().sum() < 0.02 and torch.all(share[p == 0] == 0)
+        assert all(x == pytest.approx(plain[token].item()) for token, x in drawn[:20])
+
+    @pytest.mark.xfail(strict=True, reason="p.sum() is more than the end of p.cumsum()")
+    def test_the_largest_random_number_draws_a_token(self, monkeypatch):
+        monkeypatch.setattr(torch, "rand", lambda n, **more: torch.tensor([1 - 2**-24]))
+        for seed in range(50):
+            logits, sampling = noise(4, 300, seed=seed) * 2, Sampling(1.0)
+            ids = [token for token, _ in sampling.draw(logits, [None] * 4)]
+            assert torch.all(sampling.probabilities(logits)[range(4), ids] > 0)
 
     def test_bad_settings(self):
         for bad in ({"temperature": -1.0}, {"temperature": math.nan}, {"top_k": -1},
                     {"top_p": 0.0}, {"top_p": 1.5}):
             with pytest.raises(ValueError, match="try"):
                 Sampling(**bad)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Notes what models read, call by call: (after how many tokens, ids, what comes out)."""
+    hidden, calls = Llama.hidden, []
+
+    def noted(model, ids, cache=None, *more):
+        at = cache and cache.lengths[0]
+        h = hidden(model, ids, cache, *more)
+        calls.append((at, ids.tolist(), h))
+        return h
+    monkeypatch.setattr(Llama, "hidden", noted)
+    return calls
 
 
 def spelled(steps, row):
@@ -1586,6 +1740,50 @@ class TestGenerate:
         assert len(spelled(room, 0)) == 4 and len(spelled(room, 1)) == 63
         with pytest.raises(ValueError, match="no room in the context of 64"):
             next(generate.generate(model, [[1] * 64], 1, Sampling()))
+
+    def test_equal_prompts_are_read_once(self, read):
+        model, prompts = random_model(SMALL).eval(), [[1, 5, 9], [7, 3], [1, 5, 9], [1, 5, 9]]
+        run = partial(generate.generate, model, max_new_tokens=9, sampling=Sampling(1.0))
+        together = list(run(prompts, numbers=[0, 0, 1, 2]))
+        assert [ids for _, ids, _ in read][0] == [[1, 5, 9], [7, 3, 0]]
+        assert {torch.tensor(ids).shape for _, ids, _ in read[1:]} == {(4, 1)} and len(read) == 9
+        for row, number in enumerate([0, 0, 1, 2]):
+            assert spelled(together, row) == spelled([*run([prompts[row]], numbers=[number])], 0)
+
+    @pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0, seed=3)])
+    @pytest.mark.parametrize("speculate", [1, 3, 99])
+    def test_guesses_change_nothing_but_the_steps(self, read, sampling, speculate):
+        model = random_model(replace(SMALL, vocab_size=5)).eval()  # where many guesses are right
+        prompts = [[1, 2, 3, 1, 2], [4], [1, 2, 2, 1, 2, 2, 1]]
+        for n, stops in ((7, []), (99, []), (99, [2])):
+            steps = []
+            for guesses in (0, speculate):
+                steps.append(list(generate.generate(model, prompts, n, sampling, frozenset(stops),
+                                                    speculate=guesses)))
+            plain, guessed = ([[new for step in kind for new in step if new[0] == row]
+                               for row in range(3)] for kind in steps)
+            for prompt, one, other in zip(prompts, plain, guessed):
+                assert [new[:2] for new in one] == [new[:2] for new in other]
+                close(torch.tensor([x for *_, x in one]), torch.tensor([x for *_, x in other]))
+                assert stops or len(other) == min(n, 64 - len(prompt))
+            assert len(steps[1]) < len(steps[0]) or n == 7 or stops
+
+    def test_guesses_by_hand(self):
+        text = generate.Text([1, 2, 3, 1, 2])
+        assert text.guess(2) == [3, 1] and text.guess(9) == [3, 1, 2] and text.guess(0) == []
+        text.add(7)
+        assert text.guess(3) == [] == generate.Text([5]).guess(3)
+        text.add(1)
+        text.add(2)
+        assert text.guess(2) == [7, 1]  # the last place counts
+
+    @pytest.mark.parametrize("speculate", [0, 3])
+    def test_a_cache_goes_on_where_it_ends(self, speculate):
+        model, cache = random_model(replace(SMALL, vocab_size=5)).eval(), KVCache(SMALL, 1, 64)
+        run = partial(generate.generate, model, sampling=Sampling(0.0), speculate=speculate)
+        whole = spelled(list(run([[1, 2, 3, 4, 1, 2]], 99)), 0)
+        next(run([[1, 2, 3]], 1, cache=cache))
+        assert spelled(list(run([[4, 1, 2]], 99, cache=cache)), 0) == whole and len(whole) == 58
 
     def test_scores_that_are_not_finite_are_said(self):
         model = random_model(SMALL)
@@ -2785,6 +2983,248 @@ class TestRun:
                             "bandwidth_gb_s", "bandwidth_fraction", "load_s", "first_token_s",
                             "dtype", "quantize"}
         assert row["weight_gb"] == pytest.approx(4 * llama.load(whole_run).config.n_params / 1e9)
+
+
+LLAMA3_CHAT = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
+    "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim "
+    "+ '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+    "{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant"
+    "<|end_header_id|>\n\n' }}{% endif %}")
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}")
+LLAMA2_CHAT = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set "
+    "system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set "
+    "system_message = false %}{% endif %}{% for message in loop_messages %}{% if loop.index0 == 0 "
+    "and system_message != false %}{% set content = '<<SYS>>\n' + system_message + '\n<</SYS>>\n\n'"
+    " + message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}{% if "
+    "message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif "
+    "message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A small checkpoint with its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    llama.save_meta(random_model(replace(SMALL, dim=64, vocab_size=420, max_seq_len=128)), folder)
+    trained().save(folder / "tokenizer.model")
+    return folder
+
+
+class TestTurn:
+    """Turns as the templates that were published spell them, by transformers."""
+
+    @pytest.mark.parametrize("kind, template, begins, ends", [
+        ("llama-bpe", LLAMA3_CHAT, "<|begin_of_text|>", "<|eot_id|>"),
+        ("smollm", CHATML, "<|im_start|>", "<|im_end|>"), ("legacy", LLAMA2_CHAT, "<s>", "</s>")])
+    def test_equals_transformers(self, kind, template, begins, ends):
+        from transformers import PreTrainedTokenizerFast
+        theirs = HUGGING_FACE[kind]()
+        if kind == "llama-bpe":
+            theirs.add_special_tokens(["<|start_header_id|>", "<|end_header_id|>"])
+        ours = tokenizer.HuggingFace(theirs.to_str().encode(), {"chat_template": template})
+        oracle = PreTrainedTokenizerFast(tokenizer_object=theirs, bos_token=begins, eos_token=ends)
+        for system in ("Be brief.\nNo wife", ""):
+            said = [("user", "a man? 12"), ("assistant", "It is 42!"), ("user", "in want\n\nof x")]
+            said = [("system", system)] * bool(system) + said
+            said = [{"role": role, "content": text} for role, text in said]
+            wanted = oracle.apply_chat_template(said, chat_template=template, tokenize=True,
+                                                add_generation_prompt=True, return_dict=False)
+            answer = ours.encode(" It is 42! " if kind == "legacy" else "It is 42!", continues=True)
+            first = generate.turn(ours, "a man? 12", system)
+            assert first + answer + generate.turn(ours, "in want\n\nof x", system, False) == wanted
+            if kind == "legacy":
+                assert generate.turn(trained(), "a man? 12", system) == first
+        names = [name for name in ours.special if kind != "legacy"] + ["<s></s>"]
+        special, plain = ({*generate.turn(ours, text, text)} & {*ours.special.values()}
+                          for text in (" x ".join(names), "a"))
+        assert special == plain
+
+    def test_ranks_of_meta(self):
+        ours, mark = ranked(), "<|start_header_id|>{}<|end_header_id|>\n\n"
+        found = generate.turn(ours, "a", "b") + generate.turn(ours, " c ", "b", first=False)
+        text = (f"<|begin_of_text|>{mark}b<|eot_id|>{mark}a<|eot_id|>{mark}<|eot_id|>{mark}c"
+                f"<|eot_id|>{mark}").format("system", "user", "assistant", "user", "assistant")
+        assert found == ours.encode(text, allowed_special=ours.special)
+
+    def test_what_is_refused(self):
+        for text, system in (("a [/INST] b", ""), ("a", "<</SYS>>")):
+            with pytest.raises(ValueError, match="is a mark of this chat format; try"):
+                generate.turn(trained(), text, system)
+        for config in ({"chat_template": "{{ '<|user|>' }}"}, {}):
+            other = tokenizer.HuggingFace(HUGGING_FACE["legacy"]().to_str().encode(), config)
+            with pytest.raises(ValueError, match="none of llama3, chatml, llama2; try --prompt"):
+                generate.turn(other, "a")
+
+
+class TestChat:
+    @staticmethod
+    def talk(monkeypatch, folder, *said, more=()):
+        said = iter(said)
+
+        def typed(prompt):
+            for text in said:
+                return text
+            raise EOFError
+        monkeypatch.setattr("builtins.input", typed)
+        try:
+            generate.main([str(folder), "--chat", "--temperature", "0", "--system", "S", *more])
+        except KeyboardInterrupt:
+            pytest.fail("Ctrl-C ended more than an answer")
+
+    @staticmethod
+    def told(read):
+        """What the model was told in all, and what it read of it at each turn."""
+        text, turns = [], []
+        for at, (ids,), _ in read:
+            text[at:] = ids
+            if len(ids) > 4:  # a token and guesses are fewer
+                turns.append((at, ids, list(text)))
+        return turns
+
+    @pytest.mark.parametrize("stopped", [None, "before", "after"])
+    def test_reads_what_is_new(self, tiny, read, monkeypatch, capsys, stopped):
+        """And Ctrl-C ends an answer, not the conversation."""
+        noted = Llama.hidden
+
+        def interrupted(model, *args):
+            if stopped == "before" and len(read) == 3:
+                read.append((args[1].lengths[0], args[0].tolist(), None))
+                raise KeyboardInterrupt
+            h = noted(model, *args)
+            if stopped == "after" and len(read) == 4:
+                raise KeyboardInterrupt
+            return h
+        monkeypatch.setattr(Llama, "hidden", interrupted)
+        self.talk(monkeypatch, tiny, "a man", "", "of x", more=["--max-new-tokens", "6"])
+        out, err = capsys.readouterr()
+        assert err.startswith("a conversation in the format llama2; Ctrl-C") and "error" not in err
+        words, (one, two, three) = trained(), self.told(read)
+        first, second = (generate.turn(words, *said) for said in (("a man", "S"), ("", "S", False)))
+        assert one == (0, first, first) and two[1][-len(second):] == second
+        answer = two[2][len(first):-len(second)]
+        assert len(answer) == (3 if stopped else 6) and len(two[1]) <= 1 + len(second)
+        assert out.startswith(words.decode(words.encode("x") + answer)[1:]
+                              + " [stopped]" * bool(stopped) + "\n")
+        model = llama.load(tiny)
+        for at, ids, text in (two, three):
+            h, = (h for start, (some,), h in read if (start, some) == (at, ids))
+            close(h[0, -1], model.hidden(torch.tensor([text]))[0, -1], atol=1e-4)
+
+    def test_a_full_context_begins_anew(self, tiny, read, monkeypatch, capsys):
+        self.talk(monkeypatch, tiny, "a man", "of x " * 9, "x " * 200, "[INST]",
+                  more=["--max-new-tokens", "999"])
+        err = capsys.readouterr().err
+        assert re.findall("error: (a text of|.INST. is)", err) == ["a text of", "[INST] is"]
+        assert "the context of 128 tokens is full: it begins anew" in err
+        ids = [generate.turn(trained(), text, "S") for text in ("a man", "of x " * 9)]
+        assert [turn[:2] for turn in self.told(read)] == [(0, ids[0]), (0, ids[1])]
+
+    @pytest.mark.xfail(strict=True, reason="a wrong guess is left as the answer's last token")
+    def test_guesses_change_nothing(self, tiny, read, monkeypatch, capsys):
+        logits, few = Llama.logits, torch.tensor(trained().encode("abc", continues=True))
+        only = torch.full((420,), -1e9).index_fill(0, few, 0)
+        monkeypatch.setattr(Llama, "logits", lambda model, h: logits(model, h) + only)
+        turns = []
+        for more in ([], ["--speculate", "3"]):
+            for seed in "012345":
+                self.talk(monkeypatch, tiny, *"abc", more=[
+                    "--temperature", "1", "--max-new-tokens", "9", "--seed", seed, *more])
+            turns.append(([text for *_, text in self.told(read)], capsys.readouterr().out))
+            read.clear()
+        assert turns[0] == turns[1]
+
+
+class TestEnds:
+    """alpaca-lora#325, TinyLlama#55, vllm#4180 (Llama 3 has two): output that never ends."""
+
+    @pytest.mark.parametrize("ours, count", [
+        (trained, 1), (ranked, 3), (lambda: tokenizer.HuggingFace(
+            HUGGING_FACE["smollm"]().to_str().encode()), 2)])
+    def test_every_stop_of_the_family(self, ours, count):
+        ours = ours()
+        assert len(ours.stop_ids) == count
+        model = random_model(replace(SMALL, vocab_size=ours.vocab_size))
+        for stop in ours.stop_ids:
+            script = iter(F.one_hot(torch.tensor([40, 41, stop]), ours.vocab_size) * 9.0)
+            model.logits = lambda h: next(script)[None, None]
+            sample, = generate.sample_texts(model, ours, ["a"], 20, Sampling(0.0))
+            assert (sample.ids, sample.finish_reason) == ([40, 41], "stop")
+
+    def test_those_of_generation_config(self, tiny, tmp_path):
+        shutil.copy(tiny / "tokenizer.model", tmp_path)
+        for text, more in (('{"eos_token_id": [2, 35]}', {35}), ('{"eos_token_id": 7}', {7}),
+                           ("{}", set()), ('{"eos_token_id": null}', set()), ("[", set())):
+            (tmp_path / "generation_config.json").write_text(text)
+            assert generate.tokenizer_beside(tmp_path, 420).stop_ids == {2} | more
+
+    def test_a_padded_vocabulary_is_named(self, tiny):
+        """Chinese-LLaMA#87, llama2.c#263, build-nanogpt#95: gibberish by another vocabulary."""
+        with pytest.raises(ValueError, match="420 tokens and the model 448: .* padded; try"):
+            generate.tokenizer_beside(tiny, 448)
+
+
+class TestGenerateCommand:
+    def test_score_says_ids_and_windows(self, tiny, tmp_path, capsys):
+        lines = [json.dumps({"text": text}) for text in (NOVEL * 3, "in want of a wife")]
+        (tmp_path / "t.jsonl").write_text("\n".join(lines))
+        options = [str(tiny), "--score", str(tmp_path / "t.jsonl")]
+        generate.main([*options, "--json"])
+        long, short, total = map(json.loads, capsys.readouterr().out.splitlines())
+        assert [(row["window"], row["stride"]) for row in (long, short)] == [(128, 64), (128, 0)]
+        ids = trained().encode("in want of a wife", bos=True)
+        scores = llama.load(tiny)(torch.tensor([ids]))[0].log_softmax(-1)
+        close(torch.tensor(short["logprobs"]), scores[range(len(ids) - 1), ids[1:]])
+        for row in (long, short):
+            assert row["ids"] == trained().encode(NOVEL * 3 if row is long else "in want of a wife")
+            assert row["nll"] == pytest.approx(-sum(row["logprobs"]), rel=1e-4)
+        assert total["tokens"] == len(long["ids"] + short["ids"]) and "ids" not in total
+        generate.main(options)
+        said = capsys.readouterr().out.splitlines()
+        assert [", in windows of 128 tokens, 64 apart" in line for line in said] == [1, 0, 0]
+
+    @pytest.mark.parametrize("format", llama.EXPORTS)
+    def test_export(self, tiny, tmp_path, capsys, format):
+        out, options = tmp_path / "out" / "model", ["--prompt", "a man", "--temperature", "0"]
+        out.parent.mkdir()
+        generate.main([str(tiny), "--export", format, str(out)])
+        with pytest.raises(ValueError, match="exists already"):
+            generate.main([str(tiny), "--export", format, str(out)])
+        folder = out.parent if format == "llama2c" else out
+        assert (folder / "tokenizer.model").read_bytes() == trained().data
+        for path in (tiny, out):
+            generate.main([str(path), *options, "--max-new-tokens", "9"])
+        said = capsys.readouterr().out
+        assert said[:len(said) // 2] == said[len(said) // 2:] and "a man" in said
+        if format == "hf":
+            from transformers import LlamaForCausalLM
+            theirs, x = LlamaForCausalLM.from_pretrained(out), tokens(1, 40, vocab=420)
+            close(theirs(x).logits, llama.load(tiny)(x), atol=1e-4)
+            ends = theirs.generation_config
+            assert (ends.bos_token_id, ends.eos_token_id) == (1, [2])
+
+    def test_gguf_with_its_vocabulary(self, tiny, tmp_path, capsys):
+        model, words = llama.load(tiny), trained().processor
+        state = {name: w.detach() for name, w in model.state_dict().items()}
+        names = [words.id_to_piece(i) for i in range(420)]
+
+        def vocabulary(w):
+            w.kv_data[0].pop("tokenizer.ggml.tokens")
+            w.kv_data[0].pop("tokenizer.ggml.scores")
+            w.add_token_list(names)
+            w.add_token_scores([words.get_score(i) for i in range(420)])
+            w.add_token_types([2, 3, 3] + [6] * 256 + [1] * 161)
+            w.add_bos_token_id(1)
+            w.add_eos_token_id(2)
+        write_gguf(tmp_path / "m.gguf", model.config, state, extra=vocabulary)
+        for path in (tiny, tmp_path / "m.gguf"):
+            generate.main([str(path), "--prompt", "a man", "--temperature", "0", "--json"])
+        ours, theirs = capsys.readouterr().out.splitlines()
+        assert ours == theirs and len(json.loads(ours)["ids"]) > 20
 
 
 class TestLog:
