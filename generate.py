@@ -11,6 +11,7 @@
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -110,11 +111,11 @@ class PackedProduct(nn.Module):
     """W in fp32 or bf16 in the order of oneDNN's kernel, which F.linear would make at each call.
     The compiler cannot trace that order, so what it compiles calls llama::packed with a number."""
 
-    numbered = weakref.WeakValueDictionary()
+    numbered, numbers = weakref.WeakValueDictionary(), itertools.count()
 
     def __init__(self, weight: Tensor, dtype: torch.dtype):
         super().__init__()
-        self.register_buffer("number", torch.tensor(len(self.numbered)))
+        self.register_buffer("number", torch.tensor(next(self.numbers)))
         self.numbered[int(self.number)] = self
         self.n_out = weight.shape[0]
         # Packed for 64 rows it is the fastest for one row too.
@@ -146,7 +147,8 @@ class Int8Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.bfloat16()
-        if x.device.type == "cpu" and rows(x) <= FEW:
+        # The kernel for few rows reads past the end of rows that are no multiple of 16.
+        if x.device.type == "cpu" and rows(x) <= FEW and x.shape[-1] % 16 == 0:
             y = torch._weight_int8pack_mm(y.flatten(0, -2), self.q, self.s).view(*x.shape[:-1], -1)
         else:
             y = F.linear(y, self.q.bfloat16()) * self.s
@@ -271,7 +273,9 @@ def compile_steps(model: Llama, most: int = 10) -> None:
     check_compiler()
     layers = list(model.layers)
     n = max(n for n in range(1, most + 1) if len(layers) % n == 0)
-    tensors = [dict(layer.named_parameters()) | dict(layer.named_buffers()) for layer in layers]
+    # Detached: the first layer's shall not be told from the others' by being its own.
+    tensors = [{name: x.detach() for name, x in itertools.chain(
+        layer.named_parameters(), layer.named_buffers())} for layer in layers]
 
     def some(tensors, *rest):
         # Tensors as inputs of the first layer's code: quicker to check at each call than modules.
@@ -340,8 +344,9 @@ class Sampling:
         else:
             p = self.probabilities(logits)
             # By the inverse of the distribution: torch.multinomial takes 20 times as long.
-            at = torch.stack([torch.rand(1, generator=g) for g in random]) * p.sum(-1, keepdim=True)
-            ids = torch.searchsorted(p.cumsum(-1), at, right=True)[:, 0]
+            ends = p.cumsum(-1)
+            at = torch.stack([torch.rand(1, generator=g) for g in random]) * ends[:, -1:]
+            ids = torch.searchsorted(ends, at, right=True)[:, 0]
         logprobs = logits.gather(-1, ids[:, None])[:, 0] - total
         return list(zip(ids.tolist(), logprobs.tolist()))
 
@@ -577,7 +582,7 @@ def chat(model: Llama, tokenizer: Tokenizer, max_new_tokens: int, sampling: Samp
     print(f"a conversation in the format {chat_format(tokenizer)}; Ctrl-C stops an answer, "
           f"{'Ctrl-Z' if sys.platform == 'win32' else 'Ctrl-D'} ends it", file=sys.stderr)
     ids, cache, room = [], new_cache(model, 1, 0), model.config.max_seq_len
-    while True:
+    for number in itertools.count():  # of the answer: each has its own randomness
         try:
             text = input("> ")
             new = turn(tokenizer, text, system, first=not ids)
@@ -602,7 +607,7 @@ def chat(model: Llama, tokenizer: Tokenizer, max_new_tokens: int, sampling: Samp
         sample = Sample(tokenizer, text, tokenizer.stop_ids, list(stop_texts))
         try:
             for step in generate(model, [ids[cache.lengths[0]:]], max_new_tokens, sampling,
-                                 tokenizer.stop_ids, None, speculate, cache):
+                                 tokenizer.stop_ids, [number], speculate, cache):
                 for _, token, logprob in step:
                     if sample.finish_reason is None:
                         print(sample.push(token, logprob), end="", flush=True)
@@ -612,8 +617,8 @@ def chat(model: Llama, tokenizer: Tokenizer, max_new_tokens: int, sampling: Samp
         except KeyboardInterrupt:
             print(" [stopped]")
         ids += sample.ids
-        # A guess that was not drawn any more may be in the cache; nothing else can.
-        cache.lengths = [min(cache.lengths[0], len(ids))]
+        # A guess that was not drawn may be in the cache where the last token belongs.
+        cache.lengths = [min(cache.lengths[0], len(ids) - 1)]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -37,7 +37,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------
@@ -488,6 +487,10 @@ class Linear(nn.Linear):
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # where torch would load its compiler to fill nothing
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
 
@@ -719,7 +722,8 @@ class Llama(nn.Module):
         self.backward = backward
         self.dtype = dtype
         self.through_one = None  # generate.py's: `through` for one token, compiled
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        shape = config.vocab_size, config.dim
+        self.tok_embeddings = nn.Embedding(*shape, _weight=torch.zeros(shape))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
@@ -765,7 +769,7 @@ class Llama(nn.Module):
             positions, keys = cache.positions(T), cache.keys[:max(cache.lengths) + T]
             cos, sin = cache.cos[positions], cache.sin[positions]
             run = partial(through, self.layers)
-            if self.through_one and T == 1 and positions.dim() == 1:
+            if self.through_one and T == 1 < len(keys) and positions.dim() == 1:
                 run = self.through_one
             h = run(cache.held, h, cos, sin, positions, keys, self.attention[0])
             cache.lengths = [length + T for length in cache.lengths]
@@ -982,18 +986,9 @@ def only(values: dict, accepted: dict[str, tuple]) -> None:
                              "; try a plain Llama")
 
 
-class Unfilled(TorchFunctionMode):
-    """Inside it nothing fills new modules, which on meta would load torch's compiler first."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return None
-        return function(*args, **(kwargs or {}))
-
-
 def empty(config: LlamaConfig) -> Llama:
     """The model without values, which takes no memory."""
-    with torch.device("meta"), Unfilled():
+    with torch.device("meta"):
         return Llama(config)
 
 
