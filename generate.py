@@ -31,7 +31,7 @@ from torch.func import functional_call
 
 from llama import (EXPORTS, Attention, FeedForward, KVCache, Layer, Llama, export, gguf_fields,
                    load, open_checkpoint, through)
-from tokenizer import (BytePair, HuggingFace, Parser, StreamDecoder, Tokenizer, command, documents,
+from tokenizer import (HuggingFace, Parser, StreamDecoder, Tokenizer, command, documents,
                        from_gguf, load_tokenizer)
 
 FEW = 16  # rows up to which kernels for one row are the faster ones
@@ -368,6 +368,44 @@ class Text(list):
         return self[at:at + n]
 
 
+def read_prompts(model: Llama, prompts: list[list[int]], size: int, cache: KVCache | None
+                 ) -> tuple[KVCache, Tensor]:
+    """All prompts in one pass, equal ones once: (a cache of `size` tokens a row that holds them,
+    what the last token of each gives, (B, 1, D)). With a cache, its one row goes on."""
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    held, longest = cache.lengths[0] if cache else 0, max(map(len, prompts))
+    shared = len(distinct) < len(prompts)
+    read = cache or new_cache(model, len(distinct), longest if shared else size)
+    padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in distinct]
+    h = model.hidden(torch.tensor(padded, device=model.tok_embeddings.weight.device), read)
+    h = h[range(len(distinct)), [len(prompt) - 1 for prompt in distinct]]  # (B, T, D) -> (B, D)
+    read.lengths = [held + len(prompt) for prompt in distinct]
+    if shared:
+        rows = [distinct.index(tuple(prompt)) for prompt in prompts]
+        cache, h = new_cache(model, len(prompts), size), h[rows]
+        cache.take(read, rows)
+    return cache or read, h[:, None]
+
+
+def draw_texts(logits: Tensor, texts: list[Text], guesses: list[list[int]], running: list[int],
+               sampling: Sampling, random: list[torch.Generator], ends
+               ) -> list[tuple[int, int, float]]:
+    """Adds to each running text what is drawn from its scores (B, T, V): a token, and as long as it
+    is the one that was guessed, and ends(row) is false, the next."""
+    step, drawing = [], running
+    for t in range(logits.shape[1]):
+        z = logits[:, t] if len(drawing) == len(logits) else logits[drawing, t]
+        drawn = sampling.draw(z, [random[row] for row in drawing])
+        step += [(row, *new) for row, new in zip(drawing, drawn)]
+        for row, (token, _) in zip(drawing, drawn):
+            texts[row].add(token)
+        drawing = [row for row, (token, _) in zip(drawing, drawn)
+                   if guesses[row][t:t + 1] == [token] and not ends(row)]
+        if not drawing:
+            break
+    return step
+
+
 @torch.inference_mode()
 def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
              stop_ids: frozenset[int] = frozenset(), numbers: list[int] | None = None,
@@ -376,14 +414,12 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampli
     """Continues each prompt; yields (row, id, log-probability) of every row still running, a step
     at a time. A row ends with a stop id, or when the context is full.
 
-    One batch, prompts of any lengths padded on the right: each row is what it would be alone, and
-    equal prompts are read once. numbers[row] tells samples of one prompt apart: a row's randomness
-    is (seed, number) alone. With `speculate`, up to so many guesses go through the model together
-    with the last token; as long as what is drawn is what was guessed, the next scores are there
-    already, and what is drawn is what it would be without. A cache of one row goes on where it
-    ends, with a prompt that is not in it yet.
+    One batch, prompts of any lengths padded on the right: each row is what it would be alone.
+    numbers[row] tells samples of one prompt apart: a row's randomness is (seed, number) alone.
+    With `speculate`, up to so many guesses go through the model together with the last token; as
+    long as what is drawn is what was guessed, the next scores are there already, and what is drawn
+    is what it would be without. A cache of one row goes on with a prompt that is not in it yet.
     """
-    distinct = list(dict.fromkeys(map(tuple, prompts)))
     held = cache.lengths[0] if cache else 0
     longest, room = held + max(map(len, prompts)), model.config.max_seq_len
     if min(map(len, prompts)) == 0:
@@ -391,40 +427,21 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampli
     if longest >= room:
         raise ValueError(f"a prompt of {longest} tokens leaves no room in the context of "
                          f"{room}; try a shorter one")
-    device = model.tok_embeddings.weight.device
+    device, size = model.tok_embeddings.weight.device, min(room, longest + max_new_tokens)
     random = [torch.Generator().manual_seed((sampling.seed * 2**20 + number) % 2**63)
               for number in numbers or [0] * len(prompts)]
-    size = min(room, longest + max_new_tokens)
-    shared = len(distinct) < len(prompts)
-    read = cache or new_cache(model, len(distinct), longest if shared else size)
-    padded = [[*prompt, *[0] * (longest - held - len(prompt))] for prompt in distinct]
-    h = model.hidden(torch.tensor(padded, device=device), read)
-    h = h[range(len(distinct)), [len(prompt) - 1 for prompt in distinct]]  # (B, T, D) -> (B, D)
-    read.lengths = [held + len(prompt) for prompt in distinct]
-    if shared:
-        rows = [distinct.index(tuple(prompt)) for prompt in prompts]
-        cache, h = new_cache(model, len(prompts), size), h[rows]
-        cache.take(read, rows)
-    cache, h = cache or read, h[:, None]
-    texts, made = [Text(prompt) for prompt in prompts], [0] * len(prompts)
-    guesses, running = [[] for _ in prompts], list(range(len(prompts)))
+    cache, h = read_prompts(model, prompts, size, cache)
+    texts, guesses = [Text(prompt) for prompt in prompts], [[] for _ in prompts]
+
+    def ends(row: int) -> bool:
+        made = len(texts[row]) - len(prompts[row])
+        return (made == max_new_tokens or held + len(texts[row]) >= room
+                or made > 0 and texts[row][-1] in stop_ids)
+
+    running = list(range(len(prompts)))
     while True:
-        logits, step, drawing = model.logits(h).cpu(), [], running
-        for t in range(logits.shape[1]):
-            z = logits[:, t] if len(drawing) == len(logits) else logits[drawing, t]
-            drawn = sampling.draw(z, [random[row] for row in drawing])
-            step += [(row, *new) for row, new in zip(drawing, drawn)]
-            for row, (token, _) in zip(drawing, drawn):
-                texts[row].add(token)
-                made[row] += 1
-                if (token in stop_ids or made[row] == max_new_tokens
-                        or held + len(texts[row]) >= room):
-                    running = [other for other in running if other != row]
-            drawing = [row for row, (token, _) in zip(drawing, drawn)
-                       if row in running and guesses[row][t:t + 1] == [token]]
-            if not drawing:
-                break
-        yield step
+        yield draw_texts(model.logits(h).cpu(), texts, guesses, running, sampling, random, ends)
+        running = [row for row in running if not ends(row)]
         if not running:
             return
         # All but the last token of each text are in the cache: what followed a wrong guess is not.
@@ -532,18 +549,18 @@ def chat_format(tokenizer: Tokenizer) -> str:
     for name, (mark, *_) in CHATS.items():
         if mark in (tokenizer.special if template is None else template):
             return name
-    if template is None and not isinstance(tokenizer, BytePair):
+    if template is None and "<s>" in tokenizer.special:
         return "llama2"  # whose files name no format
     raise ValueError("this model's chat format is none of " + ", ".join(CHATS) + "; try --prompt")
 
 
 def turn(tokenizer: Tokenizer, text: str, system: str = "", first: bool = True) -> list[int]:
-    """The ids from the end of the last answer to where the next one begins.
+    r"""The ids from the end of the last answer to where the next one begins.
 
-        llama3  <|start_header_id|>user<|end_header_id|>\\n\\n TEXT <|eot_id|>, and the same for the
-                system; the answer follows <|start_header_id|>assistant<|end_header_id|>\\n\\n
-        chatml  <|im_start|>user\\n TEXT <|im_end|>\\n; the answer follows <|im_start|>assistant\\n
-        llama2  BOS [INST] <<SYS>>\\n SYSTEM \\n<</SYS>>\\n\\n TEXT [/INST] ANSWER EOS
+        llama3  <|start_header_id|>user<|end_header_id|>\n\n TEXT <|eot_id|>, and the same for the
+                system; the answer follows <|start_header_id|>assistant<|end_header_id|>\n\n
+        chatml  <|im_start|>user\n TEXT <|im_end|>\n; the answer follows <|im_start|>assistant\n
+        llama2  BOS [INST] <<SYS>>\n SYSTEM \n<</SYS>>\n\n TEXT [/INST] ANSWER EOS
 
     Special tokens come from here alone: in a text they are ordinary characters.
     """
@@ -575,18 +592,37 @@ def turn(tokenizer: Tokenizer, text: str, system: str = "", first: bool = True) 
     return ids + begin("assistant")
 
 
+def answer(model: Llama, tokenizer: Tokenizer, ids: list[int], cache: KVCache, number: int,
+           max_new_tokens: int, sampling: Sampling, stop_texts: list[str], speculate: int
+           ) -> list[int]:
+    """Prints the answer to a conversation, of which the cache holds the beginning; its ids. Ctrl-C
+    ends it. `number` is the answer's own randomness."""
+    sample = Sample(tokenizer, "-", tokenizer.stop_ids, list(stop_texts))
+    try:
+        for step in generate(model, [ids[cache.lengths[0]:]], max_new_tokens, sampling,
+                             tokenizer.stop_ids, [number], speculate, cache):
+            for _, token, logprob in step:
+                if sample.finish_reason is None:
+                    print(sample.push(token, logprob), end="", flush=True)
+            if sample.finish_reason:
+                break
+        print("" if sample.finish_reason else sample.end("length"))
+    except KeyboardInterrupt:
+        print(" [stopped]")
+    return sample.ids
+
+
 def chat(model: Llama, tokenizer: Tokenizer, max_new_tokens: int, sampling: Sampling, system: str,
          stop_texts: list[str] = (), speculate: int = 0) -> None:
-    """A conversation over stdin and stdout. What was said stays in the cache; Ctrl-C ends an
-    answer, the end of the input the conversation."""
+    """A conversation over stdin and stdout, kept in the cache; the end of the input ends it."""
     print(f"a conversation in the format {chat_format(tokenizer)}; Ctrl-C stops an answer, "
           f"{'Ctrl-Z' if sys.platform == 'win32' else 'Ctrl-D'} ends it", file=sys.stderr)
     ids, cache, room = [], new_cache(model, 1, 0), model.config.max_seq_len
-    for number in itertools.count():  # of the answer: each has its own randomness
+    for number in itertools.count():
         try:
             text = input("> ")
             new = turn(tokenizer, text, system, first=not ids)
-            if len(ids) + len(new) >= room and ids:
+            if ids and len(ids) + len(new) >= room:
                 print(f"the context of {room} tokens is full: it begins anew", file=sys.stderr)
                 ids, cache, new = [], new_cache(model, 1, 0), turn(tokenizer, text, system)
             if len(new) >= room:
@@ -604,19 +640,8 @@ def chat(model: Llama, tokenizer: Tokenizer, max_new_tokens: int, sampling: Samp
         if needed > len(cache.keys):
             held, cache = cache, new_cache(model, 1, min(room, needed + needed // 2))
             cache.take(held, [0])
-        sample = Sample(tokenizer, text, tokenizer.stop_ids, list(stop_texts))
-        try:
-            for step in generate(model, [ids[cache.lengths[0]:]], max_new_tokens, sampling,
-                                 tokenizer.stop_ids, [number], speculate, cache):
-                for _, token, logprob in step:
-                    if sample.finish_reason is None:
-                        print(sample.push(token, logprob), end="", flush=True)
-                if sample.finish_reason:
-                    break
-            print("" if sample.finish_reason else sample.end("length"))
-        except KeyboardInterrupt:
-            print(" [stopped]")
-        ids += sample.ids
+        ids += answer(model, tokenizer, ids, cache, number, max_new_tokens, sampling, stop_texts,
+                      speculate)
         # A guess that was not drawn may be in the cache where the last token belongs.
         cache.lengths = [min(cache.lengths[0], len(ids) - 1)]
 

@@ -1537,6 +1537,7 @@ def write_llama2c(config: LlamaConfig, weights: dict[str, Weight], path: Path) -
                 file.write(tables[name].numpy())
             else:
                 write_tensor(file, weights[name], torch.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, write)
 
 

@@ -259,9 +259,10 @@ def evaluate(model: Llama, batches: Batches, limit: int, micro_batch: int,
 
 
 def flops_per_token(config: LlamaConfig, seq_len: int) -> float:
-    """Of forward and backward: 6 N + 6 L D T, N without the look-up table, no masked scores."""
-    table = 0 if config.tie_embeddings else config.vocab_size * config.dim
-    return 6 * (config.n_params - table) + 6 * config.n_layers * config.dim * seq_len
+    """Of forward and backward: 6 N + 6 L H E T, N without the look-up table, no masked scores."""
+    table, width = config.vocab_size * config.dim, config.n_heads * config.head_dim
+    looked_up = 0 if config.tie_embeddings else table
+    return 6 * (config.n_params - looked_up) + 6 * config.n_layers * width * seq_len
 
 
 def matmul_flops(device: str, dtype: torch.dtype) -> float | None:
