@@ -11,7 +11,6 @@ consolidated.00.pth and tokenizer.model (for generate.py), log.jsonl, loss.svg, 
 import argparse
 import bisect
 import contextlib
-import ctypes
 import hashlib
 import io
 import json
@@ -36,7 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from generate import DTYPES, Sampling, best_device, check_compiler, positive, sample_texts
+from generate import (DTYPES, Sampling, best_device, check_compiler, keep_freed_memory, positive,
+                      sample_texts)
 from llama import (ATTENTION, BACKWARD, SIZES, Llama, LlamaConfig, Recipe, rope_table,
                    rows_at_once, save_meta, write_aside)
 from tokenizer import (Parser, command, documents, load_tokenizer, prepare, standard_library,
@@ -313,15 +313,6 @@ def memory_needed(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dty
             "AdamW": 8 * config.n_params, "activations": activations,
             "logits": (8 + 2 * x.element_size()) * at_once * config.vocab_size
             + 2 * x.element_size() * table}  # W cast, and a chunk's dW
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc's malloc to keep freed blocks, however large, for the next step. Else they go to
-    the system and come back as pages to be cleared: a third of a step's time, or two thirds."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another system's library
-        mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_max, 0)
 
 
 def memory_there(device: str) -> int:
