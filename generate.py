@@ -36,6 +36,7 @@ from tokenizer import (HuggingFace, Parser, StreamDecoder, Tokenizer, command, d
                        from_gguf, load_tokenizer)
 
 FEW = 16  # rows up to which kernels for one row are the faster ones
+AT_ONCE = 512  # rows that are quantised at a time; kernels' blocks of rows divide it
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -46,13 +47,16 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(keep: bool = True) -> None:
     """Tells glibc's malloc to keep freed blocks, however large, for the next use. Else they go to
-    the system and come back as pages to be cleared: a third of a training step's time, or more."""
+    the system and come back as pages to be cleared: a third of a training step's time, or more.
+    keep False: to give all over a megabyte back at once, while a model is loaded."""
+    mmap_threshold, trim_threshold, mmap_max = -3, -1, -4
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another system's library
-        mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_max, 0)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 2**20)
+        mallopt(trim_threshold, -1 if keep else 2**20)
+        mallopt(mmap_max, 0 if keep else 2**16)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -149,9 +153,10 @@ class Int8Product(nn.Module):
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        w = weight.float()
-        s = (w.abs().amax(1) / 127).clamp(min=1e-30)
-        self.register_buffer("q", (w / s[:, None]).round().to(torch.int8))
+        s = torch.linalg.vector_norm(weight, math.inf, dim=1).float().clamp(min=1e-30) / 127
+        self.register_buffer("q", torch.empty(weight.shape, dtype=torch.int8, device=s.device))
+        for some in torch.arange(len(s)).split(AT_ONCE):
+            self.q[some] = (weight[some] / s[some, None]).round().to(torch.int8)
         self.register_buffer("s", s.bfloat16())
         self.nbytes = self.q.nbytes + self.s.nbytes
 
@@ -171,18 +176,21 @@ class Int4Product(nn.Module):
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        w = weight.float().unflatten(1, (-1, 32))
-        low, high = w.aminmax(dim=-1, keepdim=True)
-        s = ((high - low) / 15).clamp(min=1e-30).bfloat16()
-        z = (low + 8 * s).bfloat16()
-        q = ((w - z) / s + 8).round().clamp(0, 15).flatten(1).int()
-        if weight.device.type == "cpu":
-            q = torch._convert_weight_to_int4pack_for_cpu(q, 1)
-            self.register_buffer("scales", torch.cat((s, z), -1).transpose(0, 1).contiguous())
-        else:
-            q = (q[:, ::2] | q[:, 1::2] << 4).to(torch.uint8)
-            self.register_buffer("scales", torch.cat((s, z), -1))
-        self.register_buffer("q", q)
+        packed, scales, on_cpu = [], [], weight.device.type == "cpu"
+        for some in weight.split(AT_ONCE):
+            w = some.float().unflatten(1, (-1, 32))
+            low, high = w.aminmax(dim=-1, keepdim=True)
+            s = ((high - low) / 15).clamp(min=1e-30).bfloat16()
+            z = (low + 8 * s).bfloat16()
+            q = ((w - z) / s + 8).round().clamp(0, 15).flatten(1).int()
+            if on_cpu:
+                packed.append(torch._convert_weight_to_int4pack_for_cpu(q, 1))
+            else:
+                packed.append((q[:, ::2] | q[:, 1::2] << 4).to(torch.uint8))
+            scales.append(torch.cat((s, z), -1))
+        self.register_buffer("q", torch.cat(packed))
+        scales = torch.cat(scales)
+        self.register_buffer("scales", scales.transpose(0, 1).contiguous() if on_cpu else scales)
         self.nbytes = self.q.nbytes + self.scales.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -258,7 +266,8 @@ def open_model(path: Path, dtype: torch.dtype | None = None, quantize: str | Non
             return block
 
         with torch.no_grad():
-            model = load(path, device, finish=finish)
+            # To be quantised they come as they are in the file, mapped.
+            model = load(path, device, None if quantize else dtype, finish)
             if model.output is None:
                 model.output = product(model.tok_embeddings.weight, dtype, quantize)
         model.dtype = dtype
@@ -830,6 +839,7 @@ def main(argv: list[str]) -> None:
     if args.export:
         return export_all(checkpoint, *args.export, args.tokenizer)
     start = time.perf_counter()
+    keep_freed_memory(False)
     model = open_model(checkpoint, DTYPES[args.dtype], args.quantize, args.compile)
     load_s = time.perf_counter() - start
     keep_freed_memory()
