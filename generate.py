@@ -32,8 +32,8 @@ from torch.func import functional_call
 
 from llama import (EXPORTS, Attention, FeedForward, KVCache, Layer, Llama, export, gguf_fields,
                    load, open_checkpoint, through)
-from tokenizer import (HuggingFace, Parser, StreamDecoder, Tokenizer, command, documents,
-                       from_gguf, load_tokenizer)
+from tokenizer import (HuggingFace, Parser, SentencePiece, StreamDecoder, Tokenizer, command,
+                       documents, from_gguf, load_tokenizer)
 
 FEW = 16  # rows up to which kernels for one row are the faster ones
 AT_ONCE = 512  # rows that are quantised at a time; kernels' blocks of rows divide it
@@ -76,12 +76,13 @@ def tokenizer_beside(checkpoint: Path, vocab_size: int, given: str | None = None
     beside it (or one folder up, where LLaMA 1 has it). Its size must be the model's. What ends a
     text is also in transformers' generation_config.json."""
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer.bin", f"tok{vocab_size}.bin")
-    places = [place / name for place in (folder, folder.resolve().parent) for name in names]
+    names = (f"tok{vocab_size}.bin", "tokenizer.json", "tokenizer.model", "tokenizer.bin")
+    folders = [Path(given)] if given else [folder, folder.resolve().parent]
     path = Path(given) if given else checkpoint
     fields = gguf_fields(path) if path.is_file() else None
-    if fields is None and not given:
-        path = next((place for place in places if place.is_file()), None)
+    if fields is None and (path.is_dir() or not given):
+        found = (place / name for place in folders for name in names)
+        path = next((place for place in found if place.is_file()), None)
     if path is None:
         raise ValueError(f"there is no tokenizer beside {checkpoint}; try --tokenizer PATH")
     tokenizer = from_gguf(fields) if fields else load_tokenizer(path)
@@ -149,15 +150,16 @@ OPS._register_fake("packed", lambda x, number, n_out: x.new_empty(*x.shape[:-1],
 
 
 class Int8Product(nn.Module):
-    """W = s q, q in int8 and a scale s for each row: s = max |w| / 127. Computes in bf16."""
+    """W = s q, q in int8 and for each row a scale s = max |w| / 127 in bf16. Computes in bf16."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        s = torch.linalg.vector_norm(weight, math.inf, dim=1).float().clamp(min=1e-30) / 127
-        self.register_buffer("q", torch.empty(weight.shape, dtype=torch.int8, device=s.device))
+        s = (torch.linalg.vector_norm(weight, math.inf, dim=1) / 127).clamp(min=1e-30).bfloat16()
+        self.register_buffer("q", torch.empty_like(weight, dtype=torch.int8))
         for some in torch.arange(len(s)).split(AT_ONCE):
-            self.q[some] = (weight[some] / s[some, None]).round().to(torch.int8)
-        self.register_buffer("s", s.bfloat16())
+            q = (weight[some].float() / s[some, None]).round().clamp(-127, 127)
+            self.q[some] = q.to(torch.int8)
+        self.register_buffer("s", s)
         self.nbytes = self.q.nbytes + self.s.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -211,10 +213,10 @@ def product(weight: Tensor, dtype: torch.dtype, quantize: str | None) -> nn.Modu
         return Int4Product(weight)
     if quantize:
         return Int8Product(weight)
-    packs = {torch.float32: torch.backends.mkldnn.is_available,
-             torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported}
-    if weight.device.type == "cpu" and dtype in packs and packs[dtype]():
-        return PackedProduct(weight, dtype)
+    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():  # not on every machine
+        if dtype == torch.float32 or (dtype == torch.bfloat16
+                                      and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            return PackedProduct(weight, dtype)
     return Product(weight, dtype)
 
 
@@ -270,7 +272,7 @@ def open_model(path: Path, dtype: torch.dtype | None = None, quantize: str | Non
             model = load(path, device, None if quantize else dtype, finish)
             if model.output is None:
                 model.output = product(model.tok_embeddings.weight, dtype, quantize)
-        model.dtype = dtype
+        model.dtype, model.backward = dtype, "autograd"  # LayerByHand wants single matrices
     if compiled:
         compile_steps(model)
     return model
@@ -325,7 +327,8 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:  # nan neither
-            raise ValueError(f"--temperature {self.temperature} is below 0; try 0 for greedy")
+            raise ValueError(f"--temperature {self.temperature} is no number from 0; try 0 for "
+                             "greedy")
         if self.top_k < 0:
             raise ValueError(f"--top-k {self.top_k} is negative; try 0 for all")
         if not 0 < self.top_p <= 1:
@@ -339,7 +342,7 @@ class Sampling:
         """
         if self.temperature == 0:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-        z = (logits - logits.max(-1, keepdim=True).values) / self.temperature
+        z = (logits - logits.max(-1, keepdim=True).values) / max(self.temperature, 1e-6)
         if not self.top_k and self.top_p == 1:
             return z.softmax(-1)
         total, some = z.logsumexp(-1, keepdim=True), min(self.top_k or 256, z.shape[-1])
@@ -350,6 +353,7 @@ class Sampling:
             best, order = z.sort(-1, descending=True)
         p = (best - total).exp()
         before = p.cumsum(-1) - p  # probability of all likelier tokens
+        before[:, 0] = -1  # the likeliest stays, however small top_p is
         p[before >= self.top_p] = 0
         return torch.zeros_like(z).scatter(-1, order, p / p.sum(-1, keepdim=True))
 
@@ -390,10 +394,11 @@ class Text(list):
 def read_prompts(model: Llama, prompts: list[list[int]], size: int, cache: KVCache | None
                  ) -> tuple[KVCache, Tensor]:
     """All prompts in one pass, equal ones once: (a cache of `size` tokens a row that holds them,
-    what the last token of each gives, (B, 1, D)). With a cache, its one row goes on."""
+    what the last token of each gives, (B, 1, D)). A cache given holds a prompt's beginning."""
+    held = cache.lengths[0] if cache else 0
+    prompts = [prompt[held:] for prompt in prompts]
     distinct = list(dict.fromkeys(map(tuple, prompts)))
-    held, longest = cache.lengths[0] if cache else 0, max(map(len, prompts))
-    shared = len(distinct) < len(prompts)
+    longest, shared = max(map(len, prompts)), len(distinct) < len(prompts)
     read = cache or new_cache(model, len(distinct), longest if shared else size)
     padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in distinct]
     h = model.hidden(torch.tensor(padded, device=model.tok_embeddings.weight.device), read)
@@ -437,10 +442,10 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampli
     numbers[row] tells samples of one prompt apart: a row's randomness is (seed, number) alone.
     With `speculate`, up to so many guesses go through the model together with the last token; as
     long as what is drawn is what was guessed, the next scores are there already, and what is drawn
-    is what it would be without. A cache of one row goes on with a prompt that is not in it yet.
+    is what it would be without (but for the rounding of products of several rows). A cache of one
+    row may hold the beginning of its prompt.
     """
-    held = cache.lengths[0] if cache else 0
-    longest, room = held + max(map(len, prompts)), model.config.max_seq_len
+    longest, room = max(map(len, prompts)), model.config.max_seq_len
     if min(map(len, prompts)) == 0:
         raise ValueError("a prompt has no token; try one with BOS")
     if longest >= room:
@@ -454,7 +459,7 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampli
 
     def ends(row: int) -> bool:
         made = len(texts[row]) - len(prompts[row])
-        return (made == max_new_tokens or held + len(texts[row]) >= room
+        return (made == max_new_tokens or len(texts[row]) >= room
                 or made > 0 and texts[row][-1] in stop_ids)
 
     running = list(range(len(prompts)))
@@ -464,12 +469,13 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampli
         if not running:
             return
         # All but the last token of each text are in the cache: what followed a wrong guess is not.
-        cache.lengths = [held + len(text) - 1 for text in texts]
-        free = size - max(cache.lengths[row] for row in running) - 1
-        guesses = [text.guess(min(speculate, free)) if row in running else []
+        # Rows that ended count as long as the longest, so that equal lengths stay equal.
+        most = max(len(texts[row]) for row in running) - 1
+        cache.lengths = [len(text) - 1 if row in running else most
+                         for row, text in enumerate(texts)]
+        guesses = [text.guess(min(speculate, size - most - 1)) if row in running else []
                    for row, text in enumerate(texts)]
         T = 1 + max(map(len, guesses))
-        cache.lengths = [min(length, size - T) for length in cache.lengths]  # of rows that ended
         new = [(text[-1:] + guess + [0] * T)[:T] for text, guess in zip(texts, guesses)]
         h = model.hidden(torch.tensor(new, device=device), cache)
 
@@ -565,8 +571,13 @@ CHATS = {  # what stands before a role, after it, before the text, and after the
 def chat_format(tokenizer: Tokenizer) -> str:
     """Which of CHATS a model was tuned for: by its template, else by its special tokens."""
     template = tokenizer.chat_template
-    for name, (mark, *_) in CHATS.items():
-        if mark in (tokenizer.special if template is None else template):
+    for name, marks in CHATS.items():
+        if marks[0] in (tokenizer.special if template is None else template):
+            missing = [mark for mark in marks if mark and mark[:2] == "<|"
+                       and mark not in tokenizer.special]
+            if missing:
+                raise ValueError(f"the chat format needs {missing[0]}, which the tokenizer has "
+                                 "not; try --tokenizer with the model's own")
             return name
     if template is None and "<s>" in tokenizer.special:
         return "llama2"  # whose files name no format
@@ -618,8 +629,8 @@ def answer(model: Llama, tokenizer: Tokenizer, ids: list[int], cache: KVCache, n
     ends it. `number` is the answer's own randomness."""
     sample = Sample(tokenizer, "-", tokenizer.stop_ids, list(stop_texts))
     try:
-        for step in generate(model, [ids[cache.lengths[0]:]], max_new_tokens, sampling,
-                             tokenizer.stop_ids, [number], speculate, cache):
+        for step in generate(model, [ids], max_new_tokens, sampling, tokenizer.stop_ids, [number],
+                             speculate, cache):
             for _, token, logprob in step:
                 if sample.finish_reason is None:
                     print(sample.push(token, logprob), end="", flush=True)
@@ -641,11 +652,12 @@ def chat(model: Llama, tokenizer: Tokenizer, max_new_tokens: int, sampling: Samp
         try:
             text = input("> ")
             new = turn(tokenizer, text, system, first=not ids)
-            if ids and len(ids) + len(new) >= room:
+            alone = turn(tokenizer, text, system)
+            if len(alone) >= room:
+                raise ValueError(f"a text of {len(alone)} tokens is too long for {room}; try less")
+            if len(ids) + len(new) >= room:
                 print(f"the context of {room} tokens is full: it begins anew", file=sys.stderr)
-                ids, cache, new = [], new_cache(model, 1, 0), turn(tokenizer, text, system)
-            if len(new) >= room:
-                raise ValueError(f"a text of {len(new)} tokens is too long for {room}; try less")
+                ids, cache, new = [], new_cache(model, 1, 0), alone
         except EOFError:
             return print()
         except KeyboardInterrupt:
@@ -697,6 +709,8 @@ def score(model: Llama, tokenizer: Tokenizer, path: str) -> Iterator[dict]:
         if not (text := "".join(pieces)):
             continue
         ids = tokenizer.encode(text, bos=True)
+        if len(ids) < 2:  # of characters that the vocabulary has not
+            continue
         nll = token_nll(model, ids)
         rows.append((len(ids) - 1, float(nll.double().sum()), len(text.encode())))
         context = model.config.max_seq_len
@@ -741,9 +755,9 @@ def bench(model: Llama, n: int, load_s: float) -> dict:
         prefill.append(n / (read - start))
         decode.append(made / (time.perf_counter() - read))
     # A token reads all of it but the embedding, of which it reads a row, where that is not tied.
-    table = model.tok_embeddings.weight.nbytes
+    table = 0 if model.output is None else model.tok_embeddings.weight.nbytes
     read_bytes = sum(getattr(m, "nbytes", 0) or sum(p.nbytes for p in m.parameters(recurse=False))
-                     for m in model.modules()) - (0 if model.output is None else table)
+                     for m in model.modules()) - table
     bandwidth = read_bytes * max(decode)
     fraction = bandwidth / memory_bandwidth(model.tok_embeddings.weight.device.type)
     return {"prefill_tokens_per_s": max(prefill), "decode_tokens_per_s": max(decode),
@@ -795,7 +809,7 @@ def parser() -> Parser:
                        "time; small models gain most")
     model.add_argument("--speculate", type=positive(int), default=0, metavar="N",
                        help="guess N tokens from the text so far and check them together: the same "
-                       "text, faster where it repeats itself; try 4 for code")
+                       "text (but for rounding, in bf16), sooner where it repeats itself; try 4")
     model.add_argument("--tokenizer", metavar="PATH", help="default: the one beside the checkpoint")
     other = p.add_argument_group("instead of sampling, and output")
     other.add_argument("--chat", action="store_true",
@@ -803,8 +817,8 @@ def parser() -> Parser:
     other.add_argument("--system", default="", metavar="TEXT", help="who answers in --chat")
     other.add_argument("--export", nargs=2, metavar=("FORMAT", "OUT"), help="write the checkpoint "
                        f"as one of {', '.join(EXPORTS)}, with its tokenizer")
-    other.add_argument("--score", metavar="FILE", help="bits per byte of its documents, the ones "
-                       "longer than the context in windows that overlap by half")
+    other.add_argument("--score", metavar="FILE", help="bits per byte of its documents, after BOS, "
+                       "the ones longer than the context in windows that overlap by half")
     other.add_argument("--bench", type=positive(int), metavar="N",
                        help="speed: N tokens read, N written")
     other.add_argument("--json", action="store_true", help="one JSON object a sample or document")
@@ -820,12 +834,19 @@ def export_all(checkpoint: Path, format: str, out: str, given: str | None) -> No
         tokenizer = tokenizer_beside(checkpoint, config.vocab_size, given)
     except ValueError as error:
         return print(f"{out} is written, without a tokenizer: {error}", file=sys.stderr)
+    if format == "hf" and isinstance(tokenizer, SentencePiece):
+        tokenizer = tokenizer.as_json()  # which transformers reads without further packages
     name = "tokenizer.json" if isinstance(tokenizer, HuggingFace) else "tokenizer.model"
-    if not (folder / name).exists():
-        tokenizer.save(folder / name)
+    if (folder / name).exists() and (folder / name).read_bytes() != tokenizer.data:
+        return print(f"{folder / name} is another tokenizer and stays; {out} needs its own",
+                     file=sys.stderr)
+    tokenizer.save(folder / name)
     if format == "hf":
         ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids)}
         (folder / "generation_config.json").write_text(json.dumps(ends))
+        config = {key: value for key, value in tokenizer.config.items() if value is not None}
+        (folder / "tokenizer_config.json").write_text(json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", **config}))
 
 
 def main(argv: list[str]) -> None:
@@ -833,8 +854,10 @@ def main(argv: list[str]) -> None:
     if "" in args.stop:
         raise ValueError("--stop needs a text; try --stop with one, or none")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    if args.chat and args.prompt:
-        raise ValueError("--chat reads what is typed; try it without --prompt")
+    instead = [f"--{name}" for name in ("chat", "export", "score", "bench", "prompt")
+               if getattr(args, name) not in (None, False, [])]
+    if len(instead) > 1:
+        raise ValueError(f"{' and '.join(instead)} do not go together; try one of them")
     checkpoint = Path(args.checkpoint) if args.checkpoint else newest_run()
     if args.export:
         return export_all(checkpoint, *args.export, args.tokenizer)

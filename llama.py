@@ -65,7 +65,8 @@ class LlamaConfig:
             if kind is bool and type(value) is bool or value is None and field.default is None:
                 continue
             whole = kind in (int, int | None)
-            if type(value) not in {int, int if whole else float} or not 0 < value < 2**24:
+            most = 2**24 if whole else 1e30
+            if type(value) not in {int, int if whole else float} or not 0 < value < most:
                 wanted = {int: "a positive whole number", bool: "true or false"}
                 raise ValueError(f"{field.name}={value!r} must be {wanted.get(kind, 'positive')}; "
                                  "try the published value")
@@ -1453,7 +1454,7 @@ def write_aside(path: Path, write) -> None:
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         raise OSError(f"{path} could not be written ({str(error)[:100]}) and is as it was before; "
-                      "try to free space on the disk") from None
+                      "try to free space on the disk, or another place") from None
     finally:
         aside.unlink(missing_ok=True)
 

@@ -219,6 +219,16 @@ class SentencePiece(Tokenizer):
             raise ValueError("this SentencePiece model is cut off, or loses text; try LLaMA's kind")
         self.configure({"bos_token": names[marks[0]], "eos_token": names[marks[1]]})
 
+    def as_json(self) -> "HuggingFace":
+        """The same as a tokenizer.json; of pieces that merge in different ways it takes one."""
+        ask, ids = self.processor, range(self.vocab_size)
+        kinds = (2, ask.is_unknown), (3, ask.is_control), (6, ask.is_byte), (5, ask.is_unused)
+        return from_gguf({
+            "model": "llama", "tokens": [ask.id_to_piece(i) for i in ids],
+            "scores": [ask.get_score(i) for i in ids], "bos_token_id": self.bos_id,
+            "token_type": [next((n for n, is_one in kinds if is_one(i)), 1) for i in ids],
+            "eos_token_id": self.eos_id, "tokenizer.chat_template": self.chat_template})
+
     def ordinary(self, text, begins):
         """A text gets a space in front, so that its first word is the word found elsewhere."""
         return (self.processor if begins else self.inner).encode(text)
@@ -538,6 +548,11 @@ def from_gguf(fields: dict) -> HuggingFace:
         config = {key: tokens[number] for key, number in ids.items()} | {
             "add_bos_token": field.get("add_bos_token", spaced or kind == LLAMA3),
             "chat_template": field.get("tokenizer.chat_template")}
+        bos = config.get("bos_token") if config["add_bos_token"] else None
+        whole = [{"SpecialToken": {"id": bos, "type_id": 0}}] * (bos is not None)
+        whole.append({"Sequence": {"id": "A", "type_id": 0}})
+        marks = {token: {"id": token, "ids": [i], "tokens": [token]}
+                 for i, token in enumerate(tokens) if token == bos}
         plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         return HuggingFace(json.dumps({
             "version": "1.0",
@@ -546,6 +561,8 @@ def from_gguf(fields: dict) -> HuggingFace:
                              if sort in (2, 3, 4) or i in ids.values()],
             "normalizer": {"type": "Sequence", "normalizers": normalizers},
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": pretokenizers},
+            "post_processor": {"type": "TemplateProcessing", "single": whole, "pair": whole,
+                               "special_tokens": marks},
             "decoder": {"type": "Sequence",
                         "decoders": FUSED[:3 + (kind != "never")] if spaced else [WORDS]},
             "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)},
