@@ -287,7 +287,7 @@ def check_compiler() -> None:
                          "without --compile, or install a C++ compiler") from None
 
 
-def compile_steps(model: Llama, most: int = 10) -> None:
+def compile_steps(model: Llama, most: int = 16) -> None:
     """torch.compile of the way of one token through as many layers as divide their number, up to
     `most`: one compilation serves them all, so that a deep model takes no longer. Inductor keeps
     what it compiled for the next time."""
