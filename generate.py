@@ -298,12 +298,12 @@ def compile_steps(model: Llama, most: int = 16) -> None:
     tensors = [{name: x.detach() for name, x in itertools.chain(
         layer.named_parameters(), layer.named_buffers())} for layer in layers]
 
-    def some(tensors, *rest):
+    def some_layers(tensors, *rest):
         # Tensors as inputs of the first layer's code: quicker to check at each call than modules.
         called = [partial(functional_call, layers[0], own) for own in tensors]
         return through([lambda *args, call=call: call(args) for call in called], *rest)
     # With the calls between the products in C++ too a token takes a fifth less.
-    compiled = torch.compile(some, fullgraph=True,
+    compiled = torch.compile(some_layers, fullgraph=True,
                              options={"cpp_wrapper": True, "size_asserts": False})
 
     def through_one(held, h, cos, sin, positions, keys, attention):
@@ -669,8 +669,8 @@ def chat(model: Llama, tokenizer: Tokenizer, max_new_tokens: int, sampling: Samp
         ids += new
         needed = min(room, len(ids) + max_new_tokens)
         if needed > len(cache.keys):
-            held, cache = cache, new_cache(model, 1, min(room, needed + needed // 2))
-            cache.take(held, [0])
+            smaller, cache = cache, new_cache(model, 1, min(room, needed + needed // 2))
+            cache.take(smaller, [0])
         ids += answer(model, tokenizer, ids, cache, number, max_new_tokens, sampling, stop_texts,
                       speculate)
         # A guess that was not drawn may be in the cache where the last token belongs.
@@ -704,7 +704,7 @@ def score(model: Llama, tokenizer: Tokenizer, path: str) -> Iterator[dict]:
     """Per document of a file or folder, then in all: tokens, nll, perplexity, bits per byte; per
     document also its ids and their log-probabilities, and what is between the windows it is read
     in (0: one window holds it)."""
-    skipped, rows = [], []
+    skipped, totals = [], []
     for number, pieces in enumerate(documents([path], skipped)):
         if not (text := "".join(pieces)):
             continue
@@ -712,16 +712,16 @@ def score(model: Llama, tokenizer: Tokenizer, path: str) -> Iterator[dict]:
         if len(ids) < 2:  # of characters that the vocabulary has not
             continue
         nll = token_nll(model, ids)
-        rows.append((len(ids) - 1, float(nll.double().sum()), len(text.encode())))
+        totals.append((len(ids) - 1, float(nll.double().sum()), len(text.encode())))
         context = model.config.max_seq_len
-        yield {"document": number, **figures(*rows[-1]), "window": context,
+        yield {"document": number, **figures(*totals[-1]), "window": context,
                "stride": context // 2 if len(ids) - 1 > context else 0,
                "ids": ids[1:], "logprobs": (-nll).tolist()}
     for reason in skipped:
         print(f"passed over {reason}", file=sys.stderr)
-    if not rows:
+    if not totals:
         raise ValueError(f"{path} holds no text; try a UTF-8 text file or a .jsonl with \"text\"")
-    yield {"document": "all", **figures(*map(sum, zip(*rows)))}
+    yield {"document": "all", **figures(*map(sum, zip(*totals)))}
 
 
 def figures(tokens: int, nll: float, size: int) -> dict:
@@ -742,6 +742,10 @@ def memory_bandwidth(device: str) -> float:
 
 def bench(model: Llama, n: int, load_s: float) -> dict:
     """Speed of reading a prompt of n random tokens and of n - 1 steps after it, best of three."""
+    context, dtype = model.config.max_seq_len, model.dtype or model.tok_embeddings.weight.dtype
+    if not 1 < n <= context // 2:
+        raise ValueError(f"--bench {n} must be 2 or more and twice it fit the model's context of "
+                         f"{context}; try {min(64, context // 2)}")
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (n,), generator=generator).tolist()
     prefill, decode, first = [], [], None
@@ -762,7 +766,8 @@ def bench(model: Llama, n: int, load_s: float) -> dict:
     fraction = bandwidth / memory_bandwidth(model.tok_embeddings.weight.device.type)
     return {"prefill_tokens_per_s": max(prefill), "decode_tokens_per_s": max(decode),
             "weight_gb": (read_bytes + table) / 1e9, "bandwidth_gb_s": bandwidth / 1e9,
-            "bandwidth_fraction": round(fraction, 3), "load_s": load_s, "first_token_s": first}
+            "bandwidth_fraction": round(fraction, 3), "load_s": load_s, "first_token_s": first,
+            "dtype": str(dtype).removeprefix("torch.")}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -867,24 +872,29 @@ def main(argv: list[str]) -> None:
     load_s = time.perf_counter() - start
     keep_freed_memory()
     if args.bench:
-        if 2 * args.bench > model.config.max_seq_len:
-            raise ValueError(f"--bench {args.bench} needs a context of {2 * args.bench}, the model "
-                             f"has {model.config.max_seq_len}; try {model.config.max_seq_len // 2}")
-        dtype = str(model.dtype or model.tok_embeddings.weight.dtype).removeprefix("torch.")
         row = bench(model, args.bench, load_s)
-        print(json.dumps({**row, "dtype": dtype, "quantize": args.quantize}))
+        print(json.dumps({**row, "quantize": args.quantize}))
         return
     tokenizer = tokenizer_beside(checkpoint, model.config.vocab_size, args.tokenizer)
     if args.score is not None:
-        for row in score(model, tokenizer, args.score):
-            windows = ", in windows of {window} tokens, {stride} apart" if row.get("stride") else ""
-            text = ("document {document}: {tokens} tokens, nll {nll:.2f}, perplexity "
-                    "{perplexity:.2f}, {bits_per_byte:.3f} bits per byte" + windows)
-            print(json.dumps(row) if args.json else text.format(**row), flush=True)
-        return
-    if args.chat:
-        return chat(model, tokenizer, args.max_new_tokens, sampling, args.system, args.stop,
-                    args.speculate)
+        show_scores(score(model, tokenizer, args.score), args.json)
+    elif args.chat:
+        chat(model, tokenizer, args.max_new_tokens, sampling, args.system, args.stop,
+             args.speculate)
+    else:
+        show_samples(args, model, tokenizer, sampling)
+
+
+def show_scores(rows: Iterator[dict], as_json: bool) -> None:
+    for row in rows:
+        windows = ", in windows of {window} tokens, {stride} apart" if row.get("stride") else ""
+        text = ("document {document}: {tokens} tokens, nll {nll:.2f}, perplexity {perplexity:.2f}, "
+                "{bits_per_byte:.3f} bits per byte" + windows)
+        print(json.dumps(row) if as_json else text.format(**row), flush=True)
+
+
+def show_samples(args, model: Llama, tokenizer: Tokenizer, sampling: Sampling) -> None:
+    """A single text as it comes, several when all are done."""
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt or [""]]
     alone = len(prompts) * args.num_samples == 1 and not args.json
 
