@@ -156,9 +156,8 @@ class Int8Product(nn.Module):
         super().__init__()
         s = (torch.linalg.vector_norm(weight, math.inf, dim=1) / 127).clamp(min=1e-30).bfloat16()
         self.register_buffer("q", torch.empty_like(weight, dtype=torch.int8))
-        for some in torch.arange(len(s)).split(AT_ONCE):
-            q = (weight[some].float() / s[some, None]).round().clamp(-127, 127)
-            self.q[some] = q.to(torch.int8)
+        for q, w, scale in zip(*(x.split(AT_ONCE) for x in (self.q, weight, s[:, None]))):
+            q.copy_((w.float() / scale).round().clamp(-127, 127))
         self.register_buffer("s", s)
         self.nbytes = self.q.nbytes + self.s.nbytes
 
