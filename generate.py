@@ -287,13 +287,14 @@ def check_compiler() -> None:
 
 
 def compile_steps(model: Llama, most: int = 16) -> None:
-    """torch.compile of the way of one token through as many layers as divide their number, up to
-    `most`: one compilation serves them all, so that a deep model takes no longer. Inductor keeps
-    what it compiled for the next time."""
+    """Compiles `through` for one token and n layers, n the largest divisor of their number up to
+    `most`: the same code serves each n of them, so that a deep model takes no longer to compile.
+    Inductor keeps what it compiled for the next time."""
     check_compiler()
     layers = list(model.layers)
     n = max(n for n in range(1, most + 1) if len(layers) % n == 0)
-    # Detached: the first layer's shall not be told from the others' by being its own.
+    # Detached, or the compiler would note that the first layer's tensors are its own, and compile
+    # a second time for those of other layers.
     tensors = [{name: x.detach() for name, x in itertools.chain(
         layer.named_parameters(), layer.named_buffers())} for layer in layers]
 

@@ -897,7 +897,8 @@ def give_back(x: Tensor) -> None:
 class Weight(NamedTuple):
     """A tensor that is still in its file: nothing of it is in memory until read.
 
-    `parts` are mapped from files: what `decode` makes it of, or the pieces of it along an axis.
+    `parts` are mapped from files. Along an `axis` they are pieces of it, one shard's each; else
+    decode(*parts) is the tensor.
     """
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -925,7 +926,7 @@ class Weight(NamedTuple):
         return x
 
     def leave(self) -> None:
-        """Leaves the file alone in holding it, once nobody writes to what was read."""
+        """Its pages leave memory; the file still has them. Not after a view of it was changed."""
         for part in self.parts:
             give_back(part)
 
@@ -939,8 +940,9 @@ class Weight(NamedTuple):
         return same
 
     def turned(self, n: int, m: int) -> "Weight":
-        """wq or wk, whose heads are n x m rows, with heads of m x n rows. A pair is 2 neighbours
-        in Meta's heads (E/2 x 2); transformers' have the first of all pairs, then the second."""
+        """wq or wk with the rows of each head, n x m, turned to m x n. The two of a rotated pair
+        are neighbours in Meta's heads (E/2 x 2); transformers' (2 x E/2) have the first of all
+        pairs, then the second."""
         return Weight(self.shape, self.dtype, self.parts, lambda *parts: self.read().view(
             -1, n, m, self.shape[-1]).transpose(1, 2))
 

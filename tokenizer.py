@@ -132,6 +132,7 @@ class Tokenizer:
     text), adds_bos and chat_template (Jinja's source or None; never run here). A wrong id or half a
     surrogate pair is a ValueError."""
 
+    # every_part: a part behind a special token gets a space in front as the first one does.
     adds_bos, every_part, config, special = True, True, {}, {}
 
     def configure(self, config: dict) -> None:
