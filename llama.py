@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -475,12 +476,107 @@ ATTENTION = {"fused": (attention_fused, attention_fused_backward),
              "equation": (attention_equation, attention_equation_backward)}
 
 # ---------------------------------------------------------------------------------------------
+# Model and sequence parallelism (section 2.4; Korthikanti et al. 2022)
+
+
+class Alone:
+    """A rank that holds every layer whole has nothing to exchange."""
+    rank, size = 0, 1
+
+    def gather(self, x: Tensor, T: int) -> Callable[[], Tensor]:
+        return lambda: x
+
+    scatter_sum = gather
+
+    def g(self, x: Tensor, T: int) -> Tensor:
+        return x
+
+    g_bar = g
+
+
+class TensorParallel(Alone):
+    """t ranks share each layer: columns of Wq, Wk, Wv, W1, W3 (heads, hidden units), rows of Wo,
+    W2. What those put out is a sum over ranks. Korthikanti's four exchanges, each the other's
+    backward:
+
+               forward                  backward                between
+        f      identity                 all-reduce              tensor parallelism alone
+        f_bar  all-reduce               identity
+        g      all-gather of tokens     reduce-scatter          with sequence parallelism
+        g_bar  reduce-scatter           all-gather of tokens
+
+    An all-reduce is a reduce-scatter and an all-gather. So with g and g_bar in place of f and f_bar
+    no more bytes travel, and norms, residual stream and what is saved of them are split too: the
+    B T tokens, laid end to end, into t stretches of N/t. f_bar is left in the loss, over V.
+
+    gather (N/t, ...) -> (N/T, T, ...) and scatter_sum (B, T, ...) -> (N/t, ...) begin at once
+    and return a function that waits for the result: the backward multiplies meanwhile.
+    """
+
+    def __init__(self, group):
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+
+    def gather(self, x: Tensor, T: int) -> Callable[[], Tensor]:
+        whole = x.new_empty(self.size * len(x), *x.shape[1:])
+        work = dist.all_gather_single(whole, x.contiguous(), self.group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return whole.unflatten(0, (-1, T))
+        return wait
+
+    def scatter_sum(self, x: Tensor, T: int) -> Callable[[], Tensor]:
+        x = x.flatten(0, 1)
+        mine = x.new_empty(len(x) // self.size, *x.shape[1:])
+        work = dist.reduce_scatter_single(mine, x, group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return mine
+        return wait
+
+    def g(self, x: Tensor, T: int) -> Tensor:
+        return Exchange.apply(x, T, self.gather, self.scatter_sum)
+
+    def g_bar(self, x: Tensor, T: int) -> Tensor:
+        return Exchange.apply(x, T, self.scatter_sum, self.gather)
+
+
+class Exchange(torch.autograd.Function):
+    """g or g_bar under autograd."""
+
+    @staticmethod
+    def forward(ctx, x, T, there, back):
+        ctx.T, ctx.back = T, back
+        return there(x, T)()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return ctx.back(dy, ctx.T)(), None, None, None
+
+
+def local(weight: Tensor) -> Tensor:
+    """What this rank holds of a weight, with its gradient; all of it if it is no DTensor."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
+def offsets(weight: Tensor) -> tuple[int, ...]:
+    """Where in the whole weight this rank's part begins, for each axis."""
+    if not hasattr(weight, "to_local"):
+        return (0,) * weight.dim()
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    return compute_local_shape_and_global_offset(weight.shape, weight.device_mesh,
+                                                 weight.placements)[1]
+
+
+# ---------------------------------------------------------------------------------------------
 # The layer and the model
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """y = x W^T (section 2.2: no bias), W (out, in) cast to the type that x is computed in."""
-    return F.linear(x, weight.to(x.dtype))
+    return F.linear(x, local(weight).to(x.dtype))
 
 
 class Linear(nn.Linear):
@@ -503,7 +599,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)[0]
+        return rms_norm(x, local(self.weight), self.eps)[0]
 
 
 class Attention(nn.Module):
@@ -560,36 +656,42 @@ class Layer(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend, attend_backward=None) -> Tensor:
-        """attend(q, k, v) -> o, lse; with attend_backward, the layer's own backward by hand."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend, attend_backward=None,
+                tp: Alone = Alone()) -> Tensor:
+        """attend(q, k, v) -> o, lse; with attend_backward, the layer's own backward by hand. With
+        tensor parallelism x and y are this rank's tokens, (N/t, D), and the weights its parts."""
         if attend_backward is not None:
             a, f = self.attention, self.feed_forward
             modules = (self.attention_norm, a.wq, a.wk, a.wv, a.wo, self.ffn_norm, f.w1, f.w2, f.w3)
-            return LayerByHand.apply(x, cos, sin, attend, attend_backward, self.ffn_norm.eps,
-                                     *(m.weight for m in modules))
-        h = x + self.attention(self.attention_norm(x), cos, sin, attend)
-        return h + self.feed_forward(self.ffn_norm(h))
+            return LayerByHand.apply(x, cos, sin, attend, attend_backward, self.ffn_norm.eps, tp,
+                                     *(local(m.weight) for m in modules))
+        T = len(cos)
+        h = x + tp.g_bar(self.attention(tp.g(self.attention_norm(x), T), cos, sin, attend), T)
+        return h + tp.g_bar(self.feed_forward(tp.g(self.ffn_norm(h), T)), T)
 
 
 class LayerByHand(torch.autograd.Function):
     """The layer with its backward written out (section 2.4): what linear layers put out is saved,
     what is cheap is computed again.
 
-    Forward, R the rotation of apply_rope:
+    Forward, R the rotation of apply_rope, g and g_bar of TensorParallel (nothing on one device):
 
-        n = rms_norm(x)    q, k, v = R(n Wq^T), R(n Wk^T), n Wv^T    o, lse = attention(q, k, v)
-        h = x + o Wo^T     m = rms_norm(h)    a, b = m W1^T, m W3^T    s = swiglu(a, b)
-        y = h + s W2^T
+        n = g(rms_norm(x))    q, k, v = R(n Wq^T), R(n Wk^T), n Wv^T    o, lse = attention(q, k, v)
+        h = x + g_bar(o Wo^T)     m = g(rms_norm(h))    a, b = m W1^T, m W3^T    s = swiglu(a, b)
+        y = h + g_bar(s W2^T)
 
     Backward, dz for the gradient of the loss by z. A product z = u W^T gives du = dz W and, summed
-    over tokens, dW = dz^T u; a sum hands its gradient to both terms:
+    over tokens, dW = dz^T u; a sum hands its gradient to both terms; what g and g_bar bring is
+    asked for early (<-) and is under way while the products on the right are computed:
 
-        ds = dy W2              dW2 = dy^T s             da, db = swiglu_backward(ds)
-        dm = da W1 + db W3      dW1 = da^T m             dW3 = db^T m
+        dY <- g(dy)    m <- g(rms_norm(h))
+        ds = dY W2                               da, db = swiglu_backward(ds)
+        dm <- g_bar(da W1 + db W3)               dW2 = dY^T s    dW1 = da^T m    dW3 = db^T m
         dh = dy + rms_norm_backward(dm)
-        do = dh Wo              dWo = dh^T o             dq, dk, dv = attention_backward(do)
+        dH <- g(dh)    n <- g(rms_norm(x))
+        do = dH Wo                               dq, dk, dv = attention_backward(do)
         dq, dk = R^-1(dq), R^-1(dk)
-        dn = dq Wq + dk Wk + dv Wv                       dWq, dWk, dWv = dq^T n, dk^T n, dv^T n
+        dn <- g_bar(dq Wq + dk Wk + dv Wv)       dWo = dH^T o    dWq, dWk, dWv = (dq, dk, dv)^T n
         dx = dh + rms_norm_backward(dn)
 
     A token's bytes in a layer of 7B in bf16 (D = 4096, F = 11008, H = K = 32, E = 128):
@@ -601,24 +703,27 @@ class LayerByHand(torch.autograd.Function):
         lse, r of each norm             H + 2, in fp32        136     93,320 in all
         computed again: n, m, s, silu(a) and, a tile at a time, the weights of attention
 
-    Autograd keeps 153,600 and more. The product for the gradient of a frozen weight is left out.
+    Autograd keeps 153,600 and more. t ranks of tensor parallelism keep a t-th each. The product for
+    the gradient of a frozen weight is left out.
     """
 
     @staticmethod
-    def forward(ctx, x, cos, sin, attend, attend_backward, eps, *weights):
+    def forward(ctx, x, cos, sin, attend, attend_backward, eps, tp, *weights):
         g_n, wq, wk, wv, wo, g_m, w1, w2, w3 = weights
         n, r_n = rms_norm(x, g_n, eps)
+        n = tp.gather(n, len(cos))()
         split = (-1, 2 * cos.shape[-1])  # (B, T, H E) -> (B, T, H, E)
         q, k, v = (linear(n, w).unflatten(-1, split) for w in (wq, wk, wv))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, E)
         o, lse = attend(q, k, v)
-        h = x + linear(o.transpose(1, 2).flatten(2), wo)
+        h = x + tp.scatter_sum(linear(o.transpose(1, 2).flatten(2), wo), len(cos))()
         m, r_m = rms_norm(h, g_m, eps)
+        m = tp.gather(m, len(cos))()
         a, b = linear(m, w1), linear(m, w3)
         ctx.save_for_backward(x, r_n, q, k, v, o, lse, h, r_m, a, b, cos, sin, *weights)
-        ctx.attend_backward = attend_backward
-        return h + linear(swiglu(a, b), w2)
+        ctx.attend_backward, ctx.tp = attend_backward, tp
+        return h + tp.scatter_sum(linear(swiglu(a, b), w2), len(cos))()
 
     @staticmethod
     @once_differentiable
@@ -626,6 +731,7 @@ class LayerByHand(torch.autograd.Function):
         x, r_n, q, k, v, o, lse, h, r_m, a, b, cos, sin, *weights = ctx.saved_tensors
         g_n, wq, wk, wv, wo, g_m, w1, w2, w3 = weights
         _, need_q, need_k, need_v, need_o, _, need_1, need_2, need_3 = ctx.needs_input_grad[-9:]
+        tp, T = ctx.tp, len(cos)
 
         def by_input(dz: Tensor, w: Tensor) -> Tensor:
             return dz @ w.to(dz.dtype)
@@ -633,24 +739,26 @@ class LayerByHand(torch.autograd.Function):
         def by_weight(dz: Tensor, u: Tensor, wanted: bool) -> Tensor | None:
             return (dz.flatten(0, 1).T @ u.flatten(0, 1)).to(w1.dtype) if wanted else None
 
-        da, db = swiglu_backward(by_input(dy, w2), a, b)
-        dw2 = by_weight(dy, swiglu(a, b), need_2)
-        dm = by_input(da, w1) + by_input(db, w3)
-        m, _ = rms_norm(h, g_m, 0, r_m)
+        wait_dy, wait_m = tp.gather(dy, T), tp.gather(rms_norm(h, g_m, 0, r_m)[0], T)
+        dy_whole = wait_dy()
+        da, db = swiglu_backward(by_input(dy_whole, w2), a, b)
+        wait_dm = tp.scatter_sum(by_input(da, w1) + by_input(db, w3), T)
+        dw2, m = by_weight(dy_whole, swiglu(a, b), need_2), wait_m()
         dw1, dw3 = by_weight(da, m, need_1), by_weight(db, m, need_3)
-        dh, dg_m = rms_norm_backward(dm, h, r_m, g_m)
+        dh, dg_m = rms_norm_backward(wait_dm(), h, r_m, g_m)
         dh += dy
-        do = by_input(dh, wo).unflatten(-1, (-1, q.shape[-1])).transpose(1, 2)
-        dwo = by_weight(dh, o.transpose(1, 2).flatten(2), need_o)
+        wait_dh, wait_n = tp.gather(dh, T), tp.gather(rms_norm(x, g_n, 0, r_n)[0], T)
+        dh_whole = wait_dh()
+        do = by_input(dh_whole, wo).unflatten(-1, (-1, q.shape[-1])).transpose(1, 2)
         dq, dk, dv = (d.transpose(1, 2) for d in ctx.attend_backward(do, q, k, v, o, lse))
         dq, dk = apply_rope(dq, cos, -sin), apply_rope(dk, cos, -sin)
         dq, dk, dv = (d.flatten(2) for d in (dq, dk, dv))
-        dn = by_input(dq, wq) + by_input(dk, wk) + by_input(dv, wv)
-        n, _ = rms_norm(x, g_n, 0, r_n)
+        wait_dn = tp.scatter_sum(by_input(dq, wq) + by_input(dk, wk) + by_input(dv, wv), T)
+        dwo, n = by_weight(dh_whole, o.transpose(1, 2).flatten(2), need_o), wait_n()
         dwq, dwk, dwv = by_weight(dq, n, need_q), by_weight(dk, n, need_k), by_weight(dv, n, need_v)
-        dx, dg_n = rms_norm_backward(dn, x, r_n, g_n)
+        dx, dg_n = rms_norm_backward(wait_dn(), x, r_n, g_n)
         dx += dh
-        return (dx, *[None] * 5, dg_n, dwq, dwk, dwv, dwo, dg_m, dw1, dw2, dw3)
+        return (dx, *[None] * 6, dg_n, dwq, dwk, dwv, dwo, dg_m, dw1, dw2, dw3)
 
 
 class KVCache:
@@ -723,6 +831,7 @@ class Llama(nn.Module):
         self.backward = backward
         self.dtype = dtype
         self.through_one = None  # generate.py's: `through` for one token, compiled
+        self.tp = Alone()
         shape = config.vocab_size, config.dim
         self.tok_embeddings = nn.Embedding(*shape, _weight=torch.zeros(shape))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
@@ -743,17 +852,23 @@ class Llama(nn.Module):
         """Norms 1, matrices N(0, 0.02^2), those that write to the residual stream (wo and w2)
         divided by sqrt(2L) (Radford et al. 2019). Meta never published its own.
 
-        A value depends on (seed, parameter name) alone, not on order, layout or device.
+        A row depends on (seed, parameter name, row) alone, not on order, layout or device: random
+        numbers by counter (Salmon et al. 2011), of which a rank draws the rows that it holds.
         """
         for name, p in self.named_parameters():
             if p.dim() == 1:
-                p.fill_(1.0)
+                local(p).fill_(1.0)
                 continue
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            random = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
             residual = name.endswith(("wo.weight", "w2.weight"))
             std = 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
-            p.copy_(torch.empty(p.shape).normal_(0, std, generator=random))
+            (first, left), part = offsets(p), local(p)
+            drawn = np.empty(part.shape, np.float32)
+            for row, values in enumerate(drawn, first):
+                random = np.random.Generator(np.random.Philox(key=key, counter=row << 64))
+                whole = random.standard_normal(p.shape[1], dtype=np.float32)
+                np.multiply(whole[left:left + len(values)], np.float32(std), out=values)
+            part.copy_(torch.from_numpy(drawn))
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None,
                boundaries: Tensor | None = None) -> Tensor:
@@ -761,10 +876,9 @@ class Llama(nn.Module):
 
         With a cache, tokens go on from what it holds, and it grows by T in every row.
         """
-        h = self.tok_embeddings(tokens)
-        h = h.to(self.dtype or h.dtype)
+        h = self.embed(tokens)
         if cache is None:
-            h = self.without_cache(h, boundaries)
+            h = self.without_cache(h, boundaries, tokens.shape[1])
         else:
             T = tokens.shape[1]
             positions, keys = cache.positions(T), cache.keys[:max(cache.lengths) + T]
@@ -776,9 +890,21 @@ class Llama(nn.Module):
             cache.lengths = [length + T for length in cache.lengths]
         return self.norm(h)
 
-    def without_cache(self, h: Tensor, boundaries: Tensor | None) -> Tensor:
-        """h (B, T, D) through all layers, with a backward if gradients are wanted."""
-        positions = torch.arange(h.shape[1], device=h.device)
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D). With tensor parallelism a rank knows V/t rows, those of others add
+        zero, and it goes on with N/t tokens: (N/t, D)."""
+        if self.tp.size == 1:
+            h = self.tok_embeddings(tokens)
+            return h.to(self.dtype or h.dtype)
+        rows = local(self.tok_embeddings.weight)
+        row = tokens - self.tp.rank * len(rows)
+        mine = (0 <= row) & (row < len(rows))
+        h = F.embedding(row.where(mine, 0), rows) * mine[..., None]
+        return self.tp.g_bar(h.to(self.dtype or h.dtype), tokens.shape[1])
+
+    def without_cache(self, h: Tensor, boundaries: Tensor | None, T: int) -> Tensor:
+        """h of embed through the layers, for rows of T; with a backward if gradients are wanted."""
+        positions = torch.arange(T, device=h.device)
         cos, sin = rope_table(self.config, positions)
         attention, attention_backward = self.attention
         attend = partial(attention, positions=positions, boundaries=boundaries)
@@ -786,11 +912,11 @@ class Llama(nn.Module):
         if (self.backward == "manual" and torch.is_grad_enabled()
                 and not torch._C._is_any_autocast_enabled()):  # which autograd alone honours
             by_hand = partial(attention_backward, boundaries=boundaries)
-        for layer in self.layers:
+        for layer in filter(None, self.layers):  # None: another rank's, in a pipeline
             if self.backward == "recompute" and torch.is_grad_enabled():
-                h = checkpoint(layer, h, cos, sin, attend, use_reentrant=False)
+                h = checkpoint(layer, h, cos, sin, attend, None, self.tp, use_reentrant=False)
             else:
-                h = layer(h, cos, sin, attend, by_hand)
+                h = layer(h, cos, sin, attend, by_hand, self.tp)
         return h
 
     def logits(self, h: Tensor) -> Tensor:
@@ -799,7 +925,7 @@ class Llama(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        return (self.tok_embeddings if self.output is None else self.output).weight
+        return local((self.tok_embeddings if self.output is None else self.output).weight)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None,
                 boundaries: Tensor | None = None) -> Tensor:
@@ -820,8 +946,11 @@ class Llama(nn.Module):
 
             loss = -1/(B T) sum log p(target | tokens up to here)
         """
-        h = self.hidden(tokens, boundaries=boundaries).flatten(0, 1)
-        return MeanLoss.apply(h, self.output_weight, targets.flatten())
+        return self.mean_loss(self.hidden(tokens, boundaries=boundaries), targets)
+
+    def mean_loss(self, h: Tensor, targets: Tensor) -> Tensor:
+        """The loss from RMSNorm(h_L), (B, T, D) or, with tensor parallelism, (N/t, D)."""
+        return MeanLoss.apply(h.flatten(0, -2), self.output_weight, targets.flatten(), self.tp)
 
 
 def rows_at_once(V: int, D: int) -> int:
@@ -830,8 +959,8 @@ def rows_at_once(V: int, D: int) -> int:
     return max(1, 2**23 // V, min(D // 2, 2**25 // V))
 
 
-def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor, wanted=(False, False)
-                   ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor, wanted=(False, False),
+                   tp: Alone = Alone()) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Cross entropy of the output projection, and in the same pass the gradient of its sum, for
     some rows at a time: the N x V logits are never all in memory.
 
@@ -839,26 +968,40 @@ def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor, wanted=(False, Fa
         dz = p - onehot(target)        dh = dz W     dW = dz^T h
 
     h (N, D), W (V, D), targets (N,) -> nll (N,) in fp32, and dh (N, D), dW (V, D) where wanted.
+    With tensor parallelism h is (N/t, D) and W this rank's (V/t, D): of each token ranks tell each
+    other the logsumexp of their part of z and z_target, 0 where another has it.
     """
-    w, rows = weight.to(h.dtype), rows_at_once(*weight.shape)
+    w, rows, h = weight.to(h.dtype), rows_at_once(*weight.shape), tp.gather(h, 1)().view(
+        -1, h.shape[-1])
+    targets = targets - tp.rank * len(w)
     nll = torch.empty(len(h), dtype=fp32(h[:0]).dtype, device=h.device)
     dh = torch.empty_like(h) if wanted[0] else None
     dw = None
     for at in range(0, len(h), rows):
         here = slice(at, at + rows)
         z, target = fp32(F.linear(h[here], w)), targets[here, None]
+        mine = (0 <= target) & (target < len(w))
+        target = target.where(mine, 0)
         p = z.softmax(-1)
         # log p_t = z_t - (max z - log max p), without the exp of another log_softmax over all V
         logsumexp = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
-        nll[here] = (logsumexp - z.gather(1, target))[:, 0]
+        z_target = z.gather(1, target) * mine
+        if tp.size > 1:
+            both = tp.gather(torch.stack((logsumexp, z_target)), 2)()  # (t, 2, rows, 1)
+            whole, z_target = both[:, 0].logsumexp(0), both[:, 1].sum(0)
+            p *= (logsumexp - whole).exp()
+            logsumexp = whole
+        nll[here] = (logsumexp - z_target)[:, 0]
         if not any(wanted):
             continue
-        dz = p.scatter_add_(1, target, -torch.ones_like(target, dtype=p.dtype)).to(h.dtype)
+        dz = p.scatter_add_(1, target, -mine.to(p.dtype)).to(h.dtype)
         if wanted[0]:
             dh[here] = dz @ w
         if wanted[1]:
             part = dz.T @ h[here]
             dw = part if dw is None else fp32(dw).add_(part)  # one chunk alone needs no sum
+    if wanted[0]:
+        dh = tp.scatter_sum(dh[None], 0)().view(-1, dh.shape[-1])
     return nll, dh, dw
 
 
@@ -866,8 +1009,8 @@ class MeanLoss(torch.autograd.Function):
     """The mean of next_token_nll, whose gradient is there before backward asks for it."""
 
     @staticmethod
-    def forward(ctx, h, weight, targets):
-        nll, dh, dw = next_token_nll(h, weight, targets, ctx.needs_input_grad[:2])
+    def forward(ctx, h, weight, targets, tp):
+        nll, dh, dw = next_token_nll(h, weight, targets, ctx.needs_input_grad[:2], tp)
         ctx.save_for_backward(dh, dw)
         ctx.count = len(nll)
         return nll.mean()
@@ -877,7 +1020,7 @@ class MeanLoss(torch.autograd.Function):
     def backward(ctx, dloss):
         # In place, to spare a copy: torch refuses a second backward, which would be scaled twice.
         scale = dloss / ctx.count
-        return *(None if d is None else d.mul_(scale) for d in ctx.saved_tensors), None
+        return *(None if d is None else d.mul_(scale) for d in ctx.saved_tensors), None, None
 
 
 # ---------------------------------------------------------------------------------------------

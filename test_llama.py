@@ -537,7 +537,7 @@ class TestLayerByHand:
         shapes = [(2, 3, 8), (8,), (8, 8), kv, kv, (8, 8), (8,), (6, 8), (8, 6), (6, 8)]
         inputs = [noise(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate(shapes)]
         assert torch.autograd.gradcheck(lambda x, *weights: LayerByHand.apply(
-            x, *tables, attend, attend_backward, 0.1, *weights),
+            x, *tables, attend, attend_backward, 0.1, llama.Alone(), *weights),
             [z.requires_grad_() for z in inputs])
 
     @pytest.mark.parametrize("change, shape, documents", [
@@ -686,7 +686,8 @@ class TestMeanLoss:
 
     def test_a_second_backward_is_refused(self):
         h, w, targets = self.inputs()
-        loss = 54 * llama.MeanLoss.apply(h.requires_grad_(), w.requires_grad_(), targets)
+        loss = 54 * llama.MeanLoss.apply(h.requires_grad_(), w.requires_grad_(), targets,
+                                         llama.Alone())
         loss.backward(retain_graph=True)
         for x, d in zip((h, w), llama.next_token_nll(h, w, targets, (True, True))[1:]):
             close(x.grad, 3 * d)
