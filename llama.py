@@ -942,7 +942,8 @@ class Llama(nn.Module):
                           for part, wanted in parts]).view_as(targets)
 
     def loss(self, tokens: Tensor, targets: Tensor, boundaries: Tensor | None = None) -> Tensor:
-        """Mean negative log-likelihood of the targets in nats: two of (B, T) -> scalar.
+        """Mean negative log-likelihood of the targets in nats: two of (B, T) -> scalar. A negative
+        target stands for none and adds 0.
 
             loss = -1/(B T) sum log p(target | tokens up to here)
         """
@@ -968,12 +969,13 @@ def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor, wanted=(False, Fa
         dz = p - onehot(target)        dh = dz W     dW = dz^T h
 
     h (N, D), W (V, D), targets (N,) -> nll (N,) in fp32, and dh (N, D), dW (V, D) where wanted.
+    Where a target is negative there is none: its nll and its dz are 0.
     With tensor parallelism h is (N/t, D) and W this rank's (V/t, D): of each token ranks tell each
     other the logsumexp of their part of z and z_target, 0 where another has it.
     """
     w, rows, h = weight.to(h.dtype), rows_at_once(*weight.shape), tp.gather(h, 1)().view(
         -1, h.shape[-1])
-    targets = targets - tp.rank * len(w)
+    asked, targets = (targets >= 0)[:, None], targets - tp.rank * len(w)
     nll = torch.empty(len(h), dtype=fp32(h[:0]).dtype, device=h.device)
     dh = torch.empty_like(h) if wanted[0] else None
     dw = None
@@ -991,14 +993,14 @@ def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor, wanted=(False, Fa
             whole, z_target = both[:, 0].logsumexp(0), both[:, 1].sum(0)
             p *= (logsumexp - whole).exp()
             logsumexp = whole
-        nll[here] = (logsumexp - z_target)[:, 0]
+        nll[here] = ((logsumexp - z_target) * asked[here])[:, 0]
         if not any(wanted):
             continue
         dz = p.scatter_add_(1, target, -mine.to(p.dtype)).to(h.dtype)
         if wanted[0]:
-            dh[here] = dz @ w
+            dh[here] = (dz @ w).mul_(asked[here])
         if wanted[1]:
-            part = dz.T @ h[here]
+            part = dz.T @ (h[here] * asked[here])
             dw = part if dw is None else fp32(dw).add_(part)  # one chunk alone needs no sum
     if wanted[0]:
         dh = tp.scatter_sum(dh[None], 0)().view(-1, dh.shape[-1])

@@ -13,6 +13,7 @@ import bisect
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -24,21 +25,22 @@ import statistics
 import sys
 import time
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from generate import (DTYPES, Sampling, best_device, check_compiler, keep_freed_memory, positive,
                       sample_texts)
-from llama import (ATTENTION, BACKWARD, SIZES, Llama, LlamaConfig, Recipe, rope_table,
-                   rows_at_once, save_meta, write_aside)
+from llama import (ATTENTION, BACKWARD, SIZES, Llama, LlamaConfig, Recipe, TensorParallel, local,
+                   next_token_nll, rope_table, rows_at_once, save_meta, write_aside)
 from tokenizer import (Parser, command, documents, load_tokenizer, prepare, standard_library,
                        survey, train_sentencepiece, training_text)
 
@@ -194,63 +196,290 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     return recipe.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def make_optimizer(model: Llama, recipe: Recipe) -> torch.optim.AdamW:
+def make_optimizer(parameters: dict[str, Tensor], recipe: Recipe) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2017). Matrices decay, norms do not: the field's custom, the
     papers do not say. Its state exists from the start, so that every state has the same tensors."""
-    groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == decays],
+    groups = [{"params": [p for p in parameters.values() if (p.dim() > 1) == decays],
                "weight_decay": recipe.weight_decay * decays} for decays in (True, False)]
     optimizer = torch.optim.AdamW(groups, recipe.lr, recipe.betas, recipe.eps, fused=True)
-    for p in model.parameters():
+    for p in parameters.values():
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
 
-def predictions(model: Llama, batch: Tensor, bos_id: int | None) -> tuple[Tensor, ...]:
-    """What Llama.loss takes, from (N, T + 1) tokens: each is to predict the next; bos_id: no
-    attention across the documents that it begins."""
-    batch = batch.to(model.tok_embeddings.weight.device)
-    x = batch[:, :-1]
-    return x, batch[:, 1:], None if bos_id is None else document_starts(x, bos_id)
+# ---------------------------------------------------------------------------------------------
+# Many devices (LLaMA, section 2.4; Llama 3, section 3.3.2)
 
 
-def train_step(model: Llama, optimizer, batch: Tensor, lr: float, clip: float, micro_batch: int,
-               bos_id: int | None = None) -> tuple[float, float]:
-    """One step on (N, T + 1) tokens, micro_batch sequences at a time: (loss, norm of the gradient).
+@dataclass(frozen=True)
+class Layout:
+    """How ranks share a step. Ranks next to each other share layers (tp), then the depth (pp),
+    then the state (shards); the rest repeats all of that with other rows of the batch."""
+    replicas: int = 1    # copies of the whole state: plain data parallelism
+    shards: int = 1      # ranks that one copy of weights, gradients, AdamW is split over (FSDP)
+    pp: int = 1          # ranks that the layers are split over: pipeline
+    tp: int = 1          # ranks that each layer is split over: tensor and sequence parallelism
+    interleave: int = 1  # stages of the pipeline that a rank holds
+
+    @property
+    def dp(self) -> int:
+        return self.replicas * self.shards
+
+    @property
+    def size(self) -> int:
+        return self.dp * self.pp * self.tp
+
+    def mesh(self, device: str):
+        return dist.init_device_mesh(device, (self.replicas, self.shards, self.pp, self.tp),
+                                     mesh_dim_names=("replicas", "shards", "pp", "tp"))
+
+
+class Stage(Llama):
+    """Consecutive layers of a Llama: all of them, or stage `index` of `count` of a pipeline. The
+    first one embeds, the last one has the final norm, the output projection and the loss. The names
+    of the parameters are those of the whole."""
+
+    def __init__(self, config: LlamaConfig, index: int = 0, count: int = 1,
+                 bos_id: int | None = None, **options):
+        super().__init__(config, **options)
+        self.bos_id, self.index = bos_id, index
+        self.first, self.last = index == 0, index == count - 1
+        # The first and the last stage, which have more to do, are the last to get one layer more.
+        each, more = divmod(config.n_layers, count)
+        start = index * each + min(max(0, index - 1), more)
+        for i in range(config.n_layers):
+            if not start <= i < start + each + (0 < index <= more):
+                self.layers[i] = None
+        if not (self.first or self.last and config.tie_embeddings):
+            self.tok_embeddings = None
+        if not self.last:
+            self.norm = self.output = None
+
+    def forward(self, h: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+        """h of the stage before (unused by the first) -> h; of the last: the mean loss or, without
+        gradients, the sum. tokens, targets (B, T); a negative target is none."""
+        boundaries = None if self.bos_id is None else document_starts(tokens, self.bos_id)
+        h = self.without_cache(self.embed(tokens) if self.first else h, boundaries, tokens.shape[1])
+        if not self.last:
+            return h
+        h = self.norm(h)
+        if torch.is_grad_enabled():
+            return self.mean_loss(h, targets)
+        return next_token_nll(h.flatten(0, -2), self.output_weight, targets.flatten(),
+                              tp=self.tp)[0].sum()
+
+
+def share(stage: Stage, layout: Layout, mesh) -> None:
+    """Splits the parameters of a stage (on meta: nothing is there yet) and what it does.
+
+    Tensor parallelism: Wq, Wk, Wv, W1, W3, embedding and output by rows, which are heads, hidden
+    units and words; Wo and W2 by columns. Data parallelism: torch's replicate (DDP) or fully_shard
+    (FSDP2), layer by layer; the next layer's weights come while one is computed; weights travel in
+    the type of the computation, gradients in fp32.
+    """
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    if layout.tp > 1:
+        stage.tp = TensorParallel(mesh.get_group("tp"))
+        for name, p in list(stage.named_parameters()):
+            columns = name.endswith(("wo.weight", "w2.weight"))
+            placement = Replicate() if p.dim() == 1 else Shard(1 if columns else 0)
+            part = nn.Parameter(distribute_tensor(p, mesh["tp"], [placement]))
+            owner, _, key = name.rpartition(".")
+            stage.get_submodule(owner).register_parameter(key, part)
+    if layout.dp == 1:
+        return
+    dims = [name for name in ("replicas", "shards") if getattr(layout, name) > 1]
+    policy = MixedPrecisionPolicy(stage.dtype, torch.float32, cast_forward_inputs=False)
+    split = partial(fully_shard if layout.shards > 1 else replicate, mesh=mesh[tuple(dims)],
+                    mp_policy=policy)
+    layers = [split(layer) for layer in stage.layers if layer is not None]
+    split(stage)
+    for layer, following in itertools.pairwise(layers):
+        layer.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([layer])
+
+
+class Engine:
+    """What this rank holds of a model, and how its part of a batch passes through it."""
+
+    def __init__(self, config: LlamaConfig, layout: Layout, device: str, micro_batch: int,
+                 seed: int | None = 0, **options):
+        """options are Stage's. seed None: no initial weights, for tensors that are fake."""
+        self.config, self.layout, self.device = config, layout, device
+        self.micro_batch = micro_batch
+        self.mesh = None if layout.size == 1 else layout.mesh(device)
+        replica, shard, pp, tp = self.mesh.get_coordinate() if self.mesh else (0, 0, 0, 0)
+        self.dp_rank, self.pp_rank = replica * layout.shards + shard, pp
+        count, self.stages = layout.pp * layout.interleave, []
+        for index in range(pp, count, layout.pp):
+            with torch.device("meta"):
+                stage = Stage(config, index, count, **options)
+            share(stage, layout, self.mesh)
+            stage.to_empty(device=device)
+            if seed is not None:
+                stage.init_weights(seed)
+            self.stages.append(stage)
+        # FSDP puts gathered weights in their place for a while: these are the ones that stay.
+        self.parameters = {name: p for stage in self.stages for name, p in stage.named_parameters()}
+        self.schedules = {}
+
+    @property
+    def repeats_embedding(self) -> bool:
+        """Does this rank hold the embedding a second time, as the output projection?"""
+        last = self.stages[-1]
+        return last.last and not last.first and self.config.tie_embeddings
+
+    def rows(self, batch: Tensor) -> Tensor:
+        """The rows of a batch that this rank computes, as many on every rank: what is missing is
+        filled with rows of -1, which have no target. A pipeline wants pp micro-batches, or twice
+        as many, and so on."""
+        unit = self.layout.pp * self.micro_batch if self.layout.pp > 1 else 1
+        each = -(-len(batch) // (self.layout.dp * unit)) * unit
+        batch = F.pad(batch, (0, 0, 0, each * self.layout.dp - len(batch)), value=-1)
+        return batch[self.dp_rank * each:][:each].to(self.device)
+
+    def passes(self, batch: Tensor) -> int:
+        """Micro-batches that the rows of a rank are computed in."""
+        return -(-len(self.rows(batch)) // self.micro_batch)
+
+    def loss(self, batch: Tensor) -> float:
+        """This rank's share of the loss of a batch (N, T + 1): shares add up, over all ranks, to
+        the mean over N T or, without gradients, to the sum. Leaves .grad of the mean."""
+        rows, backward = self.rows(batch), torch.is_grad_enabled()
+        inputs = rows[:, :-1], rows[:, :-1].clamp(min=0), rows[:, 1:]
+        weight = self.layout.dp / len(batch) if backward else 1  # data parallelism takes the mean
+        if self.layout.pp > 1:
+            total = self.through_pipeline(*inputs, weight)
+        else:
+            total, stage = 0.0, self.stages[0]
+            parts = list(zip(*(x.split(self.micro_batch) for x in inputs)))
+            for i, part in enumerate(parts, 1):
+                if self.layout.shards == 1 < self.layout.replicas:
+                    stage.set_requires_gradient_sync(i == len(parts))
+                elif self.layout.replicas > 1:
+                    stage.set_requires_all_reduce(i == len(parts))
+                loss = stage(*part) * (len(part[0]) * weight if backward else 1)
+                if backward:
+                    loss.backward()
+                total += loss.item()
+        return total / (self.layout.tp * (self.layout.dp if backward else 1))
+
+    def through_pipeline(self, h: Tensor, tokens: Tensor, targets: Tensor, weight: float) -> float:
+        """The loss of rows (R, T) through the ranks of the pipeline, 0 on all but the last: each
+        micro-batch goes back as soon as it came to the end (1F1B), through one stage a rank or
+        several (interleaved; Narayanan et al. 2021)."""
+        count = len(tokens) // self.micro_batch
+        if count not in self.schedules:
+            self.schedules[count] = self.schedule(count, tokens.shape[1])
+        last, losses = self.stages[-1].last, []
+        run = self.schedules[count].step if torch.is_grad_enabled() else self.schedules[count].eval
+        self.weight = weight * self.micro_batch if torch.is_grad_enabled() else 1
+        run(*[h] * self.stages[0].first, tokens=tokens, targets=targets, return_outputs=False,
+            target=targets if last else None, losses=losses if last else None)
+        return sum(loss.item() for loss in losses)
+
+    def schedule(self, count: int, T: int):
+        """torch's order of work for `count` micro-batches; shapes are said, so none are asked for."""
+        from torch.distributed.pipelining import (PipelineStage, Schedule1F1B,
+                                                  ScheduleInterleaved1F1B)
+        tokens = torch.empty(self.micro_batch, T, dtype=torch.int64, device="meta")
+        shape = (self.micro_batch, T) if self.layout.tp == 1 else (tokens.numel() // self.layout.tp,)
+        h = torch.empty(*shape, self.config.dim, dtype=self.stages[0].dtype, device="meta",
+                        requires_grad=True)
+        loss = torch.empty((), device="meta", requires_grad=True)
+        stages = [PipelineStage(stage, stage.index, self.layout.pp * self.layout.interleave,
+                                torch.device(self.device), tokens if stage.first else h,
+                                loss if stage.last else h, group=self.mesh.get_group("pp"))
+                  for stage in self.stages]
+        options = {"loss_fn": lambda loss, target: loss * self.weight, "scale_grads": False}
+        return (ScheduleInterleaved1F1B(stages, count, **options) if self.layout.interleave > 1
+                else Schedule1F1B(stages[0], count, **options))
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's part of every gradient."""
+        return [local(p.grad) for p in self.parameters.values() if p.grad is not None]
+
+    def complete(self) -> None:
+        """Adds what a backward leaves on other ranks. A norm saw this rank's tokens alone (tensor
+        parallelism); a tied embedding is used on the first and on the last stage."""
+        if self.layout.tp > 1:
+            norms = [local(p.grad) for p in self.parameters.values() if p.dim() == 1]
+            whole = torch.cat(norms)
+            dist.all_reduce(whole, group=self.mesh.get_group("tp"))
+            torch._foreach_copy_(norms, whole.split([len(norm) for norm in norms]))
+        if self.layout.pp > 1 and self.config.tie_embeddings and (
+                self.stages[0].first or self.stages[-1].last):
+            end = self.stages[0] if self.stages[0].first else self.stages[-1]
+            mine = local(end.tok_embeddings.weight.grad)
+            theirs, group = torch.empty_like(mine), self.mesh.get_group("pp")
+            peer = self.layout.pp - 1 if end.first else 0
+            for work in dist.batch_isend_irecv([
+                    dist.P2POp(dist.isend, mine, group=group, group_peer=peer),
+                    dist.P2POp(dist.irecv, theirs, group=group, group_peer=peer)]):
+                work.wait()
+            mine += theirs
+
+    def squared_norm(self) -> float:
+        """This rank's share of the squared norm of the gradient: what several hold is divided."""
+        named = {name: p for name, p in self.parameters.items() if p.grad is not None}
+        if self.repeats_embedding:
+            del named["tok_embeddings.weight"]
+        norms = torch._foreach_norm([local(p.grad) for p in named.values()])
+        return sum(norm**2 / copies(p)
+                   for norm, p in zip(torch.stack(norms).tolist(), named.values()))
+
+    def add_up(self, *shares: float) -> list[float]:
+        """The sums over all ranks, on all ranks."""
+        if self.layout.size == 1:
+            return list(shares)
+        sums = torch.tensor(shares, dtype=torch.float64)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+
+def copies(weight: Tensor) -> int:
+    """How many ranks hold the same part of it."""
+    if not hasattr(weight, "to_local"):
+        return 1
+    return math.prod(size for size, placement in zip(weight.device_mesh.shape, weight.placements)
+                     if placement.is_replicate())
+
+
+def train_step(engine: Engine, optimizer, batch: Tensor, lr: float, clip: float,
+               flag: float = 0) -> tuple[float, float, float]:
+    """One step on (N, T + 1) tokens: (loss, norm of the gradient, sum of all ranks' flags).
 
     The gradient is that of the mean over all N sequences, scaled to norm `clip` if it is longer.
-    If loss or norm is not finite the weights stay as they are.
+    If loss or norm is not finite, on whichever rank, the weights stay as they are on all.
     """
-    total = 0.0
-    for part in batch.split(micro_batch):
-        loss = model.loss(*predictions(model, part, bos_id)) * (len(part) / len(batch))
-        loss.backward()
-        total += loss.item()
-    norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters()
-                                          if p.grad is not None).item()
-    if math.isfinite(total) and math.isfinite(norm):
+    share = engine.loss(batch)
+    engine.complete()
+    loss, square, flags = engine.add_up(share, engine.squared_norm(), flag)
+    norm = math.sqrt(square)
+    if math.isfinite(loss) and math.isfinite(norm):
         if norm > clip:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, torch.tensor(norm))
+            torch._foreach_mul_(engine.gradients(), clip / (norm + 1e-6))
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total, norm
+    return loss, norm, flags
 
 
 @torch.no_grad()
-def evaluate(model: Llama, batches: Batches, limit: int, micro_batch: int,
-             bos_id: int | None) -> tuple[float, float]:
+def evaluate(engine: Engine, batches: Batches, limit: int) -> tuple[float, float]:
     """Held-out text: (mean negative log-likelihood a token in nats, bits per byte)."""
-    nll, count, size = 0.0, 0, 0.0
+    rows, count, size = [], 0, 0.0
     for bytes_per_token, windows in batches.held_out(limit):
-        whole = [w for w in windows if len(w) == batches.seq_len + 1]
-        groups = [whole[at:at + micro_batch] for at in range(0, len(whole), micro_batch)]
-        for group in groups + [[w] for w in windows if len(w) <= batches.seq_len]:
-            batch = torch.from_numpy(np.stack(group).astype(np.int64))
-            each = model.nll(*predictions(model, batch, bos_id))
-            nll += each.sum().item()
-            count, size = count + each.numel(), size + each.numel() * bytes_per_token
+        rows += [np.pad(window.astype(np.int64), (0, batches.seq_len + 1 - len(window)),
+                        constant_values=-1) for window in windows]
+        tokens = sum(len(window) - 1 for window in windows)
+        count, size = count + tokens, size + tokens * bytes_per_token
+    parts = torch.from_numpy(np.stack(rows)).split(batches.rows)
+    nll, = engine.add_up(sum(engine.loss(part) for part in parts))
     return nll / count, nll / math.log(2) / size
 
 
