@@ -24,6 +24,8 @@ import signal
 import struct
 import subprocess
 import sys
+import textwrap
+import threading
 import time
 import tracemalloc
 import unicodedata
@@ -2803,7 +2805,7 @@ def run_options(text, out, *more):
 @pytest.fixture
 def signals():
     """train.main sets handlers; put pytest's back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    kept = {number: signal.getsignal(number) for number in train.STOPS}
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
@@ -2812,7 +2814,7 @@ def signals():
 @pytest.fixture(scope="module")
 def whole_run(text, tmp_path_factory):
     """An undisturbed run of 30 steps, made once."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    kept = {number: signal.getsignal(number) for number in train.STOPS}
     out = tmp_path_factory.mktemp("runs") / "whole"
     train.main(run_options(text, out))
     for number, handler in kept.items():
@@ -3228,6 +3230,350 @@ class TestGenerateCommand:
             generate.main([str(path), "--prompt", "a man", "--temperature", "0", "--json"])
         ours, theirs = capsys.readouterr().out.splitlines()
         assert ours == theirs and len(json.loads(ours)["ids"]) > 20
+
+
+class TestTorchrunNames:
+    """srun's variables as its manual page describes them; no cluster is here."""
+    STEP = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "2", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
+            "SLURM_NTASKS": "11", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+            "SLURM_STEP_NODELIST": "gpu[003-010,012],cpu1"}
+
+    def test_srun(self):
+        found = train.torchrun_names(self.STEP)
+        port = int(found.pop("MASTER_PORT"))
+        assert found == {"RANK": "5", "WORLD_SIZE": "11", "LOCAL_RANK": "1",
+                         "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu003"}
+        assert 1024 <= port < 32768  # no system's own choice
+        for change in ({"SLURM_STEP_ID": "3"}, {"SLURM_JOB_ID": "4712"}):
+            assert int(train.torchrun_names(self.STEP | change)["MASTER_PORT"]) != port
+
+    @pytest.mark.parametrize("node, tasks, size", [
+        ("0", "4(x2),3", "4"), ("1", "4(x2),3", "4"), ("2", "4(x2),3", "3"), ("0", "8", "8"),
+        ("7", "2(x8)", "2"), ("1", "1,16", "16")])
+    def test_tasks_of_a_node(self, node, tasks, size):
+        step = self.STEP | {"SLURM_NODEID": node, "SLURM_STEP_TASKS_PER_NODE": tasks}
+        assert train.torchrun_names(step)["LOCAL_WORLD_SIZE"] == size
+
+    @pytest.mark.parametrize("nodes, first", [
+        ("gpu1", "gpu1"), ("gpu1,gpu2", "gpu1"), ("gpu[7,9]", "gpu7"), ("a[09-11]-ib,c", "a09-ib"),
+        ("rack[0-1]node[02-03]", "rack0node02"), ("x.y.org,z[1-2]", "x.y.org")])
+    def test_first_node(self, nodes, first):
+        step = self.STEP | {"SLURM_STEP_NODELIST": nodes}
+        assert train.torchrun_names(step)["MASTER_ADDR"] == first
+
+    def test_what_the_user_chose_stays(self):
+        found = train.torchrun_names(self.STEP | {"MASTER_ADDR": "here", "MASTER_PORT": "77"})
+        assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("here", "77")
+
+    @pytest.mark.parametrize("change", [
+        {"SLURM_STEP_ID": None}, {"SLURM_PROCID": None}, {"SLURM_NTASKS": "1"},
+        {"SLURM_STEP_NUM_TASKS": "1"}, {"RANK": "0"}])
+    def test_one_process_or_not_sruns(self, change):
+        """sbatch's script, an interactive step (told of all tasks of its allocation), torchrun."""
+        step = {name: value for name, value in (self.STEP | change).items() if value is not None}
+        assert train.torchrun_names(step) == {}
+
+
+def until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def alive(pid):
+    """Neither gone nor only waiting to be asked for its status."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def supervised(folder, code, n=2, before=""):
+    """supervise's status over n ranks that run the code in the folder; states are in state/."""
+    (folder / "state").mkdir(exist_ok=True)
+    (folder / "rank.py").write_text(before + textwrap.dedent(code))
+    return train.supervise(n, [sys.executable, str(folder / "rank.py")], folder / "state")
+
+
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+os.chdir(Path(__file__).parent)
+rank, start = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+Path(f"{start}-{rank}").write_text(str(os.getpid()))
+while not Path(f"{start}-{1 - rank}").exists():
+    time.sleep(0.01)
+"""
+TRAIN = f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport torch, train" + """
+import torch.distributed as dist
+from tokenizer import command
+args = train.parser().parse_args(sys.argv[1:])
+""" + RANK
+
+
+@pytest.mark.usefixtures("signals")
+class TestSupervise:
+    """The ranks are small scripts without torch; each start leaves files START-RANK."""
+
+    def test_a_dead_rank_is_started_again_with_the_others(self, tmp_path, capfd):
+        status = supervised(tmp_path, """
+            if start < 3 and rank == 1:
+                os.mkdir(f"state/step-{start}")
+                os.kill(os.getpid(), 9) if start else sys.exit(1)
+            if start < 3:
+                time.sleep(60)""", before=RANK)
+        assert status == 0
+        assert {f"{start}-{rank}" for start in range(4) for rank in range(2)} <= {
+            file.name for file in tmp_path.iterdir()} and not (tmp_path / "4-0").exists()
+        assert not any(alive((tmp_path / f"{start}-0").read_text()) for start in range(4))
+        lines = capfd.readouterr().err.splitlines()
+        assert lines[0] == "rank 1 ended with status 1; going on from the last good state"
+        assert lines[1:] == 2 * ["rank 1 was killed by signal 9; going on from the last good state"]
+
+    def test_twice_without_a_new_state_is_the_end(self, tmp_path, capfd):
+        code = "os.makedirs('state/step-1', exist_ok=True); os.kill(os.getpid(), 9 * rank)"
+        assert supervised(tmp_path, code + "; time.sleep(60)", before=RANK) == 1
+        first, last = capfd.readouterr().err.splitlines()
+        assert "going on" in first and last.startswith("error: rank 1 was killed by signal 9, again")
+        assert (tmp_path / "1-0").exists() and not (tmp_path / "2-0").exists()
+
+    @pytest.mark.parametrize("status", [2, 143, 0])
+    def test_what_was_meant_is_not_tried_again(self, tmp_path, status, capfd):
+        """Asked to stop, others may still save; after an error they may wait for ever."""
+        code = f"time.sleep((0.5 if {status} != 2 else 60) * (1 - rank))"
+        code += f"\nPath(f'saved-{{rank}}').touch(); sys.exit({status})"
+        assert supervised(tmp_path, code, before=RANK) == status
+        assert (tmp_path / "saved-0").exists() == (status != 2)
+        assert capfd.readouterr().err == "" and not (tmp_path / "1-0").exists()
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_signals_are_passed_on_once(self, tmp_path, number):
+        code = f"""
+            def stop(number, frame):
+                with open(f"got-{{rank}}", "a") as file:
+                    print(number, file=file)
+            signal.signal({int(number)}, stop)
+            Path(f"ready-{{rank}}").touch()
+            while not Path(f"got-{{rank}}").exists():
+                time.sleep(0.01)
+            time.sleep(0.3)
+            sys.exit({128 + number})"""
+
+        def send():
+            until(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in range(2)))
+            os.kill(os.getpid(), number)
+        thread = threading.Thread(target=send)
+        thread.start()
+        assert supervised(tmp_path, code, before=RANK) == 128 + number
+        thread.join()
+        assert [(tmp_path / f"got-{rank}").read_text() for rank in range(2)] == 2 * [f"{number}\n"]
+
+    def test_without_the_supervisor_no_rank_lives(self, tmp_path):
+        code = """
+            with train.join(args, "cpu"):
+                Path(f"joined-{rank}").touch()
+                time.sleep(60)"""
+        (tmp_path / "rank.py").write_text(TRAIN + textwrap.dedent(code))
+        start = "import sys, train, pathlib; train.supervise(2, sys.argv[1:], pathlib.Path())"
+        process = subprocess.Popen([sys.executable, "-c", start, sys.executable,
+                                    str(tmp_path / "rank.py")], cwd=HERE)
+        until(lambda: all((tmp_path / f"joined-{rank}").exists() for rank in range(2)))
+        ranks = [(tmp_path / f"0-{rank}").read_text() for rank in range(2)]
+        assert all(map(alive, ranks))
+        process.kill()
+        process.wait()
+        until(lambda: not any(map(alive, ranks)), 10)
+
+    def test_one_line_for_all_that_the_user_must_know(self, tmp_path):
+        done = subprocess.run([sys.executable, "train.py", "--nproc", "2", "--data", "nowhere",
+                               "--out", str(tmp_path)], cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("error:") == 1
+        assert "no nowhere; try" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Status and what was written by two ranks: at first one hangs, then rank 0 errs for all."""
+    folder, kept = tmp_path_factory.mktemp("two"), {n: signal.getsignal(n) for n in train.STOPS}
+    code = """
+        def hang_here():
+            time.sleep(60)
+
+        def slow():
+            time.sleep(1.5)
+            return {"a": 1}
+
+        def wrong():
+            raise OSError(28, "No space left on device", "shards")
+
+        def main(_):
+            args.watchdog = 60 if start else 1
+            with train.join(args, "cpu") as world:
+                train.watch(args.watchdog)
+                if not start:
+                    hang_here() if rank else dist.barrier()
+                train.watch(1)
+                made = train.on_first(world, slow)  # longer than the watchdog would wait
+                Path(f"made-{rank}").write_text(f"{world} {torch.get_num_threads()} {made}")
+                train.on_first(world, wrong)
+        command(main)"""
+    with pytest.MonkeyPatch.context() as patch, open(folder / "err", "w+") as err:
+        popen = functools.partial(subprocess.Popen, stderr=err)
+        patch.setattr(train.subprocess, "Popen", popen)
+        status = supervised(folder, code, before=TRAIN)
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+    return status, (folder / "err").read_text(), folder
+
+
+class TestWatch:
+    def test_what_hangs_says_where_and_is_started_again(self, two_ranks):
+        _, err, folder = two_ranks
+        assert "Timeout (0:00:01)!" in err and "Thread 0x" in err and (folder / "1-0").exists()
+        assert "in hang_here" in err or "in barrier" in err
+
+    def test_off_again(self):
+        train.watch(0.2)
+        train.watch(None)
+        time.sleep(0.4)  # else pytest ends here
+
+
+class TestJoin:
+    def test_place_and_threads(self, two_ranks):
+        threads = max(1, tokenizer.cores() // 2)
+        for rank in range(2):
+            place = f"World(rank={rank}, size=2, local_rank={rank}, local_size=2) {threads} "
+            assert (two_ranks[2] / f"made-{rank}").read_text().startswith(place)
+
+    def test_alone_nothing_is_started(self):
+        with train.join(train.parser().parse_args([]), "cpu") as world:
+            assert world == (0, 1, 0, 1) and not torch.distributed.is_initialized()
+
+    def test_other_nproc_than_was_started(self, monkeypatch):
+        for name, value in {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(ValueError, match="2 processes were started here and --nproc says 3"):
+            with train.join(train.parser().parse_args(["--nproc", "3"]), "cpu"):
+                pass
+
+
+class TestOnFirst:
+    def test_result_is_everyones(self, two_ranks):
+        for rank in range(2):
+            assert (two_ranks[2] / f"made-{rank}").read_text().endswith("{'a': 1}")
+
+    def test_error_is_everyones_and_one_line(self, two_ranks):
+        status, err, folder = two_ranks
+        assert status == 2 and not (folder / "2-0").exists()
+        assert re.findall("error:.*", err) == [
+            "error: No space left on device: shards; try another path or disk"]
+
+    def test_alone(self):
+        assert train.on_first(train.World(), lambda: 7) == 7
+
+
+@pytest.fixture(scope="module")
+def three_ranks(tmp_path_factory):
+    """What three ranks of torchrun wrote: copies of tensors compared; then rank 2 alone errs."""
+    folder = tmp_path_factory.mktemp("three")
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r})" + """
+import time, torch, train
+import torch.distributed as dist
+from pathlib import Path
+from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+from tokenizer import command
+train.time = type("", (), {"sleep": lambda seconds, sleep=time.sleep: sleep(seconds / 10)})
+
+def main(_):
+    with train.join(train.parser().parse_args([]), "cpu") as world:
+        mesh = init_device_mesh("cpu", (1, 3))
+        w = torch.arange(12.0).view(3, 4)
+        def tensors(w):
+            return {name: DTensor.from_local(local, mesh, (Replicate(), place), run_check=False)
+                    for name, local, place in (("a", torch.ones(5, dtype=torch.bfloat16), Replicate()),
+                                               ("b.weight", w, Replicate()),
+                                               ("parts", w + world.rank, Shard(0)))} | {"step": w}
+        train.replicas_agree(tensors(w))
+        if world.rank == 1:
+            w.view(torch.int32)[2, 3] ^= 1
+        try:
+            train.replicas_agree(tensors(w))
+        except SystemExit as end:
+            Path(f"ended-{world.rank}").write_text(str(end.code))
+        if world.rank == 2:
+            raise ValueError("no disk here; try another")
+        time.sleep(30)
+command(main)"""
+    (folder / "rank.py").write_text(code)
+    run = ["-m", "torch.distributed.run", "--nproc-per-node", "3", "--standalone", "rank.py"]
+    done = subprocess.run([sys.executable, *run], cwd=folder, capture_output=True, text=True)
+    return done.stderr, folder
+
+
+class TestReplicasAgree:
+    def test_a_wrong_bit_ends_all_ranks(self, three_ranks):
+        err, folder = three_ranks
+        assert [(folder / f"ended-{rank}").read_text() for rank in range(3)] == ["1"] * 3
+        lines = [line for line in err.splitlines() if "other copies" in line]
+        assert len(lines) == 1
+        assert lines[0].startswith("error: b.weight of rank 1 is not what") and "(1 such" in lines[0]
+
+    def test_under_torchrun_what_one_rank_has_alone_is_said_with_its_number(self, three_ranks):
+        errors = re.findall("^error: (?!b).*", three_ranks[0], re.M)
+        assert errors == ["error: rank 2: no disk here; try another"]
+
+
+class TestStopper:
+    def test_a_signal_to_one_rank_stops_all_after_the_same_step(self, tmp_path, signals, capfd):
+        code = """
+            with train.join(args, "cpu") as world:
+                stopper = train.Stopper()
+                for step in range(10**6):
+                    number = torch.tensor(float(stopper.signal))
+                    dist.all_reduce(number, dist.ReduceOp.MAX)
+                    if step == 5:
+                        Path(f"ready-{rank}").touch()
+                    if number:
+                        Path(f"at-{rank}").write_text(str(step))
+                        sys.exit(128 + int(number))"""
+
+        def send():
+            until(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in range(2)))
+            os.kill(int((tmp_path / "0-1").read_text()), signal.SIGUSR1)
+        thread = threading.Thread(target=send)
+        thread.start()
+        assert supervised(tmp_path, code, before=TRAIN) == 128 + signal.SIGUSR1
+        thread.join()
+        assert (tmp_path / "at-0").read_text() == (tmp_path / "at-1").read_text()
+        assert capfd.readouterr().err == ""
+
+
+class TestRestarted:
+    def test_fresh_is_for_the_first_start(self):
+        assert not train.restarted({}) and not train.restarted({"SLURM_RESTART_COUNT": "0"})
+        assert train.restarted({"SLURM_RESTART_COUNT": "1"})
+        assert train.restarted({"TORCHELASTIC_RESTART_COUNT": "2", "SLURM_RESTART_COUNT": "0"})
+
+
+class TestIsSpike:
+    draw = random.Random(0)
+    calm = [3 + 2 * math.exp(-step / 50) + draw.gauss(0, 0.05) for step in range(600)]
+
+    def test_no_loss_of_a_calm_run(self):
+        assert not any(train.is_spike(self.calm[:at], loss) for at, loss in enumerate(self.calm))
+
+    def test_spikes(self):
+        for at in (60, 200, 500):
+            before = self.calm[:at]
+            assert train.is_spike(before, before[-1] + 1.5)
+            assert not train.is_spike(before, before[-1] - 1.5)  # only upwards
+
+    def test_what_it_takes(self):
+        assert not train.is_spike([3.0] * 19, 9.0) and train.is_spike([3.0] * 20, 9.0)
+        assert not train.is_spike([3.0] * 50, 3.05) and train.is_spike([3.0] * 50, 3.07)
+        assert train.is_spike([9.0] * 900 + [3.0] * 100, 4.0)  # what was long ago is no measure
+        noisy = [3.0, 3.1] * 25  # median 3.05, all 0.05 from it
+        assert not train.is_spike(noisy, 3.05 + 6 * 1.48 * 0.05 - 0.001)
+        assert train.is_spike(noisy, 3.05 + 6 * 1.48 * 0.05 + 0.001)
 
 
 class TestLog:

@@ -827,14 +827,18 @@ def encoded(items, tokenizer, workers):
             yield from zip(group, pool.map(encode_record, group, chunksize=64))
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def prepare(name: str, reader: Reader, known: Survey, tokenizer: Tokenizer, folder: str | Path,
             workers: int | None = None) -> dict:
     """Write folder/name.train.bin and .val.bin: of each document and split BOS, its pieces, EOS, in
     the integers of encode_record; the bytes do not depend on workers. reader(skipped) gives the
     documents, each time anew. Returns what was counted."""
     folder, tokens, texts = Path(folder), [0, 0], [0, 0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = workers or min(cores or 1, 61, 1 + known.size // PER_WORKER)  # Windows: 61
+    workers = workers or min(cores(), 61, 1 + known.size // PER_WORKER)  # Windows: 61
     folder.mkdir(parents=True, exist_ok=True)
     aside = [folder / f"{name}.{split}.bin.tmp" for split in ("train", "val")]
     try:

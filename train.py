@@ -9,8 +9,10 @@ The same command goes on where it stopped. DIR (runs/SIZE) then holds params.jso
 consolidated.00.pth and tokenizer.model (for generate.py), log.jsonl, loss.svg, state/ and tokens/.
 """
 import argparse
+import atexit
 import bisect
 import contextlib
+import faulthandler
 import hashlib
 import io
 import itertools
@@ -22,12 +24,17 @@ import re
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,13 +48,15 @@ from generate import (DTYPES, Sampling, best_device, check_compiler, keep_freed_
                       sample_texts)
 from llama import (ATTENTION, BACKWARD, SIZES, Llama, LlamaConfig, Recipe, TensorParallel, local,
                    next_token_nll, rope_table, rows_at_once, save_meta, write_aside)
-from tokenizer import (Parser, command, documents, load_tokenizer, prepare, standard_library,
-                       survey, train_sentencepiece, training_text)
+from tokenizer import (Parser, command, cores, documents, load_tokenizer, prepare,
+                       standard_library, survey, train_sentencepiece, training_text)
 
 TABLE_1 = {"commoncrawl": 67.0, "c4": 15.0, "github": 4.5, "wikipedia": 4.5, "books": 4.5,
            "arxiv": 2.5, "stackexchange": 2.0}  # sampling proportions in percent (LLaMA, Table 1)
 EVAL_TOKENS, FINAL_EVAL_TOKENS = 2**15, 2**21  # held-out tokens read on the way, and at the end
 BAD_STEPS = 5  # non-finite steps in a row that stop a run
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1")  # SLURM can send USR1
+         if hasattr(signal, name)]
 PEAK_FLOPS = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}  # dense bf16, data sheets
 
 # ---------------------------------------------------------------------------------------------
@@ -673,7 +682,224 @@ def last_line(error: BaseException) -> str:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """Of many ranks the first speaks for all."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Many processes: how they come to be, and how a run survives one that does not
+
+
+class World(NamedTuple):
+    rank: int = 0        # of this process among all
+    size: int = 1        # processes in all
+    local_rank: int = 0  # among those of this machine
+    local_size: int = 1
+
+
+def torchrun_names(env: Mapping[str, str]) -> dict[str, str]:
+    """What srun tells its processes, in torchrun's variables. {} where srun started one process or
+    none: the script that sbatch runs is told of all tasks too, but is no step."""
+    size = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
+    if "RANK" in env or size == "1" or not {"SLURM_STEP_ID", "SLURM_PROCID"} <= env.keys():
+        return {}
+    tasks = next(env[name] for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE",
+                                        "SLURM_NTASKS_PER_NODE") if name in env)
+    on_node = [int(count) for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks)
+               for _ in range(int(times or 1))]  # 4(x2),3 is 4, 4, 3
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST") or "localhost"
+    first = re.match(r"([^,[]|\[[^]]*\])+", nodes)[0]  # gpu[003-010,012] of gpu[003-010,012],cpu1
+    job, step = int(env.get("SLURM_JOB_ID", 0)), int(env["SLURM_STEP_ID"])
+    return {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": size, "LOCAL_RANK": env["SLURM_LOCALID"],
+            "LOCAL_WORLD_SIZE": str(on_node[int(env.get("SLURM_NODEID", 0)) % len(on_node)]),
+            "MASTER_ADDR": env.get("MASTER_ADDR") or re.sub(r"\[(\d+)[^]]*\]", r"\1", first),
+            "MASTER_PORT": env.get("MASTER_PORT") or str(10_000 + (8 * job + step) % 20_000)}
+
+
+@contextlib.contextmanager
+def join(args, device: str) -> Iterator[World]:
+    """This process's place in the world that torchrun, srun or `supervise` made; alone without.
+    The first speaks for all: an error that every rank meets is one line, and what a rank has alone
+    comes with its number."""
+    env = os.environ
+    rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    world = World(rank, size, int(env.get("LOCAL_RANK", rank)),
+                  int(env.get("LOCAL_WORLD_SIZE", size)))
+    if size > 1 and args.nproc not in (None, world.local_size):
+        raise ValueError(f"{world.local_size} processes were started here and --nproc says "
+                         f"{args.nproc}; try without --nproc")
+    if size == 1:
+        yield world
+        return
+    args.watchdog = args.watchdog or 1800
+    watch(args.watchdog)
+    if parent := env.get("SUPERVISOR_PID"):
+        threading.Thread(target=die_with, args=(int(parent),), daemon=True).start()
+    if device == "cuda":
+        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())  # srun may show one
+    else:
+        torch.set_num_threads(max(1, cores() // world.local_size))
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    # Rank 0 may prepare text for days while all wait. What hangs is the watchdog's.
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(days=7))
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        if rank == 0:
+            atexit.register(store.set, "rank 0 has ended", "")  # all it had to say is said
+        yield world
+        dist.destroy_process_group()
+    except (ValueError, OSError) as error:
+        if rank == 0:
+            raise
+        for _ in range(100):  # 5 seconds
+            if store.check(["rank 0 has ended"]):
+                sys.exit(2)
+            time.sleep(0.05)
+        raise ValueError(f"rank {rank}: {error}") from None
+    except Exception:
+        time.sleep(1)  # if this came of another rank's end, we are ended too and need not speak
+        raise
+
+
+def die_with(parent: int) -> None:
+    """Ends a rank and the processes it started when its supervisor is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+
+def on_first(world: World, work: Callable):
+    """What work() gives on rank 0, on all ranks, or its ValueError or OSError."""
+    if world.size == 1:
+        return work()
+    watch(None)  # it may take its time
+    result, error = None, None
+    if world.rank == 0:
+        try:
+            result = work()
+        except (ValueError, OSError) as caught:
+            error = caught
+    box = [result, error]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def watch(seconds: float | None) -> None:
+    """A process that does not call this again in time says where each of its threads hangs, and
+    ends with status 1. It needs no thread of Python's, which might hang too. None: never."""
+    faulthandler.cancel_dump_traceback_later()
+    if seconds:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+
+
+def supervise(n: int, command: list[str], states: Path) -> int:
+    """Runs the command as n ranks on this machine (Linux, macOS) and stays: the exit status. A rank
+    that dies takes all with it, and they start again from the newest state; dying twice without a
+    new one is the end. A user's mistake, and a stop that was asked for, are not tried again."""
+    stops, reached = [], None
+    for number in STOPS:
+        signal.signal(number, lambda number, frame: stops.append(number))
+    for start in itertools.count():
+        # A store of ours, new at each start: its port is held from the first moment.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        ranks = start_ranks(n, command, store.port, start)
+        rank, status = wait_for(ranks, stops)
+        for process in ranks:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes it started
+            process.wait()
+        if status in (0, 2) or status > 128:
+            return status
+        if stops:
+            return 128 + stops[-1]
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        state = max(states.glob("step-*"), default=None)
+        if start and state == reached:
+            say(f"error: rank {rank} {how}, again before a new state was saved; try --save-every "
+                "with fewer steps, or the same command, which goes on from the last good state")
+            return 1
+        say(f"rank {rank} {how}; going on from the last good state")
+        reached = state
+
+
+def start_ranks(n: int, command: list[str], port: int, start: int) -> list[subprocess.Popen]:
+    """The command n times, each in a session of its own: the terminal's Ctrl-C comes to us alone,
+    and from us to them, once."""
+    shared = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True,
+              "TORCHELASTIC_RESTART_COUNT": start, "SUPERVISOR_PID": os.getpid()}
+    each = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(n)]
+    return [subprocess.Popen(command, start_new_session=True,
+                             env=os.environ | {name: str(value) for name, value in own.items()})
+            for own in each]
+
+
+def wait_for(ranks: list[subprocess.Popen], stops: list[int]) -> tuple[int, int]:
+    """(rank, status as Popen has it) of the first that died or met an error, else of rank 0 when
+    all have ended. Passes on the signals that come to `stops`."""
+    sent = 0
+    while True:
+        for number in stops[sent:]:
+            sent += 1
+            for process in ranks:
+                process.send_signal(number)
+        statuses = [process.poll() for process in ranks]
+        # Above 128 a rank was asked to stop, and others may still save.
+        failed = [(rank, status) for rank, status in enumerate(statuses)
+                  if status and status <= 128]
+        if failed:  # of several, more likely the cause: a signal, then an error it could name
+            return min(failed, key=lambda found: (found[1] > 0, found[1] != 2))
+        if None not in statuses:
+            return 0, statuses[0]
+        time.sleep(0.05)
+
+
+def restarted(env: Mapping[str, str]) -> bool:
+    """Whether torchrun, `supervise` or SLURM started this again, --fresh and all."""
+    return any(env.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("TORCHELASTIC", "SLURM"))
+
+
+def replicas_agree(tensors: Mapping[str, Tensor]) -> None:
+    """Ends all ranks with status 1 where a DTensor's copies along a dimension of its mesh are not
+    the same bits. To be called before a save, so that the last state stays good. One checksum each
+    (the exclusive or of all elements) is exchanged: any one wrong bit changes it."""
+    copies, wrong = {}, []
+    for name, tensor in tensors.items():
+        for dim, placement in enumerate(getattr(tensor, "placements", ())):
+            if placement.is_replicate() and tensor.device_mesh.size(dim) > 1:
+                found = torch.hash_tensor(tensor.to_local()).view(torch.int64)
+                copies.setdefault(tensor.device_mesh.get_group(dim), {})[name] = found
+    for group, sums in copies.items():
+        mine, ranks = torch.stack(list(sums.values())), dist.get_process_group_ranks(group)
+        every = [torch.empty_like(mine) for _ in ranks]
+        dist.all_gather(every, mine, group)
+        for name, column in zip(sums, torch.stack(every, dim=1).tolist()):
+            common = statistics.mode(column)
+            odd = [rank for rank, x in zip(ranks, column) if x != common or len(ranks) == 2]
+            if len(set(column)) > 1:
+                wrong.append(f"{name} of rank {' or '.join(map(str, odd))}")
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, wrong)
+    if wrong := sorted(set(itertools.chain(*found))):
+        say(f"error: {wrong[0]} is not what the other copies are ({len(wrong)} such tensors): a "
+            "memory or processor failed in silence; nothing was saved since; try without that one")
+        dist.barrier()
+        sys.exit(1)
+
+
+def is_spike(before: Sequence[float], loss: float) -> bool:
+    """Whether a loss lies out of what the last 100 let expect: over their median by 6 times their
+    spread, which is the median distance from it (x 1.48: of a normal distribution, one standard
+    deviation), and at least 0.01 nats. Not before there are 20."""
+    last = before[-100:]
+    if len(last) < 20:
+        return False
+    middle = statistics.median(last)
+    spread = 1.48 * statistics.median(abs(x - middle) for x in last)
+    return loss > middle + 6 * max(spread, 0.01)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -877,12 +1103,12 @@ def nice_step(span: float) -> float:
 
 
 class Stopper:
-    """Ctrl-C and SIGTERM end the run after the step, with its state saved; a second one at once."""
+    """Ctrl-C, SIGTERM and SIGUSR1 end the run after the step, with its state saved; the same one
+    again at once. `signal` is its number, else 0: the largest over all ranks stops them alike."""
 
     def __init__(self):
-        self.signal = None
-        self.before = {number: signal.signal(number, self.stop)
-                       for number in (signal.SIGINT, signal.SIGTERM)}
+        self.signal = 0
+        self.before = {number: signal.signal(number, self.stop) for number in STOPS}
 
     def close(self) -> None:
         for number, handler in self.before.items():
@@ -912,6 +1138,7 @@ def train(args, run: dict, folder: Path, model: Llama, batches: Batches, recipe:
     recipe = replace(recipe, warmup=min(recipe.warmup, steps // 10))
     share = steps * tokens // 10  # a tenth of the run's tokens at the end, at a third of their cost
     for step in range(facts["step"], steps):
+        watch(args.watchdog)
         start, done = time.perf_counter(), step + 1
         lr, batch = learning_rate(step, steps, recipe), batches.step(step)
         loss, norm = train_step(model, optimizer, batch, lr, recipe.clip, args.micro_batch, bos_id)
@@ -937,6 +1164,7 @@ def train(args, run: dict, folder: Path, model: Llama, batches: Batches, recipe:
         if stopper.signal:
             sys.exit(128 + stopper.signal)
     stopper.close()
+    watch(None)
     save_meta(model, folder)
     draw_loss(log.rows, folder / "loss.svg", f"{args.size}, {model.config.n_params:,} parameters")
 
@@ -984,13 +1212,36 @@ def parser() -> Parser:
     g.add_argument("--eval-every", type=whole, metavar="N", help="steps")
     g.add_argument("--save-every", type=whole, metavar="N", help="steps between states")
     g.add_argument("--bench", type=whole, metavar="N", help="no run: the speed of N steps")
+    g = p.add_argument_group("many devices")
+    g.add_argument("--nproc", type=whole, metavar="N", help="processes on this machine (default: "
+                   "its GPUs, else 1); one that dies is started again; not under torchrun or srun")
+    g.add_argument("--watchdog", type=number, metavar="S", help="a step of S seconds hangs: say "
+                   "where, and start again (default: 1800 with many processes, else never)")
+    g.add_argument("--spike", action="store_true", help="after a loss far over the last hundred go "
+                   "back to the last good state, and past that text")
     return p
 
 
-def main(argv: list[str]) -> None:
-    started, device, args = time.perf_counter(), best_device(), parser().parse_args(argv)
+def main(argv: list[str]) -> int | None:
+    device, args = best_device(), parser().parse_args(argv)
+    os.environ.update(torchrun_names(os.environ))
+    gpus = torch.cuda.device_count()
+    n = 1 if "RANK" in os.environ else args.nproc or max(1, gpus)
+    if n > 1 and 0 < gpus < n:
+        raise ValueError(f"--nproc {n} needs as many GPUs, and here are {gpus}; try --nproc {gpus}")
+    if n > 1:
+        states = Path(args.out or f"runs/{args.size}") / "state"
+        return supervise(n, [sys.executable, __file__, *argv], states)
+    args.fresh = args.fresh and not restarted(os.environ)
+    with join(args, device) as world:
+        run_rank(args, device, world)
+
+
+def run_rank(args, device: str, world: World) -> None:
+    started = time.perf_counter()
     # What is free of the settings may differ when a run goes on; a chosen micro-batch is kept.
-    free = {"steps", "minutes", "eval_every", "save_every", "out", "fresh", "bench"}
+    free = {"steps", "minutes", "eval_every", "save_every", "out", "fresh", "bench", "spike",
+            "nproc", "watchdog"}
     free |= set() if args.micro_batch else {"micro_batch"}
     config, recipe = resolve(args, device)
     keep_freed_memory()
@@ -1013,7 +1264,7 @@ def main(argv: list[str]) -> None:
     args.micro_batch = run.setdefault("micro_batch", args.micro_batch)
     folder.mkdir(parents=True, exist_ok=True)
     write_aside(folder / "run.json", lambda file: file.write(json.dumps(run, indent=1).encode()))
-    tokenizer, sources = prepare_data(args, folder, config.vocab_size)
+    tokenizer, sources = on_first(world, lambda: prepare_data(args, folder, config.vocab_size))
     config = replace(config, vocab_size=tokenizer.vocab_size)
     batches = Batches(folder / "tokens", sources, args.seq_len, args.batch_tokens, args.seed)
     model = create(config)
