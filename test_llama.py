@@ -118,6 +118,12 @@ def random_model(config, seed=1, **options):
     return model
 
 
+def save_meta(model, folder):
+    """Meta's folder of a model; the copies do not survive their being written."""
+    weights = {name: llama.Weight.of(w.clone()) for name, w in model.state_dict().items()}
+    llama.write_meta(model.config, weights, folder)
+
+
 class TestSizes:
     COUNTS = {  # exact, from the published shapes
         "7b": 6738415616, "13b": 13015864320, "33b": 32528943616, "65b": 65285660672,
@@ -751,7 +757,7 @@ class TestCheckpoints:
     @pytest.fixture
     def saved(self, tmp_path):
         model = random_model(SMALL)
-        llama.save_meta(model, tmp_path)
+        save_meta(model, tmp_path)
         return model, tmp_path
 
     @pytest.mark.parametrize("change", [
@@ -759,7 +765,7 @@ class TestCheckpoints:
         {"tie_embeddings": True, "rope_theta": 5e5, "rope_scaling": 32.0}])
     def test_there_and_back(self, tmp_path, change):
         model = random_model(replace(SMALL, **change))
-        llama.save_meta(model, tmp_path)
+        save_meta(model, tmp_path)
         again = llama.load(tmp_path)
         assert again.config == model.config and state_equal(again, model.state_dict())
         assert llama.load(tmp_path, dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
@@ -864,7 +870,7 @@ class TestCheckpoints:
         old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         try:
             with pytest.raises(OSError, match="could not be written.*try to free space"):
-                llama.save_meta(random_model(SMALL, seed=2), folder)
+                save_meta(random_model(SMALL, seed=2), folder)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             signal.signal(signal.SIGXFSZ, old)
@@ -1236,7 +1242,7 @@ class TestExport:
         assert names is None or {file.name for file in out.iterdir()} == names
 
     def test_what_is_there_stays(self, tmp_path, monkeypatch):
-        llama.save_meta(random_model(SMALL), tmp_path / "in")
+        save_meta(random_model(SMALL), tmp_path / "in")
         with pytest.raises(ValueError, match="no format 'gguf'; try one of meta, hf, llama2c"):
             llama.export(tmp_path / "in", "gguf", tmp_path / "out")
         with pytest.raises(ValueError, match="exists already"):
@@ -1276,7 +1282,7 @@ class TestStreaming:
     def saved(cls, tmp_path_factory):
         folder, model = tmp_path_factory.mktemp("saved"), Llama.create(cls.CONFIG, 0)
         state = {name: w.detach() for name, w in model.state_dict().items()}
-        llama.save_meta(model, folder / "meta")
+        save_meta(model, folder / "meta")
         write_shards(folder / "shards", model, 2, 0)
         llama.export(folder / "meta", "hf", folder / "hf")
         llama.export(folder / "meta", "llama2c", folder / "llama2c")
@@ -1345,7 +1351,7 @@ class TestMalformed:
         """{name: (path to load, file to spoil)} of small checkpoints in every format."""
         folder, model = tmp_path_factory.mktemp("good"), random_model(LITTLE)
         state = {name: w.detach() for name, w in model.state_dict().items()}
-        llama.save_meta(model, folder / "meta")
+        save_meta(model, folder / "meta")
         llama.export(folder / "meta", "hf", folder / "hf")
         write_gguf(folder / "gguf", LITTLE, state, "F16", 8.0)
         args = {"dim": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 19,
@@ -1595,7 +1601,7 @@ class TestProducts:
 class TestOpenModel:
     @pytest.mark.parametrize("tied", [False, True])
     def test_logits_and_scores_in_every_format(self, tmp_path, tied):
-        llama.save_meta(random_model(replace(WIDE, tie_embeddings=tied)), tmp_path)
+        save_meta(random_model(replace(WIDE, tie_embeddings=tied)), tmp_path)
         x, model = tokens(1, 40), llama.load(tmp_path)
         nll = generate.token_nll(model, x[0].tolist()).mean().item()
         for dtype, quantize, far in (
@@ -1625,7 +1631,7 @@ class TestOpenModel:
     def test_compiled_once_for_groups_of_layers(self, tmp_path, monkeypatch, quantize, prompt):
         from torch._dynamo.testing import CompileCounter
         torch._dynamo.reset()
-        llama.save_meta(random_model(replace(SMALL, n_layers=4, dim=64, hidden_dim=96)), tmp_path)
+        save_meta(random_model(replace(SMALL, n_layers=4, dim=64, hidden_dim=96)), tmp_path)
         model, counted = generate.open_model(tmp_path, None, quantize), CompileCounter()
 
         def text():
@@ -2693,9 +2699,11 @@ class TestState:
         model = random_model(SMALL)
         optimizer = train.make_optimizer(model, Recipe(0.1, 1, 1, eps=1e-8))
         tensors = train.state_tensors(model, optimizer)
+        states = train.States(tmp_path)
         for step in (1, 2, 3):
             tensors["model.norm.weight"].fill_(step)
-            train.save_state(tmp_path, step, tensors, {"skipped": step})
+            states.save(step, tensors, {"skipped": step})
+        states.wait()
         return tmp_path, tensors
 
     def test_there_and_back_keeps_two(self, states):
@@ -2704,11 +2712,11 @@ class TestState:
         wanted = {name: t.clone() for name, t in tensors.items()}
         for t in tensors.values():
             t.fill_(-1)
-        assert train.load_state(folder, tensors) == {"step": 3, "skipped": 3}
+        assert train.States(folder).load(tensors) == {"step": 3, "skipped": 3}
         assert all(torch.equal(t, wanted[name]) for name, t in tensors.items())
         kinds = {name.split(".")[0] for name in tensors}
         assert kinds == {"model", "exp_avg", "exp_avg_sq", "step"}
-        assert train.load_state(folder / "none", tensors) is None
+        assert train.States(folder / "none").load(tensors) is None
 
     @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "facts.json", "manifest.json"])
     def test_damaged_is_named_and_passed_over(self, states, name, capsys):
@@ -2717,13 +2725,13 @@ class TestState:
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1  # one bit
         file.write_bytes(data)
-        assert train.load_state(folder, tensors)["step"] == 2
+        assert train.States(folder).load(tensors)["step"] == 2
         assert torch.all(tensors["model.norm.weight"] == 2)
         said = capsys.readouterr().err
         assert "step-000000003 is damaged" in said and said.count("\n") == 1
         shutil.rmtree(folder / "step-000000002")
         with pytest.raises(ValueError, match="no state in .* is good; try --fresh"):
-            train.load_state(folder, tensors)
+            train.States(folder).load(tensors)
 
     def hostile(self, state, data):
         """Replaces the metadata and all hashes, as someone who means it would."""
@@ -2739,7 +2747,7 @@ class TestState:
         folder, tensors = states
         (folder / "step-000000003" / "facts.json").write_text(facts)
         self.hostile(folder / "step-000000003", None)
-        assert train.load_state(folder, tensors)["step"] == 2
+        assert train.States(folder).load(tensors)["step"] == 2
         assert "is damaged and passed over" in capsys.readouterr().err
 
     def test_hostile_metadata_is_not_executed(self, states, capsys, tmp_path):
@@ -2750,7 +2758,7 @@ class TestState:
             def __reduce__(self):
                 return os.mkdir, (str(mark),)
         self.hostile(folder / "step-000000003", pickle.dumps(Bomb()))
-        assert train.load_state(folder, tensors)["step"] == 2 and not mark.exists()
+        assert train.States(folder).load(tensors)["step"] == 2 and not mark.exists()
         assert "mkdir" in capsys.readouterr().err
 
     def test_entries_that_are_not_tensors_are_refused(self, states, capsys):
@@ -2760,7 +2768,7 @@ class TestState:
         metadata = train.SafeReader(state).read_metadata()
         metadata.state_dict_metadata["model.norm.weight"] = BytesStorageMetadata()
         self.hostile(state, pickle.dumps(metadata))
-        assert train.load_state(folder, tensors)["step"] == 2
+        assert train.States(folder).load(tensors)["step"] == 2
         assert "BytesStorageMetadata" in capsys.readouterr().err
 
     def test_a_full_disk_keeps_the_older_states(self, states):
@@ -2776,7 +2784,7 @@ class TestState:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             signal.signal(signal.SIGXFSZ, old)
         assert sorted(f.name for f in folder.iterdir()) == ["step-000000002", "step-000000003"]
-        assert train.load_state(folder, tensors)["step"] == 3
+        assert train.States(folder).load(tensors)["step"] == 3
 
 
 @pytest.fixture(scope="module")
@@ -3007,7 +3015,7 @@ LLAMA2_CHAT = (
 def tiny(tmp_path_factory):
     """A small checkpoint with its tokenizer."""
     folder = tmp_path_factory.mktemp("tiny")
-    llama.save_meta(random_model(replace(SMALL, dim=64, vocab_size=420, max_seq_len=128)), folder)
+    save_meta(random_model(replace(SMALL, dim=64, vocab_size=420, max_seq_len=128)), folder)
     trained().save(folder / "tokenizer.model")
     return folder
 
