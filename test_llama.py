@@ -24,6 +24,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import unicodedata
@@ -1260,16 +1261,19 @@ class TestExport:
         assert not [file for file in (tmp_path / "empty").rglob("*") if file.is_file()]
 
 
+def memory(field):
+    """Of this process, in bytes, by its name in /proc/self/status."""
+    return 1024 * int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def peak_memory(act, field="VmRSS", most="VmHWM"):
     """The most memory that act() held beyond what there was before, with mapped pages, in bytes."""
-    def status(field):
-        return 1024 * int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not there to be used again
-    before = status(field)
+    before = memory(field)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
     held = act()
-    return status(most) - before, held
+    return memory(most) - before, held
 
 
 class TestStreaming:
@@ -2779,12 +2783,213 @@ class TestState:
         old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         try:
             with pytest.raises(OSError, match="state of step 4 could not be written.*try"):
-                train.save_state(folder, 4, tensors, {})
+                failing = train.States(folder)
+                failing.save(4, tensors, {})
+                failing.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             signal.signal(signal.SIGXFSZ, old)
         assert sorted(f.name for f in folder.iterdir()) == ["step-000000002", "step-000000003"]
         assert train.States(folder).load(tensors)["step"] == 3
+
+
+    @pytest.mark.parametrize("free", [0, 2**60])
+    def test_a_save_is_of_its_moment(self, tmp_path, monkeypatch, free):
+        monkeypatch.setattr(train, "memory_there", lambda device: free)
+        states, tensors, release = train.States(tmp_path), {"x": torch.ones(3)}, threading.Event()
+        write = train.Writer.write_data
+
+        def slow(*args):
+            assert release.wait(60)
+            return write(*args)
+        monkeypatch.setattr(train.Writer, "write_data", slow)
+        if free == 0:  # no room for a copy: there must be nobody who changes it before it is saved
+            release.set()
+        states.save(1, tensors, {"skipped": 0})
+        assert (tmp_path / "step-000000001").exists() == (free == 0)
+        tensors["x"].fill_(2)
+        wanted = torch.get_rng_state()
+        release.set()
+        states.save(2, tensors, {"skipped": 0})  # which waits for the first
+        assert (tmp_path / "step-000000001").exists()
+        states.wait()
+        torch.rand(3)
+        assert states.load(tensors)["step"] == 2 and torch.all(tensors["x"] == 2)
+        assert torch.equal(torch.get_rng_state(), wanted)
+        shutil.rmtree(tmp_path / "step-000000002")
+        assert states.load(tensors)["step"] == 1 and torch.all(tensors["x"] == 1)
+
+    def test_a_state_of_a_later_step_goes(self, states):
+        folder, tensors = states
+        (folder / "step-000000009").mkdir()  # of what was given up by going back to step 3
+        again = train.States(folder)
+        again.save(4, tensors, {"skipped": 0})
+        again.wait()
+        assert sorted(f.name for f in folder.iterdir()) == ["step-000000003", "step-000000004"]
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_export_is_the_model(self, tmp_path, tied):
+        model = random_model(replace(SMALL, tie_embeddings=tied))
+        optimizer = train.make_optimizer(model, Recipe(0.1, 1, 1, eps=1e-8))
+        states = train.States(tmp_path / "state")
+        states.save(1, train.state_tensors(model, optimizer), {"skipped": 0})
+        states.wait()
+        train.export_state(tmp_path / "state" / "step-000000001", model.config, tmp_path)
+        found, wanted = torch.load(tmp_path / "consolidated.00.pth"), model.state_dict()
+        assert list(found) == [name for name in wanted if name != "output.weight" or not tied]
+        assert state_equal(llama.load(tmp_path), wanted)
+        assert llama.load(tmp_path).config == model.config
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    def test_export_holds_one_tensor(self, tmp_path, monkeypatch):
+        config, used = replace(SMALL, n_layers=24, dim=256, hidden_dim=512), []
+        states = train.States(tmp_path)
+        states.save(1, {f"model.{name}": torch.randn(shape)
+                        for name, shape in llama.shapes(config).items()}, {"skipped": 0})
+        states.wait()
+
+        def measured(file, weight, dtype, write=llama.write_tensor):
+            write(file, weight, dtype)
+            used.append(memory("RssAnon") - before)
+        monkeypatch.setattr(llama, "write_tensor", measured)
+        ctypes.CDLL(None).malloc_trim(0)
+        before = memory("RssAnon")
+        train.export_state(tmp_path / "step-000000001", config, tmp_path / "out")
+        assert len(used) == 24 * 9 + 3 and max(used) < 4e6 < 4 * config.n_params / 10
+
+
+RANKS = """if True:
+    import os, resource, sys, warnings
+    from pathlib import Path
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+    import llama, train
+    warnings.simplefilter("ignore")
+    rank, folder, config = int(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3], vars(llama))
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=4)
+    group, report = dist.new_group(backend="gloo"), open(folder / f"rank-{rank}", "w")
+
+    def tell(*what):
+        print(*what, sep="; ", file=report, flush=True)
+        dist.barrier()
+
+    def model_of(mesh, sharded, split):
+        # A model of other values, its weights cut over a mesh `split`, then by fully_shard.
+        model = llama.Llama.create(config, 100 + rank)
+        for name, module in model.named_modules():
+            for key, p in list(module.named_parameters(recurse=False)):
+                if split is not None:
+                    place = (Shard(1) if name.endswith(("wo", "w2")) else
+                             Replicate() if name.endswith("norm") else Shard(0))
+                    p = nn.Parameter(distribute_tensor(p.detach(), split, [place]))
+                module.register_parameter(key, p)
+        for part in [*model.layers, model] if sharded is not None else []:
+            fully_shard(part, mesh=sharded)
+        return model
+
+    def tensors_of(model):
+        optimizer = train.make_optimizer(model, llama.Recipe(0.1, 1, 1, eps=1e-8))
+        return train.state_tensors(model, optimizer)
+
+    def saved(states, step, tensors):
+        try:
+            states.save(step, tensors, {"skipped": 0})
+            states.wait()
+        except OSError as error:
+            return error
+
+    line = init_device_mesh("cpu", (4,))
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    plain = tensors_of(model_of(None, None, None))
+    stage = {name: t for i, (name, t) in enumerate(plain.items()) if i % 4 == rank}
+    layouts = [("grid", group, tensors_of(model_of(grid, grid["dp"], grid["tp"]))),
+               ("four", group, tensors_of(model_of(line, line, None))),
+               ("stages", group, stage),
+               (f"pair{rank // 2}", grid["tp"].get_group(),
+                tensors_of(model_of(grid, None, grid["tp"])))]
+    source = "one"
+    for name, ranks, tensors in layouts:
+        facts = train.States(folder / source, group).load(tensors)
+        states = train.States(folder / name, ranks)
+        states.save(facts["step"], tensors, {"skipped": 7})
+        states.wait()
+        tell(name, facts)
+        source = name if ranks is group else source
+    states, tensors = train.States(folder / "four", group), layouts[1][2]
+    if rank == 2:  # its disk is full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    error = saved(states, 2, tensors)
+    dist.barrier()
+    tell("full", error, sorted(file.name for file in states.folder.iterdir()))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert saved(states, 2, tensors) is None
+    if rank == 0:
+        file = states.folder / "step-000000002" / "__3_0.distcp"
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+    dist.barrier()
+    tell("damaged", states.load(tensors))
+    if rank == 1:  # killed when it has written, before the others know
+        train.sha256 = lambda path: os.kill(os.getpid(), 9)
+    print("killed", saved(states, 3, tensors), sep="; ", file=report, flush=True)
+    os._exit(0)
+"""
+
+
+class TestStatesOfRanks:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def ranks(cls, tmp_path_factory):
+        """One state written by one process; what four then made of it and told."""
+        folder, model = tmp_path_factory.mktemp("ranks"), random_model(LITTLE)
+        tensors = train.state_tensors(model, train.make_optimizer(model, Recipe(1, 1, 1, eps=1e-8)))
+        for i, t in enumerate(tensors.values()):
+            t.copy_(noise(1, *t.shape, seed=i)[0])
+        torch.manual_seed(7)
+        states = train.States(folder / "one")
+        states.save(1, tensors, {"skipped": 7})
+        states.wait()
+        command = [sys.executable, "-c", RANKS]
+        running = [subprocess.Popen([*command, str(rank), str(folder), repr(LITTLE)], cwd=HERE,
+                                    stderr=subprocess.PIPE, text=True) for rank in range(4)]
+        errors = [process.communicate(timeout=100)[1] for process in running]
+        assert [process.returncode for process in running] == [0, -9, 0, 0], "".join(errors)
+        told = [(folder / f"rank-{rank}").read_text().splitlines() for rank in range(4)]
+        lines = [{line.split("; ")[0]: line for line in lines} for lines in told]
+        return folder, tensors, lines
+
+    @pytest.mark.parametrize("layout", ["grid", "four", "stages", "pair0", "pair1"])
+    def test_there_and_back_through_every_layout(self, ranks, layout):
+        folder, wanted, lines = ranks
+        tensors = {name: torch.full_like(t, -1) for name, t in wanted.items()}
+        torch.manual_seed(8)
+        assert train.States(folder / layout).load(tensors) == {"step": 1, "skipped": 7}
+        assert all(torch.equal(t, wanted[name]) for name, t in tensors.items())
+        assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(7).get_state())
+        files = {file.name for file in (folder / layout / "step-000000001").glob("*.distcp")}
+        assert files == {f"__{rank}_0.distcp" for rank in range(2 if "pair" in layout else 4)}
+
+    def test_one_full_disk_is_told_to_all(self, ranks):
+        for lines in ranks[2]:
+            assert re.match(r"full; the state of step 2 could not be written \(.*File too large.*"
+                            r"try to free space.*; \['step-000000001'\]", lines["full"])
+
+    def test_damage_is_seen_by_all(self, ranks):
+        for lines in ranks[2]:
+            assert lines["damaged"] == "damaged; {'step': 1, 'skipped': 7}"
+
+    def test_a_rank_killed_while_it_writes(self, ranks, capsys):
+        folder, wanted, lines = ranks
+        for rank in (0, 2, 3):
+            assert "killed; the state of step 3 could not be written" in lines[rank]["killed"]
+        assert {file.name for file in (folder / "four").iterdir()} == {
+            "step-000000001", "step-000000002"}
+        assert train.States(folder / "four").load(wanted)["step"] == 1
+        assert "__3_0.distcp is not what was written" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
