@@ -1610,13 +1610,6 @@ def write_json(path: Path, values: dict) -> None:
     write_aside(path, lambda file: file.write(json.dumps(values, indent=1).encode()))
 
 
-def save_meta(model: Llama, folder: Path) -> None:
-    """Writes Meta's layout: consolidated.00.pth and params.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_aside(folder / "consolidated.00.pth", lambda file: torch.save(model.state_dict(), file))
-    write_json(folder / "params.json", write_params(model.config))
-
-
 def write_tensor(file, weight: Weight, dtype: torch.dtype) -> None:
     """The bytes of a weight, which then leaves memory."""
     file.write(weight.read(dtype=dtype).flatten().view(torch.uint8).numpy())

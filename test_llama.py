@@ -24,7 +24,10 @@ import signal
 import struct
 import subprocess
 import sys
+<<<<<<< HEAD
 import textwrap
+=======
+>>>>>>> d-state
 import threading
 import time
 import tracemalloc
@@ -118,6 +121,12 @@ def random_model(config, seed=1, **options):
         for i, p in enumerate(model.parameters()):
             p.add_(noise(*p.shape, seed=i), alpha=0.1)
     return model
+
+
+def save_meta(model, folder):
+    """Meta's folder of a model; the copies do not survive their being written."""
+    weights = {name: llama.Weight.of(w.clone()) for name, w in model.state_dict().items()}
+    llama.write_meta(model.config, weights, folder)
 
 
 class TestSizes:
@@ -754,7 +763,7 @@ class TestCheckpoints:
     @pytest.fixture
     def saved(self, tmp_path):
         model = random_model(SMALL)
-        llama.save_meta(model, tmp_path)
+        save_meta(model, tmp_path)
         return model, tmp_path
 
     @pytest.mark.parametrize("change", [
@@ -762,7 +771,7 @@ class TestCheckpoints:
         {"tie_embeddings": True, "rope_theta": 5e5, "rope_scaling": 32.0}])
     def test_there_and_back(self, tmp_path, change):
         model = random_model(replace(SMALL, **change))
-        llama.save_meta(model, tmp_path)
+        save_meta(model, tmp_path)
         again = llama.load(tmp_path)
         assert again.config == model.config and state_equal(again, model.state_dict())
         assert llama.load(tmp_path, dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
@@ -867,7 +876,7 @@ class TestCheckpoints:
         old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         try:
             with pytest.raises(OSError, match="could not be written.*try to free space"):
-                llama.save_meta(random_model(SMALL, seed=2), folder)
+                save_meta(random_model(SMALL, seed=2), folder)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             signal.signal(signal.SIGXFSZ, old)
@@ -1239,7 +1248,7 @@ class TestExport:
         assert names is None or {file.name for file in out.iterdir()} == names
 
     def test_what_is_there_stays(self, tmp_path, monkeypatch):
-        llama.save_meta(random_model(SMALL), tmp_path / "in")
+        save_meta(random_model(SMALL), tmp_path / "in")
         with pytest.raises(ValueError, match="no format 'gguf'; try one of meta, hf, llama2c"):
             llama.export(tmp_path / "in", "gguf", tmp_path / "out")
         with pytest.raises(ValueError, match="exists already"):
@@ -1257,16 +1266,19 @@ class TestExport:
         assert not [file for file in (tmp_path / "empty").rglob("*") if file.is_file()]
 
 
+def memory(field):
+    """Of this process, in bytes, by its name in /proc/self/status."""
+    return 1024 * int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def peak_memory(act, field="VmRSS", most="VmHWM"):
     """The most memory that act() held beyond what there was before, with mapped pages, in bytes."""
-    def status(field):
-        return 1024 * int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not there to be used again
-    before = status(field)
+    before = memory(field)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
     held = act()
-    return status(most) - before, held
+    return memory(most) - before, held
 
 
 class TestStreaming:
@@ -1279,7 +1291,7 @@ class TestStreaming:
     def saved(cls, tmp_path_factory):
         folder, model = tmp_path_factory.mktemp("saved"), Llama.create(cls.CONFIG, 0)
         state = {name: w.detach() for name, w in model.state_dict().items()}
-        llama.save_meta(model, folder / "meta")
+        save_meta(model, folder / "meta")
         write_shards(folder / "shards", model, 2, 0)
         llama.export(folder / "meta", "hf", folder / "hf")
         llama.export(folder / "meta", "llama2c", folder / "llama2c")
@@ -1348,7 +1360,7 @@ class TestMalformed:
         """{name: (path to load, file to spoil)} of small checkpoints in every format."""
         folder, model = tmp_path_factory.mktemp("good"), random_model(LITTLE)
         state = {name: w.detach() for name, w in model.state_dict().items()}
-        llama.save_meta(model, folder / "meta")
+        save_meta(model, folder / "meta")
         llama.export(folder / "meta", "hf", folder / "hf")
         write_gguf(folder / "gguf", LITTLE, state, "F16", 8.0)
         args = {"dim": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 19,
@@ -1598,7 +1610,7 @@ class TestProducts:
 class TestOpenModel:
     @pytest.mark.parametrize("tied", [False, True])
     def test_logits_and_scores_in_every_format(self, tmp_path, tied):
-        llama.save_meta(random_model(replace(WIDE, tie_embeddings=tied)), tmp_path)
+        save_meta(random_model(replace(WIDE, tie_embeddings=tied)), tmp_path)
         x, model = tokens(1, 40), llama.load(tmp_path)
         nll = generate.token_nll(model, x[0].tolist()).mean().item()
         for dtype, quantize, far in (
@@ -1628,7 +1640,7 @@ class TestOpenModel:
     def test_compiled_once_for_groups_of_layers(self, tmp_path, monkeypatch, quantize, prompt):
         from torch._dynamo.testing import CompileCounter
         torch._dynamo.reset()
-        llama.save_meta(random_model(replace(SMALL, n_layers=4, dim=64, hidden_dim=96)), tmp_path)
+        save_meta(random_model(replace(SMALL, n_layers=4, dim=64, hidden_dim=96)), tmp_path)
         model, counted = generate.open_model(tmp_path, None, quantize), CompileCounter()
 
         def text():
@@ -2696,9 +2708,11 @@ class TestState:
         model = random_model(SMALL)
         optimizer = train.make_optimizer(model, Recipe(0.1, 1, 1, eps=1e-8))
         tensors = train.state_tensors(model, optimizer)
+        states = train.States(tmp_path)
         for step in (1, 2, 3):
             tensors["model.norm.weight"].fill_(step)
-            train.save_state(tmp_path, step, tensors, {"skipped": step})
+            states.save(step, tensors, {"skipped": step})
+        states.wait()
         return tmp_path, tensors
 
     def test_there_and_back_keeps_two(self, states):
@@ -2707,11 +2721,11 @@ class TestState:
         wanted = {name: t.clone() for name, t in tensors.items()}
         for t in tensors.values():
             t.fill_(-1)
-        assert train.load_state(folder, tensors) == {"step": 3, "skipped": 3}
+        assert train.States(folder).load(tensors) == {"step": 3, "skipped": 3}
         assert all(torch.equal(t, wanted[name]) for name, t in tensors.items())
         kinds = {name.split(".")[0] for name in tensors}
         assert kinds == {"model", "exp_avg", "exp_avg_sq", "step"}
-        assert train.load_state(folder / "none", tensors) is None
+        assert train.States(folder / "none").load(tensors) is None
 
     @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "facts.json", "manifest.json"])
     def test_damaged_is_named_and_passed_over(self, states, name, capsys):
@@ -2720,13 +2734,13 @@ class TestState:
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1  # one bit
         file.write_bytes(data)
-        assert train.load_state(folder, tensors)["step"] == 2
+        assert train.States(folder).load(tensors)["step"] == 2
         assert torch.all(tensors["model.norm.weight"] == 2)
         said = capsys.readouterr().err
         assert "step-000000003 is damaged" in said and said.count("\n") == 1
         shutil.rmtree(folder / "step-000000002")
         with pytest.raises(ValueError, match="no state in .* is good; try --fresh"):
-            train.load_state(folder, tensors)
+            train.States(folder).load(tensors)
 
     def hostile(self, state, data):
         """Replaces the metadata and all hashes, as someone who means it would."""
@@ -2742,7 +2756,7 @@ class TestState:
         folder, tensors = states
         (folder / "step-000000003" / "facts.json").write_text(facts)
         self.hostile(folder / "step-000000003", None)
-        assert train.load_state(folder, tensors)["step"] == 2
+        assert train.States(folder).load(tensors)["step"] == 2
         assert "is damaged and passed over" in capsys.readouterr().err
 
     def test_hostile_metadata_is_not_executed(self, states, capsys, tmp_path):
@@ -2753,7 +2767,7 @@ class TestState:
             def __reduce__(self):
                 return os.mkdir, (str(mark),)
         self.hostile(folder / "step-000000003", pickle.dumps(Bomb()))
-        assert train.load_state(folder, tensors)["step"] == 2 and not mark.exists()
+        assert train.States(folder).load(tensors)["step"] == 2 and not mark.exists()
         assert "mkdir" in capsys.readouterr().err
 
     def test_entries_that_are_not_tensors_are_refused(self, states, capsys):
@@ -2763,7 +2777,7 @@ class TestState:
         metadata = train.SafeReader(state).read_metadata()
         metadata.state_dict_metadata["model.norm.weight"] = BytesStorageMetadata()
         self.hostile(state, pickle.dumps(metadata))
-        assert train.load_state(folder, tensors)["step"] == 2
+        assert train.States(folder).load(tensors)["step"] == 2
         assert "BytesStorageMetadata" in capsys.readouterr().err
 
     def test_a_full_disk_keeps_the_older_states(self, states):
@@ -2774,12 +2788,213 @@ class TestState:
         old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         try:
             with pytest.raises(OSError, match="state of step 4 could not be written.*try"):
-                train.save_state(folder, 4, tensors, {})
+                failing = train.States(folder)
+                failing.save(4, tensors, {})
+                failing.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             signal.signal(signal.SIGXFSZ, old)
         assert sorted(f.name for f in folder.iterdir()) == ["step-000000002", "step-000000003"]
-        assert train.load_state(folder, tensors)["step"] == 3
+        assert train.States(folder).load(tensors)["step"] == 3
+
+
+    @pytest.mark.parametrize("free", [0, 2**60])
+    def test_a_save_is_of_its_moment(self, tmp_path, monkeypatch, free):
+        monkeypatch.setattr(train, "memory_there", lambda device: free)
+        states, tensors, release = train.States(tmp_path), {"x": torch.ones(3)}, threading.Event()
+        write = train.Writer.write_data
+
+        def slow(*args):
+            assert release.wait(60)
+            return write(*args)
+        monkeypatch.setattr(train.Writer, "write_data", slow)
+        if free == 0:  # no room for a copy: there must be nobody who changes it before it is saved
+            release.set()
+        states.save(1, tensors, {"skipped": 0})
+        assert (tmp_path / "step-000000001").exists() == (free == 0)
+        tensors["x"].fill_(2)
+        wanted = torch.get_rng_state()
+        release.set()
+        states.save(2, tensors, {"skipped": 0})  # which waits for the first
+        assert (tmp_path / "step-000000001").exists()
+        states.wait()
+        torch.rand(3)
+        assert states.load(tensors)["step"] == 2 and torch.all(tensors["x"] == 2)
+        assert torch.equal(torch.get_rng_state(), wanted)
+        shutil.rmtree(tmp_path / "step-000000002")
+        assert states.load(tensors)["step"] == 1 and torch.all(tensors["x"] == 1)
+
+    def test_a_state_of_a_later_step_goes(self, states):
+        folder, tensors = states
+        (folder / "step-000000009").mkdir()  # of what was given up by going back to step 3
+        again = train.States(folder)
+        again.save(4, tensors, {"skipped": 0})
+        again.wait()
+        assert sorted(f.name for f in folder.iterdir()) == ["step-000000003", "step-000000004"]
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_export_is_the_model(self, tmp_path, tied):
+        model = random_model(replace(SMALL, tie_embeddings=tied))
+        optimizer = train.make_optimizer(model, Recipe(0.1, 1, 1, eps=1e-8))
+        states = train.States(tmp_path / "state")
+        states.save(1, train.state_tensors(model, optimizer), {"skipped": 0})
+        states.wait()
+        train.export_state(tmp_path / "state" / "step-000000001", model.config, tmp_path)
+        found, wanted = torch.load(tmp_path / "consolidated.00.pth"), model.state_dict()
+        assert list(found) == [name for name in wanted if name != "output.weight" or not tied]
+        assert state_equal(llama.load(tmp_path), wanted)
+        assert llama.load(tmp_path).config == model.config
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    def test_export_holds_one_tensor(self, tmp_path, monkeypatch):
+        config, used = replace(SMALL, n_layers=24, dim=256, hidden_dim=512), []
+        states = train.States(tmp_path)
+        states.save(1, {f"model.{name}": torch.randn(shape)
+                        for name, shape in llama.shapes(config).items()}, {"skipped": 0})
+        states.wait()
+
+        def measured(file, weight, dtype, write=llama.write_tensor):
+            write(file, weight, dtype)
+            used.append(memory("RssAnon") - before)
+        monkeypatch.setattr(llama, "write_tensor", measured)
+        ctypes.CDLL(None).malloc_trim(0)
+        before = memory("RssAnon")
+        train.export_state(tmp_path / "step-000000001", config, tmp_path / "out")
+        assert len(used) == 24 * 9 + 3 and max(used) < 4e6 < 4 * config.n_params / 10
+
+
+RANKS = """if True:
+    import os, resource, sys, warnings
+    from pathlib import Path
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+    import llama, train
+    warnings.simplefilter("ignore")
+    rank, folder, config = int(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3], vars(llama))
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=4)
+    group, report = dist.new_group(backend="gloo"), open(folder / f"rank-{rank}", "w")
+
+    def tell(*what):
+        print(*what, sep="; ", file=report, flush=True)
+        dist.barrier()
+
+    def model_of(mesh, sharded, split):
+        # A model of other values, its weights cut over a mesh `split`, then by fully_shard.
+        model = llama.Llama.create(config, 100 + rank)
+        for name, module in model.named_modules():
+            for key, p in list(module.named_parameters(recurse=False)):
+                if split is not None:
+                    place = (Shard(1) if name.endswith(("wo", "w2")) else
+                             Replicate() if name.endswith("norm") else Shard(0))
+                    p = nn.Parameter(distribute_tensor(p.detach(), split, [place]))
+                module.register_parameter(key, p)
+        for part in [*model.layers, model] if sharded is not None else []:
+            fully_shard(part, mesh=sharded)
+        return model
+
+    def tensors_of(model):
+        optimizer = train.make_optimizer(model, llama.Recipe(0.1, 1, 1, eps=1e-8))
+        return train.state_tensors(model, optimizer)
+
+    def saved(states, step, tensors):
+        try:
+            states.save(step, tensors, {"skipped": 0})
+            states.wait()
+        except OSError as error:
+            return error
+
+    line = init_device_mesh("cpu", (4,))
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    plain = tensors_of(model_of(None, None, None))
+    stage = {name: t for i, (name, t) in enumerate(plain.items()) if i % 4 == rank}
+    layouts = [("grid", group, tensors_of(model_of(grid, grid["dp"], grid["tp"]))),
+               ("four", group, tensors_of(model_of(line, line, None))),
+               ("stages", group, stage),
+               (f"pair{rank // 2}", grid["tp"].get_group(),
+                tensors_of(model_of(grid, None, grid["tp"])))]
+    source = "one"
+    for name, ranks, tensors in layouts:
+        facts = train.States(folder / source, group).load(tensors)
+        states = train.States(folder / name, ranks)
+        states.save(facts["step"], tensors, {"skipped": 7})
+        states.wait()
+        tell(name, facts)
+        source = name if ranks is group else source
+    states, tensors = train.States(folder / "four", group), layouts[1][2]
+    if rank == 2:  # its disk is full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    error = saved(states, 2, tensors)
+    dist.barrier()
+    tell("full", error, sorted(file.name for file in states.folder.iterdir()))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert saved(states, 2, tensors) is None
+    if rank == 0:
+        file = states.folder / "step-000000002" / "__3_0.distcp"
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+    dist.barrier()
+    tell("damaged", states.load(tensors))
+    if rank == 1:  # killed when it has written, before the others know
+        train.sha256 = lambda path: os.kill(os.getpid(), 9)
+    print("killed", saved(states, 3, tensors), sep="; ", file=report, flush=True)
+    os._exit(0)
+"""
+
+
+class TestStatesOfRanks:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def ranks(cls, tmp_path_factory):
+        """One state written by one process; what four then made of it and told."""
+        folder, model = tmp_path_factory.mktemp("ranks"), random_model(LITTLE)
+        tensors = train.state_tensors(model, train.make_optimizer(model, Recipe(1, 1, 1, eps=1e-8)))
+        for i, t in enumerate(tensors.values()):
+            t.copy_(noise(1, *t.shape, seed=i)[0])
+        torch.manual_seed(7)
+        states = train.States(folder / "one")
+        states.save(1, tensors, {"skipped": 7})
+        states.wait()
+        command = [sys.executable, "-c", RANKS]
+        running = [subprocess.Popen([*command, str(rank), str(folder), repr(LITTLE)], cwd=HERE,
+                                    stderr=subprocess.PIPE, text=True) for rank in range(4)]
+        errors = [process.communicate(timeout=100)[1] for process in running]
+        assert [process.returncode for process in running] == [0, -9, 0, 0], "".join(errors)
+        told = [(folder / f"rank-{rank}").read_text().splitlines() for rank in range(4)]
+        lines = [{line.split("; ")[0]: line for line in lines} for lines in told]
+        return folder, tensors, lines
+
+    @pytest.mark.parametrize("layout", ["grid", "four", "stages", "pair0", "pair1"])
+    def test_there_and_back_through_every_layout(self, ranks, layout):
+        folder, wanted, lines = ranks
+        tensors = {name: torch.full_like(t, -1) for name, t in wanted.items()}
+        torch.manual_seed(8)
+        assert train.States(folder / layout).load(tensors) == {"step": 1, "skipped": 7}
+        assert all(torch.equal(t, wanted[name]) for name, t in tensors.items())
+        assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(7).get_state())
+        files = {file.name for file in (folder / layout / "step-000000001").glob("*.distcp")}
+        assert files == {f"__{rank}_0.distcp" for rank in range(2 if "pair" in layout else 4)}
+
+    def test_one_full_disk_is_told_to_all(self, ranks):
+        for lines in ranks[2]:
+            assert re.match(r"full; the state of step 2 could not be written \(.*File too large.*"
+                            r"try to free space.*; \['step-000000001'\]", lines["full"])
+
+    def test_damage_is_seen_by_all(self, ranks):
+        for lines in ranks[2]:
+            assert lines["damaged"] == "damaged; {'step': 1, 'skipped': 7}"
+
+    def test_a_rank_killed_while_it_writes(self, ranks, capsys):
+        folder, wanted, lines = ranks
+        for rank in (0, 2, 3):
+            assert "killed; the state of step 3 could not be written" in lines[rank]["killed"]
+        assert {file.name for file in (folder / "four").iterdir()} == {
+            "step-000000001", "step-000000002"}
+        assert train.States(folder / "four").load(wanted)["step"] == 1
+        assert "__3_0.distcp is not what was written" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -3010,7 +3225,7 @@ LLAMA2_CHAT = (
 def tiny(tmp_path_factory):
     """A small checkpoint with its tokenizer."""
     folder = tmp_path_factory.mktemp("tiny")
-    llama.save_meta(random_model(replace(SMALL, dim=64, vocab_size=420, max_seq_len=128)), folder)
+    save_meta(random_model(replace(SMALL, dim=64, vocab_size=420, max_seq_len=128)), folder)
     trained().save(folder / "tokenizer.model")
     return folder
 

@@ -32,7 +32,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -43,11 +43,13 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.distributed.checkpoint.utils import _DistWrapper
+from torch.distributed.tensor import DTensor
 
 from generate import (DTYPES, Sampling, best_device, check_compiler, keep_freed_memory, positive,
                       sample_texts)
-from llama import (ATTENTION, BACKWARD, SIZES, Llama, LlamaConfig, Recipe, TensorParallel, local,
-                   next_token_nll, rope_table, rows_at_once, save_meta, write_aside)
+from llama import (ATTENTION, BACKWARD, SIZES, Llama, LlamaConfig, Recipe, TensorParallel, Weight,
+                   local, next_token_nll, rope_table, rows_at_once, shapes, write_aside, write_meta)
 from tokenizer import (Parser, command, cores, documents, load_tokenizer, prepare,
                        standard_library, survey, train_sentencepiece, training_text)
 
@@ -614,10 +616,142 @@ class SafeUnpickler(pickle.Unpickler):
 
 
 class SafeReader(dcp.FileSystemReader):
+    """Of one state; its metadata, which may be long, is read once."""
+
+    @cached_property
+    def metadata(self):
+        return SafeUnpickler(io.BytesIO((self.path / ".metadata").read_bytes())).load()
+
     def read_metadata(self, *args, **kwargs):
-        metadata = SafeUnpickler(io.BytesIO((self.path / ".metadata").read_bytes())).load()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        self.metadata.storage_meta.load_id = self.load_id
+        return self.metadata
+
+
+class Writer(dcp.FileSystemWriter):
+    """Writes one state aside, with the SHA-256 of every file. The rank that coordinates makes the
+    folder before any rank writes, and renames it when all have written: the state is there wholly
+    or not at all. The last two up to this step are kept."""
+
+    def __init__(self, folder: Path, facts: dict):
+        super().__init__(folder / "saving")
+        self.facts, self.done = facts, folder / f"step-{facts['step']:09d}"
+
+    def prepare_local_plan(self, plan):
+        return plan
+
+    def prepare_global_plan(self, plans):
+        shutil.rmtree(self.path, ignore_errors=True)  # of a save that was cut short
+        self.path.mkdir(parents=True)
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan, planner):
+        """What this rank wrote, and then, for `finish`, the hashes of its files."""
+        written = super().write_data(plan, planner)
+        hashes = {file.name: sha256(file)
+                  for file in self.path.glob(f"{plan.storage_data.prefix}*")}
+        return written.then(lambda future: [*future.value(), hashes])
+
+    def finish(self, metadata, results):
+        manifest = {name: hash for written in results for name, hash in written.pop().items()}
+        super().finish(metadata, results)
+        (self.path / "facts.json").write_text(json.dumps(self.facts), encoding="utf-8")
+        manifest |= {name: sha256(self.path / name) for name in (".metadata", "facts.json")}
+        (self.path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        shutil.rmtree(self.done, ignore_errors=True)
+        os.replace(self.path, self.done)
+        states = sorted(self.done.parent.glob("step-*"))
+        at = states.index(self.done)
+        for other in states[:max(0, at - 1)] + states[at + 1:]:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+class States:
+    """The states of a run. All ranks of `group`, which has gloo and serves nothing else, call each
+    method; None: there is one process. local_size: how many of them share a machine's memory."""
+
+    def __init__(self, folder: Path, group=None, local_size: int = 1):
+        self.folder, self.local_size, self.step, self.end = folder, local_size, 0, None
+        self.options = {"process_group": group, "no_dist": group is None}
+        self.ranks = _DistWrapper(group, group is not None, 0)  # what fails on one is told to all
+
+    def save(self, step: int, tensors: dict[str, Tensor], facts: dict) -> None:
+        """Writes folder/step-N from a copy of the tensors, while training goes on; without a copy,
+        while training waits, where memory for it is short. First waits for the save before."""
+        self.wait()
+        tensors = {**tensors, "random": torch.get_rng_state()}
+        size = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors.values())
+        options = {"storage_writer": Writer(self.folder, {"step": step, **facts}), **self.options}
+        self.step = step
+        if memory_there("cpu") > 2 * self.local_size * size:
+            self.end = dcp.async_save(tensors, **options).result
+        else:
+            self.end = partial(dcp.save, tensors, **options)
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last save is done; OSError, on every rank, if it could not be written."""
+        end, self.end = self.end, None
+        try:
+            if end is not None:
+                end()
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+            if self.ranks.is_coordinator:
+                shutil.rmtree(self.folder / "saving", ignore_errors=True)
+            raise OSError(f"the state of step {self.step} could not be written "
+                          f"({last_line(error)}); older states are untouched; try to free space, "
+                          "then the same command") from None
+
+    def load(self, tensors: dict[str, Tensor]) -> dict | None:
+        """Fills the tensors, and torch's random generator, from the newest state that is good on
+        every rank, whatever layout it was saved in, and returns its facts; None if there is none.
+        A damaged one is named and passed over."""
+        self.wait()
+        states = self.ranks.broadcast("list", lambda: sorted(self.folder.glob("step-*")))
+        for state in reversed(states):
+            try:
+                facts = self.ranks.all_gather("check", partial(self.check, state))[0]
+                self.ranks.all_gather("read", partial(self.read, state, tensors))
+                return facts
+            except (Exception, dcp.api.CheckpointException) as error:
+                say(f"{state} is damaged and passed over: {last_line(error)}")
+        if states:
+            raise ValueError(f"no state in {self.folder} is good; try --fresh to start over")
+        return None
+
+    def check(self, state: Path) -> dict:
+        """The facts of a state; ValueError if this rank's share of its files is not as written."""
+        manifest = json.loads((state / "manifest.json").read_text(encoding="utf-8"))
+        names = {file.name for file in state.iterdir()} - {"manifest.json"}
+        share = slice(self.ranks.get_rank(), None, self.ranks.get_world_size())
+        for name in sorted(names | set(manifest))[share]:
+            if name not in names or sha256(state / name) != manifest.get(name):
+                raise ValueError(f"{name} is not what was written")
+        facts = json.loads((state / "facts.json").read_text(encoding="utf-8"))
+        if state.name != f"step-{facts['step']:09d}" or type(facts["skipped"]) is not int:
+            raise ValueError("facts.json is not of this step")
+        return facts
+
+    def read(self, state: Path, tensors: dict[str, Tensor]) -> None:
+        reader, random = SafeReader(state), torch.get_rng_state()
+        reader.read_metadata()  # first alone: dcp.load would wrap what is wrong with it
+        dcp.load({**tensors, "random": random}, storage_reader=reader, no_dist=True)
+        torch.set_rng_state(random)
+
+
+def export_state(state: Path, config: LlamaConfig, folder: Path) -> None:
+    """Meta's folder from the state in step-N, a tensor at a time, whatever layout wrote it."""
+    reader = SafeReader(state)
+
+    def read(name: str, shape: tuple[int, ...], dtype: torch.dtype, _) -> Tensor:
+        tensors = {f"model.{name}": torch.empty(shape, dtype=dtype)}
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        return tensors[f"model.{name}"]
+
+    weights = {}
+    for name, shape in shapes(config).items():
+        dtype = reader.metadata.state_dict_metadata[f"model.{name}"].properties.dtype
+        weights[name] = Weight(shape, dtype, (torch.empty(0),), partial(read, name, shape, dtype))
+    write_meta(config, weights, folder)
 
 
 def state_tensors(model: Llama, optimizer) -> dict[str, Tensor]:
@@ -629,55 +763,13 @@ def state_tensors(model: Llama, optimizer) -> dict[str, Tensor]:
 
 
 def sha256(path: Path) -> str:
-    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
-
-
-def save_state(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict) -> None:
-    """Writes folder/step-N aside, with each file's SHA-256, and renames it; keeps the last two."""
-    aside, done = folder / "saving", folder / f"step-{step:09d}"
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        dcp.save(tensors, checkpoint_id=aside, no_dist=True)
-        (aside / "facts.json").write_text(json.dumps({"step": step, **facts}), encoding="utf-8")
-        manifest = {file.name: sha256(file) for file in sorted(aside.iterdir())}
-        (aside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        shutil.rmtree(done, ignore_errors=True)
-        os.replace(aside, done)
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"the state of step {step} could not be written ({last_line(error)}); older "
-                      "states are untouched; try to free space, then the same command") from None
-    for old in sorted(folder.glob("step-*"))[:-2]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def load_state(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
-    """Fills the tensors from the newest good state and returns its facts; None if there is none.
-    A damaged one is named and passed over."""
-    states = sorted(folder.glob("step-*"), reverse=True)
-    for state in states:
-        try:
-            manifest = json.loads((state / "manifest.json").read_text(encoding="utf-8"))
-            names = {file.name for file in state.iterdir()} - {"manifest.json"}
-            wrong = [name for name in names | set(manifest)
-                     if name not in names or sha256(state / name) != manifest.get(name)]
-            if wrong:
-                raise ValueError(f"{sorted(wrong)[0]} is not what was written")
-            facts = json.loads((state / "facts.json").read_text(encoding="utf-8"))
-            if state.name != f"step-{facts['step']:09d}" or type(facts["skipped"]) is not int:
-                raise ValueError("facts.json is not of this step")
-            reader = SafeReader(state)
-            reader.read_metadata()  # first alone: dcp.load would wrap what is wrong with it
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
-            return facts
-        except (Exception, dcp.api.CheckpointException) as error:
-            say(f"{state} is damaged and passed over: {last_line(error)}")
-    if states:
-        raise ValueError(f"no state in {folder} is good; try --fresh to start over")
-    return None
+    data = np.memmap(path, mode="r") if path.stat().st_size else b""
+    return hashlib.sha256(data).hexdigest()
 
 
 def last_line(error: BaseException) -> str:
+    while isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
 
 
@@ -1125,7 +1217,8 @@ def train(args, run: dict, folder: Path, model: Llama, batches: Batches, recipe:
     """From the newest good state to the last step, then the weights in Meta's layout."""
     optimizer, steps, bad, times = make_optimizer(model, recipe), run["steps"], 0, []
     tensors = state_tensors(model, optimizer)
-    facts = load_state(folder / "state", tensors)
+    states = States(folder / "state")
+    facts = states.load(tensors)
     facts = {"step": 0, "skipped": 0} if facts is None else facts
     log, skipped, stopper = Log(folder, facts["step"]), facts["skipped"], Stopper()
     if facts["step"] >= steps:
@@ -1157,15 +1250,19 @@ def train(args, run: dict, folder: Path, model: Llama, batches: Batches, recipe:
         log.add(row)
         log.show(row, steps, (steps - done) * statistics.median(times[-50:]))
         if bad == BAD_STEPS:
+            states.wait()
             raise ValueError(f"{bad} steps in a row had a loss or gradient that is not finite; the "
                              f"last good state in {folder / 'state'} is kept; try a lower --lr")
-        if finite and (done % save_every == 0 or done == steps or stopper.signal):
-            save_state(folder / "state", done, tensors, {"skipped": skipped})
+        if done == steps or finite and (done % save_every == 0 or stopper.signal):
+            states.save(done, tensors, {"skipped": skipped})
         if stopper.signal:
+            states.wait()
             sys.exit(128 + stopper.signal)
+    states.wait()
     stopper.close()
     watch(None)
-    save_meta(model, folder)
+    newest = max(steps, facts["step"])
+    export_state(states.folder / f"step-{newest:09d}", model.config, folder)
     draw_loss(log.rows, folder / "loss.svg", f"{args.size}, {model.config.n_params:,} parameters")
 
 
