@@ -49,7 +49,8 @@ from torch.distributed.tensor import DTensor
 from generate import (DTYPES, Sampling, best_device, check_compiler, keep_freed_memory, positive,
                       sample_texts)
 from llama import (ATTENTION, BACKWARD, SIZES, Llama, LlamaConfig, Recipe, TensorParallel, Weight,
-                   local, next_token_nll, rope_table, rows_at_once, shapes, write_aside, write_meta)
+                   load, local, next_token_nll, rope_table, rows_at_once, shapes, write_aside,
+                   write_json, write_meta)
 from tokenizer import (Parser, command, cores, documents, load_tokenizer, prepare,
                        standard_library, survey, train_sentencepiece, training_text)
 
@@ -223,6 +224,13 @@ def make_optimizer(parameters: dict[str, Tensor], recipe: Recipe) -> torch.optim
 # Many devices (LLaMA, section 2.4; Llama 3, section 3.3.2)
 
 
+class World(NamedTuple):
+    rank: int = 0        # of this process among all
+    size: int = 1        # processes in all
+    local_rank: int = 0  # among those of this machine
+    local_size: int = 1
+
+
 @dataclass(frozen=True)
 class Layout:
     """How ranks share a step. Ranks next to each other share layers (tp), then the depth (pp),
@@ -317,8 +325,11 @@ class Engine:
     """What this rank holds of a model, and how its part of a batch passes through it."""
 
     def __init__(self, config: LlamaConfig, layout: Layout, device: str, micro_batch: int,
-                 seed: int | None = 0, **options):
-        """options are Stage's. seed None: no initial weights, for tensors that are fake."""
+                 seed: int | None = 0, compiled: bool = False, **options):
+        """options are Stage's. seed None: no initial weights, for tensors that are fake. compiled:
+        torch.compile fuses what lies between the products; once serves all layers."""
+        if compiled:
+            check_compiler()
         self.config, self.layout, self.device = config, layout, device
         self.micro_batch = micro_batch
         self.mesh = None if layout.size == 1 else layout.mesh(device)
@@ -328,6 +339,8 @@ class Engine:
         for index in range(pp, count, layout.pp):
             with torch.device("meta"):
                 stage = Stage(config, index, count, **options)
+            for layer in filter(None, stage.layers if compiled else ()):
+                layer.compile()
             share(stage, layout, self.mesh)
             stage.to_empty(device=device)
             if seed is not None:
@@ -393,11 +406,12 @@ class Engine:
         return sum(loss.item() for loss in losses)
 
     def schedule(self, count: int, T: int):
-        """torch's order of work for `count` micro-batches; shapes are said, so none are asked for."""
+        """torch's order of work for `count` micro-batches. Shapes are said, so none are sent."""
         from torch.distributed.pipelining import (PipelineStage, Schedule1F1B,
                                                   ScheduleInterleaved1F1B)
         tokens = torch.empty(self.micro_batch, T, dtype=torch.int64, device="meta")
-        shape = (self.micro_batch, T) if self.layout.tp == 1 else (tokens.numel() // self.layout.tp,)
+        tp = self.layout.tp
+        shape = tokens.shape if tp == 1 else (tokens.numel() // tp,)
         h = torch.empty(*shape, self.config.dim, dtype=self.stages[0].dtype, device="meta",
                         requires_grad=True)
         loss = torch.empty((), device="meta", requires_grad=True)
@@ -571,11 +585,13 @@ def memory_there(device: str) -> int:
     return min(limits)
 
 
-def fit_memory(args, config: LlamaConfig, device: str) -> int:
-    """Sequences to compute at once: what was asked for, else up to 8192 tokens as far as they fit.
-    Refuses, before anything large is allocated, what the machine cannot hold."""
-    there = memory_there(device)
-    rows = args.micro_batch or max(1, min(8192, args.batch_tokens) // args.seq_len)
+def fit_memory(args, config: LlamaConfig, device: str, layout: Layout, world: World) -> int:
+    """Sequences to compute at once: what was asked for, else up to 8192 tokens as far as they fit,
+    and in a pipeline a quarter of what would fill it. Refuses, before anything large is allocated,
+    what the machine cannot hold."""
+    there = memory_there(device) // (world.local_size if device == "cpu" else 1)
+    each = args.batch_tokens // args.seq_len // layout.dp // (4 * layout.pp if layout.pp > 1 else 1)
+    rows = args.micro_batch or max(1, min(8192 // args.seq_len, each))
     while True:
         need = memory_needed(config, rows, args.seq_len, DTYPES[args.dtype], args.attention,
                              args.backward)
@@ -754,10 +770,10 @@ def export_state(state: Path, config: LlamaConfig, folder: Path) -> None:
     write_meta(config, weights, folder)
 
 
-def state_tensors(model: Llama, optimizer) -> dict[str, Tensor]:
+def state_tensors(parameters: dict[str, Tensor], optimizer) -> dict[str, Tensor]:
     """Everything that training goes on from: weights and AdamW's moments, by name."""
-    state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    for name, p in model.named_parameters():
+    state = {f"model.{name}": p.detach() for name, p in parameters.items()}
+    for name, p in parameters.items():
         state |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
     return state
 
@@ -781,13 +797,6 @@ def say(text: str) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # Many processes: how they come to be, and how a run survives one that does not
-
-
-class World(NamedTuple):
-    rank: int = 0        # of this process among all
-    size: int = 1        # processes in all
-    local_rank: int = 0  # among those of this machine
-    local_size: int = 1
 
 
 def torchrun_names(env: Mapping[str, str]) -> dict[str, str]:
@@ -998,7 +1007,7 @@ def is_spike(before: Sequence[float], loss: float) -> bool:
 # The run
 
 
-def resolve(args, device: str) -> tuple[LlamaConfig, Recipe]:
+def resolve(args, device: str, world: World) -> tuple[LlamaConfig, Recipe]:
     """The size's shape and recipe with the changes that were asked for; fills the gaps of args."""
     if args.size not in SIZES:
         raise ValueError(f"there is no size {args.size!r}; try one of {', '.join(SIZES)}")
@@ -1033,7 +1042,8 @@ def resolve(args, device: str) -> tuple[LlamaConfig, Recipe]:
     if args.compile and args.document_mask and device == "cpu":
         raise ValueError("on a CPU documents are taken one by one, which --compile would compile "
                          "anew in every step; try --no-document-mask, or without --compile")
-    args.micro_batch = fit_memory(args, config, device)
+    layout = arrange(args, config, world)
+    args.micro_batch = fit_memory(args, config, device, layout, world)
     return config, recipe
 
 
@@ -1070,66 +1080,73 @@ def open_run(folder: Path, settings: dict, fresh: bool) -> dict:
     return run
 
 
-def compile_layers(model: Llama) -> Llama:
-    """torch.compile of every layer, in place, which fuses what lies between the products: one
-    compilation serves all layers of a training step."""
-    check_compiler()
-    for layer in model.layers:
-        layer.compile()
-    return model
-
-
 def uncompiled(args):
     """For evaluation and samples, whose shapes are many: none is worth its compilation."""
     return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
 
 
-def timed_steps(args, model: Llama, recipe: Recipe, count: int) -> tuple[float, float]:
+def timed_steps(args, engine: Engine, recipe: Recipe, count: int) -> tuple[float, float]:
     """Median seconds of `count` steps on random tokens, after two untimed ones; the last loss."""
-    times, random, optimizer = [], torch.Generator().manual_seed(0), make_optimizer(model, recipe)
+    times, random = [], torch.Generator().manual_seed(0)
+    optimizer = make_optimizer(engine.parameters, recipe)
     shape = (args.batch_tokens // args.seq_len, args.seq_len + 1)
     for _ in range(count + 2):
-        batch = torch.randint(model.config.vocab_size, shape, generator=random)
+        batch = torch.randint(engine.config.vocab_size, shape, generator=random)
         start = time.perf_counter()
-        loss, _ = train_step(model, optimizer, batch, recipe.lr, recipe.clip, args.micro_batch,
-                             1 if args.document_mask else None)
+        loss, _, _ = train_step(engine, optimizer, batch, recipe.lr, recipe.clip)
         times.append(time.perf_counter() - start)
-    return statistics.median(times[2:]), loss
+    seconds, = engine.add_up(statistics.median(times[2:]))
+    return seconds / engine.layout.size, loss
 
 
-def bench(args, model: Llama, recipe: Recipe, peak: float | None) -> dict:
-    step_s, loss = timed_steps(args, model, recipe, args.bench)
+def bench(args, engine: Engine, recipe: Recipe, peak: float | None) -> dict:
+    step_s, loss = timed_steps(args, engine, recipe, args.bench)
+    config, world = engine.config, engine.layout.size
     speed = args.batch_tokens // args.seq_len * args.seq_len / step_s
-    mfu = peak and speed * flops_per_token(model.config, args.seq_len) / peak
+    mfu = peak and speed * flops_per_token(config, args.seq_len) / (peak * world)
     rss = None
     if sys.platform != "win32":
         import resource
         unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return {"tokens_per_s": speed, "mfu": mfu or "unknown", "peak_gflops": peak and peak / 1e9,
-            "step_s": step_s, "peak_rss_gb": rss, "loss": loss, "params": model.config.n_params,
-            "backward": args.backward, "dtype": args.dtype}
+            "step_s": step_s, "peak_rss_gb": rss, "loss": loss, "params": config.n_params,
+            "backward": args.backward, "dtype": args.dtype, "world": world,
+            "layout": asdict(engine.layout)}
 
 
 class Log:
-    """log.jsonl, one object a line, and the line that shows progress."""
+    """log.jsonl, one object a line, and the line that shows progress; of many ranks the first's."""
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, first: bool = True):
         """Cuts an older log back to `step`, a torn last line too."""
         self.path, self.rows, self.shown = folder / "log.jsonl", [], 0.0
+        self.first, self.elapsed_before, self.began = first, 0.0, time.monotonic()
+        if not first:
+            return
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                self.rows += [row for row in [json.loads(line)] if row["step"] <= step]
+                row = json.loads(line)
+                self.rows += [row] * (row["step"] <= step)
+                self.elapsed_before = max(self.elapsed_before, row["elapsed_s"])
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_aside(self.path, lambda file: file.write(text.encode()))
 
+    def elapsed(self) -> float:
+        """Seconds that the run took up to now, those of lost steps too; not while it was down."""
+        return self.elapsed_before + time.monotonic() - self.began
+
     def add(self, row: dict) -> None:
+        if not self.first:
+            return
         self.rows.append({key: None if isinstance(value, float) and not math.isfinite(value)
                           else value for key, value in row.items()})
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(self.rows[-1]) + "\n")
 
     def show(self, row: dict, steps: int, left: float) -> None:
+        if not self.first:
+            return
         held = next((f"  held out {r['val_bpb']:.3f} bits/byte" for r in reversed(self.rows)
                      if r.get("val_bpb")), "")
         mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.0%}"
@@ -1212,58 +1229,121 @@ class Stopper:
         say("\nstopping after this step; the same command goes on from there")
 
 
-def train(args, run: dict, folder: Path, model: Llama, batches: Batches, recipe: Recipe,
-          bos_id: int | None, peak: float | None) -> None:
-    """From the newest good state to the last step, then the weights in Meta's layout."""
-    optimizer, steps, bad, times = make_optimizer(model, recipe), run["steps"], 0, []
-    tensors = state_tensors(model, optimizer)
-    states = States(folder / "state")
-    facts = states.load(tensors)
-    facts = {"step": 0, "skipped": 0} if facts is None else facts
-    log, skipped, stopper = Log(folder, facts["step"]), facts["skipped"], Stopper()
-    if facts["step"] >= steps:
-        say(f"{folder} is finished at step {facts['step']}; --steps N goes on, --fresh starts over")
-    elif facts["step"]:
-        log.add({"event": "resume", "step": facts["step"]})
-    tokens, flops = batches.rows * batches.seq_len, flops_per_token(model.config, batches.seq_len)
-    eval_every = args.eval_every or max(1, min(1000, steps // 10))
-    save_every = args.save_every or eval_every
-    recipe = replace(recipe, warmup=min(recipe.warmup, steps // 10))
-    share = steps * tokens // 10  # a tenth of the run's tokens at the end, at a third of their cost
-    for step in range(facts["step"], steps):
-        watch(args.watchdog)
-        start, done = time.perf_counter(), step + 1
-        lr, batch = learning_rate(step, steps, recipe), batches.step(step)
-        loss, norm = train_step(model, optimizer, batch, lr, recipe.clip, args.micro_batch, bos_id)
-        times.append(time.perf_counter() - start)
-        finite, speed = math.isfinite(loss) and math.isfinite(norm), tokens / times[-1]
-        bad, skipped = (0, skipped) if finite else (bad + 1, skipped + 1)
-        row = {"step": done, "tokens": done * tokens, "loss": loss, "lr": lr, "grad_norm": norm,
-               "tokens_per_s": round(speed, 1), "skipped": skipped, "world": 1,
-               "mfu": peak and round(speed * flops / peak, 3), "rank_tokens": tokens,
-               "rank_params": model.config.n_params}
-        if done % eval_every == 0 or done == steps:
-            limit = min(EVAL_TOKENS, share // 10) if done < steps else min(FINAL_EVAL_TOKENS, share)
-            with uncompiled(args):
-                row["val_loss"], row["val_bpb"] = evaluate(model, batches, limit, args.micro_batch,
-                                                           bos_id)
-        log.add(row)
-        log.show(row, steps, (steps - done) * statistics.median(times[-50:]))
-        if bad == BAD_STEPS:
-            states.wait()
-            raise ValueError(f"{bad} steps in a row had a loss or gradient that is not finite; the "
-                             f"last good state in {folder / 'state'} is kept; try a lower --lr")
-        if done == steps or finite and (done % save_every == 0 or stopper.signal):
-            states.save(done, tensors, {"skipped": skipped})
-        if stopper.signal:
-            states.wait()
-            sys.exit(128 + stopper.signal)
-    states.wait()
-    stopper.close()
-    watch(None)
-    newest = max(steps, facts["step"])
-    export_state(states.folder / f"step-{newest:09d}", model.config, folder)
-    draw_loss(log.rows, folder / "loss.svg", f"{args.size}, {model.config.n_params:,} parameters")
+class Training:
+    """A run from its newest good state to its last step. `facts` is where it stands: step, steps
+    that were skipped (not finite), data that was passed over in steps, seconds of useful steps."""
+
+    def __init__(self, args, run: dict, folder: Path, world: World, engine: Engine,
+                 batches: Batches, recipe: Recipe, peak: float | None):
+        self.args, self.folder, self.world, self.steps = args, folder, world, run["steps"]
+        self.engine, self.batches, self.peak = engine, batches, peak
+        self.recipe = replace(recipe, warmup=min(recipe.warmup, self.steps // 10))
+        self.optimizer = make_optimizer(engine.parameters, recipe)
+        self.tensors = state_tensors(engine.parameters, self.optimizer)
+        group = None if world.size == 1 else dist.new_group(backend="gloo")
+        self.states = States(folder / "state", group, world.local_size)
+        self.facts = {"step": 0, "skipped": 0, "passed": 0, "useful_s": 0.0}
+        self.times, self.losses, self.bad, self.stopper = [], [], 0, Stopper()
+        self.eval_every = args.eval_every or max(1, min(1000, self.steps // 10))
+        self.save_every = args.save_every or self.eval_every
+        self.load()
+
+    def load(self) -> None:
+        """Goes on from the newest good state, if there is one."""
+        self.facts |= self.states.load(self.tensors) or {}
+        self.log = Log(self.folder, self.facts["step"], self.world.rank == 0)
+
+    def run(self) -> None:
+        if self.facts["step"] >= self.steps:
+            say(f"{self.folder} is finished at step {self.facts['step']}; --steps N goes on, "
+                "--fresh starts over")
+        elif self.facts["step"]:
+            self.log.add({"event": "resume", "step": self.facts["step"],
+                          "elapsed_s": self.log.elapsed()})
+        while self.facts["step"] < self.steps:
+            watch(self.args.watchdog)
+            row, stopping = self.step()
+            finite, done = not self.bad, row["step"] == self.steps
+            if self.args.spike and finite and self.passes_over(row):
+                continue
+            self.log.add(row)
+            self.log.show(row, self.steps, (self.steps - row["step"])
+                          * statistics.median(self.times[-50:]))
+            if self.bad == BAD_STEPS:
+                self.states.wait()
+                raise ValueError(
+                    f"{self.bad} steps in a row had a loss or gradient that is not finite; the "
+                    f"last good state in {self.states.folder} is kept; try a lower --lr")
+            if done or finite and (row["step"] % self.save_every == 0 or stopping):
+                if self.world.size > 1:
+                    replicas_agree(self.engine.parameters)
+                self.states.save(row["step"], self.tensors, self.facts)
+            if stopping:
+                self.states.wait()
+                sys.exit(128 + (self.stopper.signal or signal.SIGTERM))
+        self.states.wait()
+        self.stopper.close()
+        on_first(self.world, self.finish)
+
+    def step(self) -> tuple[dict, bool]:
+        """One step: its row of the log, and whether some rank was asked to stop."""
+        start, facts, engine, batches = time.perf_counter(), self.facts, self.engine, self.batches
+        lr = learning_rate(facts["step"], self.steps, self.recipe)
+        batch = batches.step(facts["step"] + facts["passed"])
+        loss, norm, stops = train_step(engine, self.optimizer, batch, lr, self.recipe.clip,
+                                       self.stopper.signal)
+        seconds, tokens = time.perf_counter() - start, batches.rows * batches.seq_len
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self.times.append(seconds)
+        self.bad = 0 if finite else self.bad + 1
+        facts |= {"step": facts["step"] + 1, "skipped": facts["skipped"] + (not finite),
+                  "useful_s": facts["useful_s"] + seconds * finite}
+        mfu = self.peak and tokens * flops_per_token(engine.config, batches.seq_len) / (
+            seconds * self.peak * self.world.size)
+        row = {"step": facts["step"], "tokens": facts["step"] * tokens, "loss": loss, "lr": lr,
+               "grad_norm": norm, "tokens_per_s": round(tokens / seconds, 1),
+               "skipped": facts["skipped"], "world": self.world.size,
+               "mfu": mfu and round(mfu, 3),
+               "rank_tokens": len(engine.rows(batch)) * batches.seq_len,
+               "rank_params": sum(local(p).numel() for p in engine.parameters.values())}
+        last, share = facts["step"] == self.steps, self.steps * tokens // 10
+        if last or facts["step"] % self.eval_every == 0:
+            # At the end on a tenth of the run's tokens, at a third of their cost.
+            limit = min(FINAL_EVAL_TOKENS, share) if last else min(EVAL_TOKENS, share // 10)
+            with uncompiled(self.args):
+                row["val_loss"], row["val_bpb"] = evaluate(engine, batches, limit)
+        row["elapsed_s"] = round(self.log.elapsed(), 3)
+        row["useful"] = round(facts["useful_s"] / row["elapsed_s"], 3)
+        return row, stops > 0
+
+    def passes_over(self, row: dict) -> bool:
+        """After a spike of the loss: back to the last good state, and from there past the text up
+        to here (as PaLM did; Chowdhery et al. 2022, section 5.1). False if there was none."""
+        spike = is_spike(self.losses, row["loss"])
+        self.losses.append(row["loss"])
+        if not spike:
+            return False
+        text = row["step"] + self.facts["passed"]  # read up to here
+        say(f"the loss jumped to {row['loss']:.3f} at step {row['step']}")
+        self.states.wait()
+        if not any(self.states.folder.glob("step-*")):
+            return False
+        self.load()
+        self.facts["passed"] = text - self.facts["step"]
+        self.losses = self.losses[:-1]
+        self.log.add({"event": "spike", "step": self.facts["step"], "loss": row["loss"],
+                      "at": row["step"], "elapsed_s": round(self.log.elapsed(), 3)})
+        return True
+
+    def finish(self) -> None:
+        """The weights in Meta's layout, and the picture."""
+        export_state(self.states.folder / f"step-{self.facts['step']:09d}", self.engine.config,
+                     self.folder)
+        title = f"{self.args.size}, {self.engine.config.n_params:,} parameters"
+        draw_loss(self.log.rows, self.folder / "loss.svg", title)
+        elapsed = self.log.elapsed()
+        say(f"{self.facts['useful_s'] / elapsed:.0%} of {elapsed / 60:.1f} minutes went into "
+            f"training steps that were kept")
 
 
 def parser() -> Parser:
@@ -1310,6 +1390,15 @@ def parser() -> Parser:
     g.add_argument("--save-every", type=whole, metavar="N", help="steps between states")
     g.add_argument("--bench", type=whole, metavar="N", help="no run: the speed of N steps")
     g = p.add_argument_group("many devices")
+    g.add_argument("--dp", choices=("none", "ddp", "fsdp", "hybrid"), help="data parallelism: ddp "
+                   "repeats the model, fsdp (default) splits it over all ranks, hybrid over those "
+                   "of a machine")
+    g.add_argument("--tp", type=whole, default=1, metavar="N", help="ranks that share each layer, "
+                   "and its tokens between the products: those of one machine")
+    g.add_argument("--pp", type=whole, default=1, metavar="N", help="ranks that the layers are "
+                   "split over")
+    g.add_argument("--interleave", type=whole, default=1, metavar="N", help="stages of the "
+                   "pipeline that a rank holds: less waiting, more messages")
     g.add_argument("--nproc", type=whole, metavar="N", help="processes on this machine (default: "
                    "its GPUs, else 1); one that dies is started again; not under torchrun or srun")
     g.add_argument("--watchdog", type=number, metavar="S", help="a step of S seconds hangs: say "
@@ -1334,59 +1423,114 @@ def main(argv: list[str]) -> int | None:
         run_rank(args, device, world)
 
 
-def run_rank(args, device: str, world: World) -> None:
-    started = time.perf_counter()
-    # What is free of the settings may differ when a run goes on; a chosen micro-batch is kept.
-    free = {"steps", "minutes", "eval_every", "save_every", "out", "fresh", "bench", "spike",
-            "nproc", "watchdog"}
-    free |= set() if args.micro_batch else {"micro_batch"}
-    config, recipe = resolve(args, device)
-    keep_freed_memory()
-    peak = matmul_flops(device, DTYPES[args.dtype])
-    dtype = None if args.dtype == "fp32" else DTYPES[args.dtype]
+def arrange(args, config: LlamaConfig, world: World) -> Layout:
+    """How all ranks share the work; ValueError with the numbers that would do."""
+    tp, pp, rows = args.tp, args.pp, args.batch_tokens // args.seq_len
 
-    def create(config: LlamaConfig) -> Llama:
-        model = Llama.create(config, args.seed, device, attention=args.attention,
-                             backward=args.backward, dtype=dtype)
-        return compile_layers(model) if args.compile else model
+    def divisors(n: int) -> str:
+        return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
-    if args.bench:
-        print(json.dumps(bench(args, create(config), recipe, peak)))
-        return
-    folder = Path(args.out or f"runs/{args.size}")
-    settings = {name: value for name, value in vars(args).items() if name not in free}
-    if args.fresh:
-        data_sources(args)  # what is not there is said before anything is removed
-    run = open_run(folder, settings, args.fresh)
-    args.micro_batch = run.setdefault("micro_batch", args.micro_batch)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_aside(folder / "run.json", lambda file: file.write(json.dumps(run, indent=1).encode()))
-    tokenizer, sources = on_first(world, lambda: prepare_data(args, folder, config.vocab_size))
-    config = replace(config, vocab_size=tokenizer.vocab_size)
-    batches = Batches(folder / "tokens", sources, args.seq_len, args.batch_tokens, args.seed)
-    model = create(config)
+    for name, n in (("n_kv_heads", config.n_kv_heads), ("hidden_dim", config.hidden_dim),
+                    ("vocab_size", config.vocab_size), ("seq_len", args.seq_len)):
+        if n % tp:
+            shared = math.gcd(config.n_kv_heads, config.hidden_dim, config.vocab_size, args.seq_len)
+            raise ValueError(f"--tp {tp} does not divide {name}={n}; try --tp with one of "
+                             f"{divisors(shared)}")
+    if pp * args.interleave > config.n_layers or args.interleave > 1 == pp:
+        raise ValueError(f"--pp {pp} --interleave {args.interleave}: {config.n_layers} layers make "
+                         f"at most as many stages, of at least two ranks; try --pp {pp} with "
+                         f"--interleave up to {max(1, config.n_layers // pp)}")
+    if world.size % (tp * pp):
+        raise ValueError(f"{world.size} processes are no multiple of --tp {tp} x --pp {pp}; try "
+                         f"--tp and --pp whose product is one of {divisors(world.size)}")
+    dp = world.size // (tp * pp)
+    if dp > rows:
+        raise ValueError(f"{dp} data-parallel ranks cannot share the {rows} sequences of a step; "
+                         f"try at most {rows * tp * pp} processes, or a larger --batch-tokens")
+    kind = args.dp or "fsdp"
+    if kind == "none" and dp > 1:
+        raise ValueError(f"--dp none leaves {dp} x {tp * pp} processes the same work; try --dp ddp "
+                         f"or --dp fsdp, or {tp * pp} processes")
+    near = max(1, world.local_size // (tp * pp))  # data-parallel ranks of one machine
+    shards = {"none": 1, "ddp": 1, "fsdp": dp, "hybrid": math.gcd(near, dp)}[kind]
+    return Layout(dp // shards, shards, pp, tp, args.interleave)
+
+
+def first_steps(args, run: dict, folder: Path, engine: Engine, recipe: Recipe, started: float
+                ) -> None:
+    """Sets the number of steps: as asked, or as many as the time allows at the measured speed."""
     minutes = args.minutes or (4.6 if args.size == "tiny" and not args.steps else None)
     if args.steps or not minutes:
         run.pop("minutes", None)
         run["steps"] = args.steps or math.ceil(recipe.train_tokens / recipe.batch_tokens)
     elif run.get("minutes") != minutes or "steps" not in run:
-        step_s, _ = timed_steps(args, model, recipe, 5)
+        step_s, _ = timed_steps(args, engine, recipe, 5)
         count = max(5, int(1.2 * minutes / step_s))  # a fiftieth of the time, to be sure of it
-        step_s, _ = timed_steps(args, model, recipe, count)
-        left = 60 * minutes - (time.perf_counter() - started) - 5
+        step_s, _ = timed_steps(args, engine, recipe, count)
+        passed, = engine.add_up(time.perf_counter() - started)
+        left = 60 * minutes - passed / engine.layout.size - 5
         run |= {"minutes": minutes, "steps": max(10, int(left / (1.12 * step_s)))}  # evaluations
-        model.init_weights(args.seed)
-    write_aside(folder / "run.json", lambda file: file.write(json.dumps(run, indent=1).encode()))
+        for stage in engine.stages:
+            stage.init_weights(args.seed)
+
+
+def run_rank(args, device: str, world: World) -> None:
+    """What one process does."""
+    # What is free of the settings may differ when a run goes on; a chosen micro-batch is kept.
+    free = {"steps", "minutes", "eval_every", "save_every", "out", "fresh", "bench", "spike",
+            "nproc", "watchdog", "dp", "tp", "pp", "interleave"}
+    free |= set() if args.micro_batch else {"micro_batch"}
+    started = time.perf_counter()
+    config, recipe = resolve(args, device, world)
+    keep_freed_memory()
+    peak = matmul_flops(device, DTYPES[args.dtype])
+
+    def create(config: LlamaConfig, bos_id: int | None) -> Engine:
+        return Engine(config, arrange(args, config, world), device, args.micro_batch, args.seed,
+                      args.compile, bos_id=bos_id if args.document_mask else None,
+                      attention=args.attention, backward=args.backward,
+                      dtype=None if args.dtype == "fp32" else DTYPES[args.dtype])
+
+    if args.bench:
+        result = bench(args, create(config, 1), recipe, peak)
+        if world.rank == 0:
+            print(json.dumps(result))
+        return
+    folder = Path(args.out or f"runs/{args.size}")
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+
+    def prepare() -> tuple[dict, list[dict]]:
+        if args.fresh:
+            data_sources(args)  # what is not there is said before anything is removed
+        run = open_run(folder, settings, args.fresh)
+        run.setdefault("micro_batch", args.micro_batch)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "run.json", run)
+        return run, prepare_data(args, folder, config.vocab_size)
+
+    run, (tokenizer, sources) = on_first(world, prepare)
+    args.micro_batch = run["micro_batch"]
+    config = replace(config, vocab_size=tokenizer.vocab_size)
+    batches = Batches(folder / "tokens", sources, args.seq_len, args.batch_tokens, args.seed)
+    engine = create(config, tokenizer.bos_id)
+    first_steps(args, run, folder, engine, recipe, started)
+    on_first(world, lambda: write_json(folder / "run.json", run))
     say(f"{args.size}: {config.n_params:,} parameters, {run['steps']} steps of {batches.rows} x "
         f"{args.seq_len} tokens, {args.dtype}, on {device}")
+    if world.size > 1:
+        layout = engine.layout
+        passes = engine.passes(torch.empty(batches.rows, 1))
+        say(f"{world.size} processes: {layout.replicas} replicas of the state x {layout.shards} "
+            f"shards x pp {layout.pp} x tp {layout.tp}; gradients of {passes} micro-batches of "
+            f"{args.micro_batch} add up on each")
     for source, epochs in zip(sources, batches.epochs(run["steps"])):
         say(f"{source['path']}: {source['train_tokens']:,} tokens, read {epochs:.2f} times")
-    bos_id = tokenizer.bos_id if args.document_mask else None
-    train(args, run, folder, model, batches, recipe, bos_id, peak)
+    Training(args, run, folder, world, engine, batches, recipe, peak).run()
     prompt = "" if args.data or args.mixture else "class"  # the default text is Python
-    with uncompiled(args):
-        sample = sample_texts(model.eval(), tokenizer, [prompt], 120, Sampling(seed=args.seed))[0]
-    print(f"--- a sample of {folder}\n{prompt}{sample.text}")
+    if world.rank == 0:
+        model = load(folder, device, engine.stages[0].dtype)
+        sample = sample_texts(model, tokenizer, [prompt], 120, Sampling(seed=args.seed))[0]
+        print(f"--- a sample of {folder}\n{prompt}{sample.text}")
 
 
 if __name__ == "__main__":
