@@ -2906,7 +2906,7 @@ RANKS = """if True:
     line = init_device_mesh("cpu", (4,))
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     plain = tensors_of(model_of(None, None, None))
-    stage = {name: t for i, (name, t) in enumerate(plain.items()) if i % 4 == rank}
+    stage = {name: t for i, (name, t) in enumerate(plain.items()) if i % 2 == rank}  # 2, 3: none
     layouts = [("grid", group, tensors_of(model_of(grid, grid["dp"], grid["tp"]))),
                ("four", group, tensors_of(model_of(line, line, None))),
                ("stages", group, stage),
