@@ -24,10 +24,7 @@ import signal
 import struct
 import subprocess
 import sys
-<<<<<<< HEAD
 import textwrap
-=======
->>>>>>> d-state
 import threading
 import time
 import tracemalloc
@@ -2824,6 +2821,15 @@ class TestState:
         shutil.rmtree(tmp_path / "step-000000002")
         assert states.load(tensors)["step"] == 1 and torch.all(tensors["x"] == 1)
 
+    def test_ctrl_c_is_no_damage(self, states, monkeypatch):
+        folder, tensors = states
+
+        def pressed(path):
+            raise KeyboardInterrupt
+        monkeypatch.setattr(train, "sha256", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            train.States(folder).load(tensors)
+
     def test_a_state_of_a_later_step_goes(self, states):
         folder, tensors = states
         (folder / "step-000000009").mkdir()  # of what was given up by going back to step 3
@@ -2860,7 +2866,7 @@ class TestState:
         ctypes.CDLL(None).malloc_trim(0)
         before = memory("RssAnon")
         train.export_state(tmp_path / "step-000000001", config, tmp_path / "out")
-        assert len(used) == 24 * 9 + 3 and max(used) < 4e6 < 4 * config.n_params / 10
+        assert len(used) == 24 * 9 + 3 and max(used) < 4 * config.n_params / 5
 
 
 RANKS = """if True:
@@ -2911,7 +2917,7 @@ RANKS = """if True:
     line = init_device_mesh("cpu", (4,))
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     plain = tensors_of(model_of(None, None, None))
-    stage = {name: t for i, (name, t) in enumerate(plain.items()) if i % 4 == rank}
+    stage = {name: t for i, (name, t) in enumerate(plain.items()) if i % 2 == rank}  # 2, 3: none
     layouts = [("grid", group, tensors_of(model_of(grid, grid["dp"], grid["tp"]))),
                ("four", group, tensors_of(model_of(line, line, None))),
                ("stages", group, stage),
@@ -3163,6 +3169,17 @@ class TestRun:
         assert rows[-1]["skipped"] == 7 and rows[5]["skipped"] == 2
         states = sorted(state.name for state in (tmp_path / "r" / "state").iterdir())
         assert states == ["step-000000006", "step-000000012"]
+
+    def test_a_last_step_that_is_not_finite(self, text, tmp_path, signals, monkeypatch):
+        loss, calls = Llama.loss, []
+
+        def poisoned(*args):
+            calls.append(loss(*args))
+            return calls[-1] * (math.nan if len(calls) > 4 else 1)  # two micro-batches a step
+        monkeypatch.setattr(Llama, "loss", poisoned)
+        train.main([*run_options(text, tmp_path), "--micro-batch", "2", "--steps", "3"])
+        assert [state.name for state in (tmp_path / "state").iterdir()] == ["step-000000003"]
+        assert log_of(tmp_path)[-1]["skipped"] == 1 and llama.load(tmp_path).config.dim == 32
 
     def test_samples(self, whole_run, capsys):
         generate.main([str(whole_run), "--prompt", "import", "--prompt", "-1 + 2", "--json",

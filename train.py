@@ -652,7 +652,7 @@ class Writer(dcp.FileSystemWriter):
         super().__init__(folder / "saving")
         self.facts, self.done = facts, folder / f"step-{facts['step']:09d}"
 
-    def prepare_local_plan(self, plan):
+    def prepare_local_plan(self, plan):  # DCP's makes the folder on every rank
         return plan
 
     def prepare_global_plan(self, plans):
@@ -668,7 +668,7 @@ class Writer(dcp.FileSystemWriter):
         return written.then(lambda future: [*future.value(), hashes])
 
     def finish(self, metadata, results):
-        manifest = {name: hash for written in results for name, hash in written.pop().items()}
+        manifest = dict(pair for written in results for pair in written.pop().items())
         super().finish(metadata, results)
         (self.path / "facts.json").write_text(json.dumps(self.facts), encoding="utf-8")
         manifest |= {name: sha256(self.path / name) for name in (".metadata", "facts.json")}
@@ -728,7 +728,9 @@ class States:
                 facts = self.ranks.all_gather("check", partial(self.check, state))[0]
                 self.ranks.all_gather("read", partial(self.read, state, tensors))
                 return facts
-            except (Exception, dcp.api.CheckpointException) as error:
+            except dcp.api.CheckpointException as error:  # any other is not the state's
+                if isinstance(cause_of(error), KeyboardInterrupt):
+                    raise KeyboardInterrupt from None
                 say(f"{state} is damaged and passed over: {last_line(error)}")
         if states:
             raise ValueError(f"no state in {self.folder} is good; try --fresh to start over")
@@ -748,6 +750,7 @@ class States:
         return facts
 
     def read(self, state: Path, tensors: dict[str, Tensor]) -> None:
+        """Fills this rank's tensors, each from the parts of it that any ranks wrote."""
         reader, random = SafeReader(state), torch.get_rng_state()
         reader.read_metadata()  # first alone: dcp.load would wrap what is wrong with it
         dcp.load({**tensors, "random": random}, storage_reader=reader, no_dist=True)
@@ -763,10 +766,10 @@ def export_state(state: Path, config: LlamaConfig, folder: Path) -> None:
         dcp.load(tensors, storage_reader=reader, no_dist=True)
         return tensors[f"model.{name}"]
 
-    weights = {}
+    weights, no_part = {}, (torch.empty(0),)  # which `read` need not decode
     for name, shape in shapes(config).items():
         dtype = reader.metadata.state_dict_metadata[f"model.{name}"].properties.dtype
-        weights[name] = Weight(shape, dtype, (torch.empty(0),), partial(read, name, shape, dtype))
+        weights[name] = Weight(shape, dtype, no_part, partial(read, name, shape, dtype))
     write_meta(config, weights, folder)
 
 
@@ -783,9 +786,15 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def last_line(error: BaseException) -> str:
+def cause_of(error: BaseException) -> BaseException:
+    """What happened on the first rank that failed."""
     while isinstance(error, dcp.api.CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    return error
+
+
+def last_line(error: BaseException) -> str:
+    error = cause_of(error)
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
 
 
