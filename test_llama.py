@@ -2534,7 +2534,7 @@ class TestRecipe:
         optimizers = [torch.optim.AdamW([p], lr=0.01, betas=(0.9, 0.95), eps=1e-8,
                                         weight_decay=0.5 if p.dim() > 1 else 0.0)
                       for p in oracle.values()]
-        optimizer = train.make_optimizer(model, recipe)
+        optimizer = train.make_optimizer(dict(model.named_parameters()), recipe)
         for step in range(3):
             for (name, p), ours in zip(oracle.items(), model.parameters()):
                 p.grad = noise(*p.shape, seed=step)
@@ -2546,56 +2546,68 @@ class TestRecipe:
             assert not torch.equal(p, before[name])
 
 
+def engine_of(model, micro_batch=4, **options):
+    """One rank that holds all of it, with the weights of a model."""
+    engine = train.Engine(model.config, train.Layout(), "cpu", micro_batch, dtype=model.dtype,
+                          **options)
+    engine.stages[0].load_state_dict(model.state_dict())
+    return engine
+
+
 class TestTrainStep:
-    def step(self, model, micro_batch, clip=1e9, lr=0.1, batch=None, **options):
-        optimizer = train.make_optimizer(model, Recipe(0.1, 1, 1, eps=1e-8, weight_decay=0.0))
+    def step(self, engine, clip=1e9, lr=0.1, batch=None):
+        model, recipe = engine.stages[0], Recipe(0.1, 1, 1, eps=1e-8, weight_decay=0.0)
+        optimizer = train.make_optimizer(engine.parameters, recipe)
         seen = {}
         optimizer.register_step_pre_hook(lambda *_: seen.update(
             {name: p.grad.clone() for name, p in model.named_parameters()}))
         batch = tokens(6, 21) if batch is None else batch
-        return train.train_step(model, optimizer, batch, lr, clip, micro_batch, **options), seen
+        return train.train_step(engine, optimizer, batch, lr, clip)[:2], seen
 
     def test_frozen_weights_stay(self):
-        model = random_model(SMALL).requires_grad_(False)
+        engine = engine_of(random_model(SMALL))
+        model = engine.stages[0].requires_grad_(False)
         model.output.requires_grad_(True)
-        optimizer = train.make_optimizer(model, SIZES["tiny"][1])
-        train.train_step(model, optimizer, tokens(2, 9), 1, 1, 2)
+        optimizer = train.make_optimizer(engine.parameters, SIZES["tiny"][1])
+        train.train_step(engine, optimizer, tokens(2, 9), 1, 1)
         changed = {name for (name, p), before in zip(model.named_parameters(),
                    random_model(SMALL).parameters()) if not torch.equal(p, before)}
         assert changed == {"output.weight"}
 
     def test_accumulation_is_one_batch(self):
-        (loss, norm), whole = self.step(random_model(SMALL), 6)
+        (loss, norm), whole = self.step(engine_of(random_model(SMALL), 6))
         x = tokens(6, 21)
         model = random_model(SMALL)
         model.loss(x[:, :-1], x[:, 1:]).backward()
         wanted = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
         assert norm == pytest.approx(wanted, rel=1e-4)
         for micro_batch in (1, 2, 4):
-            (other, same), parts = self.step(random_model(SMALL), micro_batch)
+            (other, same), parts = self.step(engine_of(random_model(SMALL), micro_batch))
             assert (other, same) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4))
             for name, grad in whole.items():
                 close(parts[name], grad, atol=1e-6)
 
     def test_clips_to_the_norm(self):
-        (_, norm), grads = self.step(random_model(SMALL), 6, clip=1e-3)
+        (_, norm), grads = self.step(engine_of(random_model(SMALL)), clip=1e-3)
         clipped = torch.cat([g.flatten() for g in grads.values()]).norm().item()
         assert norm > 0.01 and clipped == pytest.approx(1e-3, rel=1e-3)
-        (_, norm), grads = self.step(random_model(SMALL), 6, clip=1e9)
+        (_, norm), grads = self.step(engine_of(random_model(SMALL)), clip=1e9)
         whole = torch.cat([g.flatten() for g in grads.values()]).norm().item()
         assert whole == pytest.approx(norm, rel=1e-4)
 
     def test_learning_rate_is_the_one_given(self):
-        model = random_model(SMALL)
+        engine = engine_of(random_model(SMALL))
+        model = engine.stages[0]
         before = model.norm.weight.detach().clone()
-        self.step(model, 6, lr=1e-3)  # AdamW's first step moves each weight by lr
+        self.step(engine, lr=1e-3)  # AdamW's first step moves each weight by lr
         close((model.norm.weight - before).abs(), torch.full((48,), 1e-3), atol=1e-5)
 
     def test_not_finite_changes_nothing(self):
-        model = random_model(SMALL)
+        engine = engine_of(random_model(SMALL), 3)
+        model = engine.stages[0]
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         handle = model.layers[1].feed_forward.w2.weight.register_hook(lambda g: g * math.inf)
-        (loss, norm), _ = self.step(model, 3)
+        (loss, norm), _ = self.step(engine)
         assert math.isfinite(loss) and not math.isfinite(norm)
         handle.remove()
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -2604,7 +2616,7 @@ class TestTrainStep:
     def test_mask_across_documents(self):
         batch = tokens(2, 21).clamp(min=2)
         batch[:, 8] = 1
-        (loss, _), _ = self.step(random_model(SMALL), 2, batch=batch, bos_id=1)
+        (loss, _), _ = self.step(engine_of(random_model(SMALL), 2, bos_id=1), batch=batch)
         model, x = random_model(SMALL), batch[:, :-1]
         documents = starts(0, 8, 20, 28, 40)
         assert loss == pytest.approx(model.loss(x, batch[:, 1:], documents).item(), rel=1e-5)
@@ -2617,7 +2629,7 @@ class TestEvaluate:
         sources = shards(tmp_path, [900])
         (np.arange(101) % 97).astype("<u2").tofile(tmp_path / "0.val.bin")
         batches, model = train.Batches(tmp_path, sources, 16, 64, 0), random_model(SMALL)
-        loss, bpb = train.evaluate(model, batches, 10**6, 4, bos_id)
+        loss, bpb = train.evaluate(engine_of(model, bos_id=bos_id), batches, 10**6)
         nll = 0
         for at in range(0, 100, 16):
             x = torch.arange(at, min(at + 17, 101)) % 97
@@ -2679,7 +2691,7 @@ class TestCost:
     def test_fewer_sequences_at_once_where_more_do_not_fit(self, monkeypatch):
         args = train.parser().parse_args(["--size", "stories15m", "--seq-len", "256"])
         monkeypatch.setattr(train, "memory_there", lambda device: int(6e8))
-        train.resolve(args, "cpu")
+        train.resolve(args, "cpu", train.World())
         assert args.micro_batch in (1, 2, 4, 8, 16)
 
     def test_matmul_rate(self):
@@ -2699,12 +2711,16 @@ class TestCost:
                                            / row["peak_gflops"] / 1e9)
 
 
+def tensors_of(model):
+    parameters = dict(model.named_parameters())
+    optimizer = train.make_optimizer(parameters, Recipe(0.1, 1, 1, eps=1e-8))
+    return train.state_tensors(parameters, optimizer)
+
+
 class TestState:
     @pytest.fixture
     def states(self, tmp_path):
-        model = random_model(SMALL)
-        optimizer = train.make_optimizer(model, Recipe(0.1, 1, 1, eps=1e-8))
-        tensors = train.state_tensors(model, optimizer)
+        tensors = tensors_of(random_model(SMALL))
         states = train.States(tmp_path)
         for step in (1, 2, 3):
             tensors["model.norm.weight"].fill_(step)
@@ -2841,9 +2857,8 @@ class TestState:
     @pytest.mark.parametrize("tied", [False, True])
     def test_export_is_the_model(self, tmp_path, tied):
         model = random_model(replace(SMALL, tie_embeddings=tied))
-        optimizer = train.make_optimizer(model, Recipe(0.1, 1, 1, eps=1e-8))
         states = train.States(tmp_path / "state")
-        states.save(1, train.state_tensors(model, optimizer), {"skipped": 0})
+        states.save(1, tensors_of(model), {"skipped": 0})
         states.wait()
         train.export_state(tmp_path / "state" / "step-000000001", model.config, tmp_path)
         found, wanted = torch.load(tmp_path / "consolidated.00.pth"), model.state_dict()
@@ -2904,8 +2919,9 @@ RANKS = """if True:
         return model
 
     def tensors_of(model):
-        optimizer = train.make_optimizer(model, llama.Recipe(0.1, 1, 1, eps=1e-8))
-        return train.state_tensors(model, optimizer)
+        parameters = dict(model.named_parameters())
+        optimizer = train.make_optimizer(parameters, llama.Recipe(0.1, 1, 1, eps=1e-8))
+        return train.state_tensors(parameters, optimizer)
 
     def saved(states, step, tensors):
         try:
@@ -2957,7 +2973,7 @@ class TestStatesOfRanks:
     def ranks(cls, tmp_path_factory):
         """One state written by one process; what four then made of it and told."""
         folder, model = tmp_path_factory.mktemp("ranks"), random_model(LITTLE)
-        tensors = train.state_tensors(model, train.make_optimizer(model, Recipe(1, 1, 1, eps=1e-8)))
+        tensors = tensors_of(model)
         for i, t in enumerate(tensors.values()):
             t.copy_(noise(1, *t.shape, seed=i)[0])
         torch.manual_seed(7)
