@@ -505,7 +505,7 @@ def join(args, device: str) -> Iterator[World]:
     if size == 1:
         yield world
         return
-    args.watchdog = args.watchdog or 1800
+    args.watchdog = (args.watchdog or 1800) + 0.1 * world.local_rank  # one speaks after the other
     watch(args.watchdog)
     if parent := env.get("SUPERVISOR_PID"):
         threading.Thread(target=die_with, args=(int(parent),), daemon=True).start()
@@ -531,7 +531,7 @@ def join(args, device: str) -> Iterator[World]:
             time.sleep(0.05)
         raise ValueError(f"rank {rank}: {error}") from None
     except Exception:
-        time.sleep(1)  # if this came of another rank's end, we are ended too and need not speak
+        time.sleep(3)  # if this came of another rank's end, we are ended too and need not speak
         raise
 
 
@@ -624,7 +624,9 @@ def wait_for(ranks: list[subprocess.Popen], stops: list[int]) -> tuple[int, int]
         failed = [(rank, status) for rank, status in enumerate(statuses)
                   if status and status <= 128]
         if failed:  # of several, more likely the cause: a signal, then an error it could name
-            return min(failed, key=lambda found: (found[1] > 0, found[1] != 2))
+            rank, status = min(failed, key=lambda found: (found[1] > 0, found[1] != 2))
+            time.sleep(status == 1)  # where one hung, let all say where they are
+            return rank, status
         if None not in statuses:
             return 0, statuses[0]
         time.sleep(0.05)
@@ -1031,12 +1033,22 @@ def run_rank(args, device: str, world: World) -> None:
         return
     folder = Path(args.out or f"runs/{args.size}")
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    if args.fresh:
-        data_sources(args)  # what is not there is said before anything is removed
-    run = open_run(folder, settings, args.fresh)
-    args.micro_batch = run.setdefault("micro_batch", args.micro_batch)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_aside(folder / "run.json", lambda file: file.write(json.dumps(run, indent=1).encode()))
+
+    def remember(run: dict) -> None:
+        data = json.dumps(run, indent=1).encode()
+        write_aside(folder / "run.json", lambda file: file.write(data))
+
+    def begin() -> dict:
+        if args.fresh:
+            data_sources(args)  # what is not there is said before anything is removed
+        run = open_run(folder, settings, args.fresh)
+        run.setdefault("micro_batch", args.micro_batch)
+        folder.mkdir(parents=True, exist_ok=True)
+        remember(run)
+        return run
+
+    run = on_first(world, begin)
+    args.micro_batch = run["micro_batch"]
     tokenizer, sources = on_first(world, lambda: prepare_data(args, folder, config.vocab_size))
     config = replace(config, vocab_size=tokenizer.vocab_size)
     batches = Batches(folder / "tokens", sources, args.seq_len, args.batch_tokens, args.seed)
@@ -1052,7 +1064,7 @@ def run_rank(args, device: str, world: World) -> None:
         left = 60 * minutes - (time.perf_counter() - started) - 5
         run |= {"minutes": minutes, "steps": max(10, int(left / (1.12 * step_s)))}  # evaluations
         model.init_weights(args.seed)
-    write_aside(folder / "run.json", lambda file: file.write(json.dumps(run, indent=1).encode()))
+    on_first(world, lambda: remember(run))
     say(f"{args.size}: {config.n_params:,} parameters, {run['steps']} steps of {batches.rows} x "
         f"{args.seq_len} tokens, {args.dtype}, on {device}")
     for source, epochs in zip(sources, batches.epochs(run["steps"])):
