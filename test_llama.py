@@ -3328,8 +3328,9 @@ class TestSupervise:
         assert lines[0] == "rank 1 ended with status 1; going on from the last good state"
         assert lines[1:] == 2 * ["rank 1 was killed by signal 9; going on from the last good state"]
 
-    def test_twice_without_a_new_state_is_the_end(self, tmp_path, capfd):
-        code = "os.makedirs('state/step-1', exist_ok=True); os.kill(os.getpid(), 9 * rank)"
+    @pytest.mark.parametrize("states", ["state/step-1", "state"])
+    def test_twice_without_a_new_state_is_the_end(self, tmp_path, capfd, states):
+        code = f"os.makedirs('{states}', exist_ok=True); os.kill(os.getpid(), 9 * rank)"
         assert supervised(tmp_path, code + "; time.sleep(60)", before=RANK) == 1
         first, last = capfd.readouterr().err.splitlines()
         assert "going on" in first
