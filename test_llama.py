@@ -3577,11 +3577,13 @@ class TestSupervise:
         assert lines[0] == "rank 1 ended with status 1; going on from the last good state"
         assert lines[1:] == 2 * ["rank 1 was killed by signal 9; going on from the last good state"]
 
-    def test_twice_without_a_new_state_is_the_end(self, tmp_path, capfd):
-        code = "os.makedirs('state/step-1', exist_ok=True); os.kill(os.getpid(), 9 * rank)"
+    @pytest.mark.parametrize("states", ["state/step-1", "state"])
+    def test_twice_without_a_new_state_is_the_end(self, tmp_path, capfd, states):
+        code = f"os.makedirs('{states}', exist_ok=True); os.kill(os.getpid(), 9 * rank)"
         assert supervised(tmp_path, code + "; time.sleep(60)", before=RANK) == 1
         first, last = capfd.readouterr().err.splitlines()
-        assert "going on" in first and last.startswith("error: rank 1 was killed by signal 9, again")
+        assert "going on" in first
+        assert last.startswith("error: rank 1 was killed by signal 9, again")
         assert (tmp_path / "1-0").exists() and not (tmp_path / "2-0").exists()
 
     @pytest.mark.parametrize("status", [2, 143, 0])
@@ -3600,7 +3602,7 @@ class TestSupervise:
                 with open(f"got-{{rank}}", "a") as file:
                     print(number, file=file)
             signal.signal({int(number)}, stop)
-            Path(f"ready-{{rank}}").touch()
+            Path(f"ready-{{rank}}").write_text(str(os.getpgrp()))
             while not Path(f"got-{{rank}}").exists():
                 time.sleep(0.01)
             time.sleep(0.3)
@@ -3613,7 +3615,10 @@ class TestSupervise:
         thread.start()
         assert supervised(tmp_path, code, before=RANK) == 128 + number
         thread.join()
-        assert [(tmp_path / f"got-{rank}").read_text() for rank in range(2)] == 2 * [f"{number}\n"]
+        for rank in range(2):
+            assert (tmp_path / f"got-{rank}").read_text() == f"{number}\n"
+            group = int((tmp_path / f"ready-{rank}").read_text())
+            assert group != os.getpgrp()  # the terminal's Ctrl-C does not come here a second time
 
     def test_without_the_supervisor_no_rank_lives(self, tmp_path):
         code = """
@@ -3677,7 +3682,8 @@ class TestWatch:
     def test_what_hangs_says_where_and_is_started_again(self, two_ranks):
         _, err, folder = two_ranks
         assert "Timeout (0:00:01)!" in err and "Thread 0x" in err and (folder / "1-0").exists()
-        assert "in hang_here" in err or "in barrier" in err
+        assert err.index("in barrier") < err.index("in hang_here")  # rank 0, then rank 1
+        assert err.count("Traceback") == 0
 
     def test_off_again(self):
         train.watch(0.2)
@@ -3736,10 +3742,11 @@ def main(_):
         mesh = init_device_mesh("cpu", (1, 3))
         w = torch.arange(12.0).view(3, 4)
         def tensors(w):
-            return {name: DTensor.from_local(local, mesh, (Replicate(), place), run_check=False)
-                    for name, local, place in (("a", torch.ones(5, dtype=torch.bfloat16), Replicate()),
-                                               ("b.weight", w, Replicate()),
-                                               ("parts", w + world.rank, Shard(0)))} | {"step": w}
+            local = {"a": torch.ones(5, dtype=torch.bfloat16), "b.weight": w, "parts": w + world.rank}
+            places = {"parts": Shard(0)}
+            made = {name: DTensor.from_local(x, mesh, (Replicate(), places.get(name, Replicate())),
+                                             run_check=False) for name, x in local.items()}
+            return made | {"step": w}  # not distributed: its own on each
         train.replicas_agree(tensors(w))
         if world.rank == 1:
             w.view(torch.int32)[2, 3] ^= 1
@@ -3763,7 +3770,8 @@ class TestReplicasAgree:
         assert [(folder / f"ended-{rank}").read_text() for rank in range(3)] == ["1"] * 3
         lines = [line for line in err.splitlines() if "other copies" in line]
         assert len(lines) == 1
-        assert lines[0].startswith("error: b.weight of rank 1 is not what") and "(1 such" in lines[0]
+        assert lines[0].startswith("error: b.weight of rank 1 is not what")
+        assert "(1 such" in lines[0]
 
     def test_under_torchrun_what_one_rank_has_alone_is_said_with_its_number(self, three_ranks):
         errors = re.findall("^error: (?!b).*", three_ranks[0], re.M)
@@ -3803,14 +3811,14 @@ class TestRestarted:
 
 
 class TestIsSpike:
-    draw = random.Random(0)
-    calm = [3 + 2 * math.exp(-step / 50) + draw.gauss(0, 0.05) for step in range(600)]
+    calm = [3 + 2 * math.exp(-step / 50) + noise / 20 for step, noise in
+            enumerate(torch.randn(600, generator=torch.Generator().manual_seed(0)).tolist())]
 
     def test_no_loss_of_a_calm_run(self):
         assert not any(train.is_spike(self.calm[:at], loss) for at, loss in enumerate(self.calm))
 
     def test_spikes(self):
-        for at in (60, 200, 500):
+        for at in (200, 500):
             before = self.calm[:at]
             assert train.is_spike(before, before[-1] + 1.5)
             assert not train.is_spike(before, before[-1] - 1.5)  # only upwards

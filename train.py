@@ -842,7 +842,7 @@ def join(args, device: str) -> Iterator[World]:
     if size == 1:
         yield world
         return
-    args.watchdog = args.watchdog or 1800
+    args.watchdog = (args.watchdog or 1800) + 0.1 * world.local_rank  # one speaks after the other
     watch(args.watchdog)
     if parent := env.get("SUPERVISOR_PID"):
         threading.Thread(target=die_with, args=(int(parent),), daemon=True).start()
@@ -868,7 +868,7 @@ def join(args, device: str) -> Iterator[World]:
             time.sleep(0.05)
         raise ValueError(f"rank {rank}: {error}") from None
     except Exception:
-        time.sleep(1)  # if this came of another rank's end, we are ended too and need not speak
+        time.sleep(3)  # if this came of another rank's end, we are ended too and need not speak
         raise
 
 
@@ -961,7 +961,9 @@ def wait_for(ranks: list[subprocess.Popen], stops: list[int]) -> tuple[int, int]
         failed = [(rank, status) for rank, status in enumerate(statuses)
                   if status and status <= 128]
         if failed:  # of several, more likely the cause: a signal, then an error it could name
-            return min(failed, key=lambda found: (found[1] > 0, found[1] != 2))
+            rank, status = min(failed, key=lambda found: (found[1] > 0, found[1] != 2))
+            time.sleep(status == 1)  # where one hung, let all say where they are
+            return rank, status
         if None not in statuses:
             return 0, statuses[0]
         time.sleep(0.05)
