@@ -2787,8 +2787,8 @@ class TestPlan:
             assert ddp["weights"] == one["weights"] == 2 * hybrid["weights"] == 8 * fsdp["weights"]
             assert fsdp["activations"] == ddp["activations"] <= one["activations"]
             tp = need(train.Layout(tp=4))
-            assert 1 < 4 * tp["activations"] / one["activations"] < (1.01 if backward == "manual"
-                                                                     else 3)
+            times = 4 * tp["activations"] / one["activations"]
+            assert times == 1 if backward == "manual" else 1 < times < 2  # gathered inputs, whole
             first, last = (need(train.Layout(pp=4), 8, place) for place in (0, 3))
             if backward == "manual":  # a quarter of the layers, of four micro-batches or one
                 assert first["activations"] == one["activations"] == 4 * last["activations"]
@@ -2825,7 +2825,7 @@ class TestPlan:
     @pytest.mark.parametrize("options, layout", [
         (["--size", "stories110m"], {"kind": "ddp", "dp": 8}),  # the simplest that is as fast
         (["--size", "7b"], {"kind": "fsdp", "shards": 8}),
-        (["--size", "7b", "--dp", "ddp"], {"kind": "ddp", "dp": 8 // 4}),
+        (["--size", "7b", "--dp", "ddp"], {"kind": "ddp", "shards": 1}),
         (["--size", "7b", "--tp", "2", "--gpus", "16", "--dp", "hybrid"], {"dp": 8, "shards": 4}),
         (["--size", "7b", "--pp", "4", "--interleave", "4"], {"dp": 2, "interleave": 4})])
     def test_search(self, options, layout, capsys):
@@ -2855,7 +2855,7 @@ class TestPlan:
         ("--tp 4 --pp 4", "--pp 4 .* try --pp with 1, 2"),
         ("--pp 64 --gpus 64", "--pp 64 .* try --pp with 1, 2, 4, 8, 16, 32"),
         ("--pp 2 --interleave 17", "--interleave 17 .*try --interleave with 1, 2, .*, 16"),
-        ("--dp none", "--dp none .*; try --dp with ddp, fsdp"),
+        ("--tp 2 --pp 2 --dp none", "--dp none .*; try --dp with ddp, fsdp"),
         ("--micro-batch 3", "--micro-batch 3 .*; try --micro-batch with 1, 2, 4"),
         ("--gpus 4099", "4099 devices cannot share 2048 sequences a step; try --gpus 1 "),
         ("--gpus 1", "7b needs .* GB on each of 1 devices, which have 72 .*; try --gpus 2"),

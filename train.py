@@ -533,7 +533,7 @@ def assess(args, config: LlamaConfig, gpu: Device, backward: str, choice: dict) 
 
 def search(args, config: LlamaConfig, gpu: Device) -> dict:
     """Of the layouts that the options leave and the memory holds, the simplest that is within 2 %
-    of the fastest; `why`: how the fastest one with another value of an option does."""
+    of the fastest; `why`: what the values next to those of the best one would take."""
     names, asked = ("tp", "pp", "dp", "micro_batch", "interleave"), vars(args)
     most = max(1, 8192 // args.seq_len, args.micro_batch or 0)
     found = list(layouts(config, args.gpus, args.rows, args.seq_len, most))
@@ -547,23 +547,29 @@ def search(args, config: LlamaConfig, gpu: Device) -> dict:
             raise ValueError(f"{option} {asked[name]} is impossible for {args.size} on {args.gpus} "
                              f"devices; try {option} with {', '.join(map(str, would))}")
         found = left
+    room = 0.9 * gpu.memory  # a tenth for what is not counted
     found = sorted((assess(args, config, gpu, args.backward, each) for each in found),
-                   key=lambda each: each["step_s"])
-    room, least = 0.9 * gpu.memory, min(found, key=lambda each: each["total"])
-    fits = [each for each in found if each["total"] < room]  # a tenth for what is not counted
-    if not fits:
-        raise ValueError(f"{args.size} needs {least['total'] / 1e9:.0f} GB on each of {args.gpus} "
-                         f"devices, which have {room / 1e9:.0f} for it; try --gpus {2 * args.gpus} "
-                         "or --backward recompute")
-    near = [each for each in fits if each["step_s"] < 1.02 * fits[0]["step_s"]]
-    best, why = min(near, key=lambda each: (each["pp"] * each["interleave"], each["tp"],
-                                            each["dp"], -each["micro_batch"])), {}
+                   key=lambda each: (each["total"] >= room, each["step_s"]))
+    best = min((each for each in found if each["step_s"] < 1.02 * found[0]["step_s"]),
+               key=lambda each: (each["total"] >= room, each["pp"] * each["interleave"],
+                                 each["tp"], each["dp"], -each["micro_batch"]))
+    if best["total"] >= room:
+        least = min(each["total"] for each in found)
+        raise ValueError(f"{args.size} needs {least / 1e9:.0f} GB on each of {args.gpus} devices, "
+                         f"which have {room / 1e9:.0f} for it; try --gpus {2 * args.gpus} or "
+                         "--backward recompute")
+    why = {}
     for name in names:
-        other = next((each for each in found if each[name] != best[name]), None)
-        why[name] = "as asked" if asked[name] else "no other is possible"
-        if other:
-            why[name] = f"{other[name]} would take {other['step_s']:.3g} s a step"
-            why[name] += f", but needs {other['total'] / 1e9:.0f} GB" * (other["total"] >= room)
+        kept = [other for other in names if other not in (name, "micro_batch")]
+        found_at = {each[name]: each for each in reversed(found)
+                    if all(each[other] == best[other] for other in kept)}
+        values = sorted(found_at)
+        at = values.index(best[name])
+        near = [found_at[value] for value in values[max(0, at - 1):at] + values[at + 1:at + 2]]
+        why[name] = "; ".join(
+            f"{each[name]} would take {each['step_s']:.3g} s a step" if each["total"] < room else
+            f"{each[name]} would need {each['total'] / 1e9:.0f} GB" for each in near) or (
+            "as asked" if asked[name] else "no other is possible")
     return {**best, "why": why}
 
 
