@@ -2723,7 +2723,7 @@ class TestPlan:
     @pytest.mark.parametrize("fixed", [[], ["--tp", 8, "--pp", 16, "--dp", "fsdp"]])
     def test_405b_as_it_was_trained(self, fixed, capsys):
         found = planned(capsys, "--size", "llama3.1-405b", "--gpus", 16384, "--seq-len", 8192, *fixed)
-        assert {"dp": 128, "tp": 8, "pp": 16}.items() <= found["layout"].items()
+        assert {"replicas": 1, "shards": 128, "tp": 8, "pp": 16}.items() <= found["layout"].items()
         assert sum(found["memory"]["manual"].values()) < 72e9
         assert found["bubble"] == 15 / 16 / found["interleave"]
         config = SIZES["llama3.1-405b"][0]
@@ -2746,7 +2746,7 @@ class TestPlan:
             real = sum(p.to_local().numel() for p in model.parameters())
         finally:
             dist.destroy_process_group()
-        layout = train.Layout("fsdp", 7, shards=7)
+        layout = train.Layout(shards=7)
         assert train.rank_params(config, layout) == real > config.n_params / 7
         memory = train.memory_needed(config, 1, 8, torch.float32, "fused", "manual", layout)
         assert memory["weights"] == memory["gradients"] == 4 * real
@@ -2757,7 +2757,7 @@ class TestPlan:
     def test_every_parameter_has_its_ranks(self, pp, interleave, tied):
         config = replace(SMALL, n_layers=7, tie_embeddings=tied, vocab_size=96)
         for tp in (1, 2):
-            layout = train.Layout("none", 1, tp, pp, interleave)
+            layout = train.Layout(1, 1, pp, tp, interleave)
             held = tp * sum(train.rank_params(config, layout, place) for place in range(pp))
             norms = (tp - 1) * 15 * 48  # whole on each tensor parallel rank
             assert held == config.n_params + norms + tied * (pp > 1) * 96 * 48
@@ -2782,8 +2782,8 @@ class TestPlan:
         for backward in llama.BACKWARD:
             need = partial(train.memory_needed, config, 2, 32, torch.bfloat16, "fused", backward)
             one = need()
-            ddp, fsdp, hybrid = (need(train.Layout(kind, 8, shards=shards)) for kind, shards in
-                                 (("ddp", 1), ("fsdp", 8), ("hybrid", 2)))
+            ddp, fsdp, hybrid = (need(train.Layout(replicas, 8 // replicas))
+                                 for replicas in (8, 1, 4))
             assert ddp["weights"] == one["weights"] == 2 * hybrid["weights"] == 8 * fsdp["weights"]
             assert fsdp["activations"] == ddp["activations"] <= one["activations"]
             tp = need(train.Layout(tp=4))
@@ -2800,13 +2800,13 @@ class TestPlan:
         P, root, x = config.n_params, (2 * 32000 + 1) * 4096, 4 * 2048 * 4096 * 2
         nothing = {"data": 0, "tensor": 0, "pipeline": 0}
         assert wire("manual", train.Layout(), 3, 0) == nothing
-        ddp = wire("manual", train.Layout("ddp", 8), 3, 0)  # one all-reduce, in fp32
+        ddp = wire("manual", train.Layout(8), 3, 0)  # one all-reduce, in fp32
         assert ddp == {**nothing, "data": 2 * 4 * P * 7 // 8}
-        fsdp = wire("manual", train.Layout("fsdp", 8, shards=8), 3, 0)["data"]
+        fsdp = wire("manual", train.Layout(1, 8), 3, 0)["data"]
         assert fsdp == 3 * (2 * P + 2 * (P - root) + 4 * P) * 7 // 8
-        hybrid = wire("manual", train.Layout("hybrid", 16, shards=8), 3, 0)["data"]
+        hybrid = wire("manual", train.Layout(2, 8), 3, 0)["data"]
         assert hybrid == fsdp + 2 * 4 * P // 8 // 2
-        once = wire("manual", train.Layout("fsdp", 8, pp=2, shards=8), 3, 1)["data"]
+        once = wire("manual", train.Layout(1, 8, pp=2), 3, 1)["data"]
         assert once == 6 * train.rank_params(config, train.Layout(pp=2), 1) * 7 // 8
         for backward, exchanges in (("manual", 10), ("autograd", 8), ("recompute", 12)):
             tensor = wire(backward, train.Layout(tp=8), 3, 0)
@@ -2823,18 +2823,19 @@ class TestPlan:
         assert train.bandwidth(gpu, 16, 1) == 8 * gpu.between < gpu.inside
 
     @pytest.mark.parametrize("options, layout", [
-        (["--size", "stories110m"], {"kind": "ddp", "dp": 8}),  # the simplest that is as fast
-        (["--size", "7b"], {"kind": "fsdp", "shards": 8}),
-        (["--size", "7b", "--dp", "ddp"], {"kind": "ddp", "shards": 1}),
-        (["--size", "7b", "--tp", "2", "--gpus", "16", "--dp", "hybrid"], {"dp": 8, "shards": 4}),
-        (["--size", "7b", "--pp", "4", "--interleave", "4"], {"dp": 2, "interleave": 4})])
+        (["--size", "stories110m"], {"replicas": 8, "shards": 1}),  # the simplest that is as fast
+        (["--size", "7b"], {"replicas": 1, "shards": 8}),
+        (["--size", "7b", "--dp", "ddp"], {"shards": 1}),
+        (["--size", "7b", "--tp", "2", "--gpus", "16", "--dp", "hybrid"], {"replicas": 2, "shards": 4}),
+        (["--size", "7b", "--pp", "4", "--interleave", "4"], {"pp": 4, "interleave": 4})])
     def test_search(self, options, layout, capsys):
         found = planned(capsys, *options)
         assert layout.items() <= found["layout"].items()
         assert set(found["why"]) == {"tp", "pp", "dp", "micro_batch", "interleave"}
         sizes = found["layout"]
-        assert sizes["dp"] * sizes["tp"] * sizes["pp"] == found["gpus"]
-        rows = found["micro_batch"] * found["micro_batches"] * sizes["dp"]
+        dp = sizes["replicas"] * sizes["shards"]
+        assert dp * sizes["tp"] * sizes["pp"] == found["gpus"]
+        rows = found["micro_batch"] * found["micro_batches"] * dp
         assert rows * SIZES[found["size"]][0].max_seq_len == found["tokens"] // found["steps"]
         assert 0.3 < found["mfu"] < 0.5
 
@@ -2852,6 +2853,7 @@ class TestPlan:
 
     @pytest.mark.parametrize("options, message", [
         ("--tp 3", "--tp 3 is impossible for 7b on 8 devices; try --tp with 1, 2, 4, 8"),
+        ("--tp 3 --gpus 24", "--tp 3 .*; try --tp with 1, 2, 4, 8"),
         ("--tp 4 --pp 4", "--pp 4 .* try --pp with 1, 2"),
         ("--pp 64 --gpus 64", "--pp 64 .* try --pp with 1, 2, 4, 8, 16, 32"),
         ("--pp 2 --interleave 17", "--interleave 17 .*try --interleave with 1, 2, .*, 16"),

@@ -303,13 +303,16 @@ def energy(gpu_hours: float, watts: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How ranks share the work: dp x pp x tp of them, tensor parallel ranks next to each other."""
-    kind: str = "none"                # of data parallelism: none, ddp, fsdp or hybrid
-    dp: int = 1                       # ranks, or groups of them, with different sequences
-    tp: int = 1                       # ranks that share each layer (tensor and sequence parallel)
+    """How ranks share a step: replicas x shards x pp x tp of them, those of tp adjacent."""
+    replicas: int = 1                 # copies of the whole state
+    shards: int = 1                   # ranks that one copy of the state is split over (FSDP)
     pp: int = 1                       # ranks in a pipeline
-    interleave: int = 1               # stages of each: rank r has r, r + pp, r + 2 pp, ...
-    shards: int = 1                   # ranks that one copy of the state is split over
+    tp: int = 1                       # ranks that share each layer (tensor and sequence parallel)
+    interleave: int = 1               # stages of each in a pipeline: rank r has r, r + pp, ...
+
+    @property
+    def dp(self) -> int:
+        return self.replicas * self.shards
 
     def bubble(self, micro_batches: int) -> float:
         """How long a pipeline idles for what it computes: p - 1 stages fill and drain, each a v-th
@@ -429,7 +432,7 @@ def wire_bytes(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dtype,
     the 2 inputs of products are gathered again, recomputing does the forward again.
     """
     layers, _, root = rank_shapes(config, layout, place)
-    held, s, copies = rank_params(config, layout, place), layout.shards, layout.dp // layout.shards
+    held, s, copies = rank_params(config, layout, place), layout.shards, layout.replicas
     t, m, first, last = layout.tp, micro_batches, place == 0, place == layout.pp - 1
     gathered, reduced = (held, held) if layout.pp > 1 else (
         m * (2 * held - elements(root, s)), m * held)
@@ -504,7 +507,7 @@ def layouts(config: LlamaConfig, gpus: int, rows: int, seq_len: int, most: int):
             for v in range(1, config.n_layers // pp + 1 if m % pp == 0 < pp - 1 else 2):
                 for kind, shards in kinds.items():
                     yield {"dp": kind, "tp": tp, "pp": pp, "interleave": v, "micro_batch": micro,
-                           "layout": Layout(kind, dp, tp, pp, v, shards)}
+                           "layout": Layout(dp // shards, shards, pp, tp, v)}
 
 
 def assess(args, config: LlamaConfig, gpu: Device, backward: str, choice: dict) -> dict:
@@ -599,7 +602,7 @@ def plan(args, config: LlamaConfig, recipe: Recipe) -> dict:
 
 def plan_text(p: dict) -> str:
     """A plan to be read, in GB of 1e9 bytes."""
-    memory, shards, width = p["memory"], p["layout"]["shards"], p["layout"]["dp"]
+    memory, (copies, shards, *_) = p["memory"], p["layout"].values()
     why = [f"  {name.replace('_', '-'):14}{p[name]:<8}{text}" for name, text in p["why"].items()]
     rows = {part: [ways[part] for ways in memory.values()] for part in memory["manual"]}
     rows["together"] = [sum(ways.values()) for ways in memory.values()]
@@ -609,7 +612,7 @@ def plan_text(p: dict) -> str:
     return "\n".join([
         f"{p['size']} on {p['gpus']:,} x {p['gpu']}: {p['params']:,} parameters, "
         f"{p['steps']:,} steps, {p['tokens'] / 1e9:,.1f} billion tokens", "",
-        f"layout          dp {width} x pp {p['pp']} x tp {p['tp']}, state over {shards}, "
+        f"layout          dp {copies * shards} x pp {p['pp']} x tp {p['tp']}, state over {shards}, "
         f"{p['micro_batches']} x {p['micro_batch']} sequences a step", *why, "",
         f"GB of {p['gpu_gb']:<10.0f}{'    '.join(f'{way:8}' for way in memory)}", *table, "",
         f"GB sent a step  {sent}",
