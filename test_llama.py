@@ -2672,7 +2672,8 @@ class TestCost:
         real = sum(size for at, size in layers.items() if at not in inside)
         found = train.memory_needed(config, 3, 32, dtype, attention, backward)
         assert found["activations"] == pytest.approx(2 * real, rel=0.03)
-        assert found["weights"] + found["gradients"] + found["AdamW"] == 16 * config.n_params
+        held = found["weights"] + found["gradients"] + found["AdamW"]
+        assert held == 16 * config.n_params + 4 * 21  # a count of steps for each parameter
         if backward == "autograd":
             again = train.memory_needed(config, 3, 32, dtype, attention, "recompute")
             inputs = 2 * 3 * 32 * 48 * dtype.itemsize
@@ -2703,7 +2704,7 @@ class TestCost:
                     "--batch-tokens", "512"])
         row = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert set(row) == {"tokens_per_s", "mfu", "peak_gflops", "step_s", "peak_rss_gb", "loss",
-                            "params", "backward", "dtype"}
+                            "params", "backward", "dtype", "world", "layout"}
         assert row["loss"] == pytest.approx(math.log(300), rel=0.05)
         assert row["tokens_per_s"] == pytest.approx(512 / row["step_s"])
         config = replace(SIZES["tiny"][0], n_layers=1, vocab_size=300)
@@ -2715,6 +2716,185 @@ def tensors_of(model):
     parameters = dict(model.named_parameters())
     optimizer = train.make_optimizer(parameters, Recipe(0.1, 1, 1, eps=1e-8))
     return train.state_tensors(parameters, optimizer)
+
+
+def planned(capsys, *options):
+    train.main(["--plan", "--json", *map(str, options)])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+class TestPlan:
+    @pytest.mark.parametrize("gpu_hours, watts, mwh, tons, within", [
+        (809472, 400, 356, 137, 0.005), (1082880, 400, 475, 183, 0.005),  # OPT, BLOOM: Table 15
+        (82432, 400, 36, 14, 0.005), (135168, 400, 59, 23, 0.005),
+        (530432, 400, 233, 90, 0.005), (1022362, 400, 449, 173, 0.005),
+        (184320, 400, None, 31.22, 0.005), (368640, 400, None, 62.44, 0.005),  # Llama 2
+        (1038336, 350, None, 153.90, 0.005), (1720320, 400, None, 291.42, 0.005),
+        (1.3e6, 700, None, 390, 0.035), (6.4e6, 700, None, 1900, 0.035),  # Llama 3 to 3.2
+        (1.46e6, 700, None, 420, 0.035), (7.0e6, 700, None, 2040, 0.035),
+        (30.84e6, 700, None, 8930, 0.035), (370e3, 700, None, 107, 0.035),
+        (460e3, 700, None, 133, 0.035)])
+    def test_energy_and_carbon_of_the_papers(self, gpu_hours, watts, mwh, tons, within):
+        found = train.energy(gpu_hours, watts)
+        unit = 1 if mwh else 0  # Table 15 is cut to whole numbers
+        assert found[1] == pytest.approx(tons, rel=within, abs=unit)
+        assert mwh is None or found[0] == pytest.approx(mwh, rel=within, abs=unit)
+
+    def test_65b_takes_21_days(self, capsys):
+        """At the paper's 380 tokens/s on each of 2,048 A100: 49.7 % of their FLOP/s."""
+        mfu = 380 * train.flops_per_token(SIZES["65b"][0], 2048) / 312e12
+        found = planned(capsys, "--size", "65b", "--gpus", 2048, "--gpu", "A100", "--mfu", mfu)
+        assert found["tokens_per_s"] == pytest.approx(380 * 2048)
+        assert found["days"] == pytest.approx(20.8, abs=0.05)
+        assert found["mfu_as_papers"] == pytest.approx(0.497, abs=5e-4)
+        assert found["gpu_hours"] == pytest.approx(1022362, rel=0.005)
+        assert found["tco2eq"] == pytest.approx(173, rel=0.005)
+
+    @pytest.mark.parametrize("fixed", [[], ["--tp", 8, "--pp", 16, "--dp", "fsdp"]])
+    def test_405b_as_it_was_trained(self, fixed, capsys):
+        found = planned(capsys, "--size", "llama3.1-405b", "--gpus", 16384, "--seq-len", 8192, *fixed)
+        assert {"replicas": 1, "shards": 128, "tp": 8, "pp": 16}.items() <= found["layout"].items()
+        assert sum(found["memory"]["manual"].values()) < 72e9
+        assert found["bubble"] == 15 / 16 / found["interleave"]
+        config = SIZES["llama3.1-405b"][0]
+        assert [train.stage_layers(config, s, 16) for s in range(16)] == [7, *[8] * 14, 7]
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_rank_params_are_those_of_torch(self, tied):
+        """Uneven shards: 48, 24, 100 and 97 rows over 7 ranks."""
+        import torch.distributed as dist
+        from torch.distributed.fsdp import fully_shard
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+        config = replace(SMALL, tie_embeddings=tied)
+        dist.init_process_group("fake", rank=0, world_size=7, store=FakeStore())
+        try:
+            with torch.device("meta"):
+                model = Llama(config)
+            mesh = dist.init_device_mesh("cpu", (7,))
+            for part in (*model.layers, model):
+                fully_shard(part, mesh=mesh)
+            real = sum(p.to_local().numel() for p in model.parameters())
+        finally:
+            dist.destroy_process_group()
+        layout = train.Layout(shards=7)
+        assert train.rank_params(config, layout) == real > config.n_params / 7
+        memory = train.memory_needed(config, 1, 8, torch.float32, "fused", "manual", layout)
+        assert memory["weights"] == memory["gradients"] == 4 * real
+        assert memory["AdamW"] == 8 * real + 4 * len(list(model.parameters()))
+
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("pp, interleave", [(1, 1), (2, 1), (3, 1), (3, 2), (7, 1)])
+    def test_every_parameter_has_its_ranks(self, pp, interleave, tied):
+        config = replace(SMALL, n_layers=7, tie_embeddings=tied, vocab_size=96)
+        for tp in (1, 2):
+            layout = train.Layout(1, 1, pp, tp, interleave)
+            held = tp * sum(train.rank_params(config, layout, place) for place in range(pp))
+            norms = (tp - 1) * 15 * 48  # whole on each tensor parallel rank
+            assert held == config.n_params + norms + tied * (pp > 1) * 96 * 48
+
+    @pytest.mark.parametrize("p, v, m", [(2, 2, 4), (4, 2, 8), (4, 3, 4), (3, 5, 9)])
+    def test_in_flight_is_that_of_torch(self, p, v, m):
+        from torch.distributed.pipelining import schedules
+        for rank in range(p):
+            warmup = schedules._get_warmup_ops(rank, v, p, p, m, multiply_factor=2)
+            ops = schedules._get_1f1b_rank_ops(
+                v, p, warmup, v * m - warmup, warmup, rank,
+                lambda step: step // p % v * p + rank,
+                lambda step: (v - 1 - (step - warmup) // p % v) * p + rank)
+            kept = np.cumsum([1 if op.computation_type.name == "FORWARD" else -1
+                              for op in ops if op])
+            assert train.Layout(pp=p, interleave=v).in_flight(m, rank) == max(kept)
+            assert train.Layout(pp=p).in_flight(m, rank) == p - rank
+
+    def test_memory_falls_as_the_work_is_split(self):
+        config = replace(SMALL, n_layers=8, n_heads=8, n_kv_heads=8, dim=64, hidden_dim=128,
+                         vocab_size=512)
+        for backward in llama.BACKWARD:
+            need = partial(train.memory_needed, config, 2, 32, torch.bfloat16, "fused", backward)
+            one = need()
+            ddp, fsdp, hybrid = (need(train.Layout(replicas, 8 // replicas))
+                                 for replicas in (8, 1, 4))
+            assert ddp["weights"] == one["weights"] == 2 * hybrid["weights"] == 8 * fsdp["weights"]
+            assert fsdp["activations"] == ddp["activations"] <= one["activations"]
+            tp = need(train.Layout(tp=4))
+            times = 4 * tp["activations"] / one["activations"]
+            assert times == 1 if backward == "manual" else 1 < times < 2  # gathered inputs, whole
+            first, last = (need(train.Layout(pp=4), 8, place) for place in (0, 3))
+            if backward == "manual":  # a quarter of the layers, of four micro-batches or one
+                assert first["activations"] == one["activations"] == 4 * last["activations"]
+            assert first["logits"] == 0 < last["logits"] == one["logits"]
+
+    def test_bytes_on_the_wire(self):
+        config, wire = SIZES["7b"][0], partial(train.wire_bytes, SIZES["7b"][0], 4, 2048,
+                                                torch.bfloat16)
+        P, root, x = config.n_params, (2 * 32000 + 1) * 4096, 4 * 2048 * 4096 * 2
+        nothing = {"data": 0, "tensor": 0, "pipeline": 0}
+        assert wire("manual", train.Layout(), 3, 0) == nothing
+        ddp = wire("manual", train.Layout(8), 3, 0)  # one all-reduce, in fp32
+        assert ddp == {**nothing, "data": 2 * 4 * P * 7 // 8}
+        fsdp = wire("manual", train.Layout(1, 8), 3, 0)["data"]
+        assert fsdp == 3 * (2 * P + 2 * (P - root) + 4 * P) * 7 // 8
+        hybrid = wire("manual", train.Layout(2, 8), 3, 0)["data"]
+        assert hybrid == fsdp + 2 * 4 * P // 8 // 2
+        once = wire("manual", train.Layout(1, 8, pp=2), 3, 1)["data"]
+        assert once == 6 * train.rank_params(config, train.Layout(pp=2), 1) * 7 // 8
+        for backward, exchanges in (("manual", 10), ("autograd", 8), ("recompute", 12)):
+            tensor = wire(backward, train.Layout(tp=8), 3, 0)
+            assert tensor == {**nothing, "tensor": 3 * (32 * exchanges + 4) * x * 7 // 8}
+        crossings = [wire("manual", train.Layout(tp=2, pp=4, interleave=2), 8, place)["pipeline"]
+                     for place in range(4)]
+        assert crossings == [8 * n * x // 2 for n in (3, 4, 4, 3)]
+
+    def test_rings_use_the_cards_of_all_their_ranks(self):
+        gpu = train.GPUS["H100"]
+        assert train.bandwidth(gpu, 8, 1) == train.bandwidth(gpu, 2, 4) == gpu.inside
+        assert train.bandwidth(gpu, 128, 8) == train.bandwidth(gpu, 2, 64) == gpu.between
+        assert train.bandwidth(gpu, 16, 2) == 4 * gpu.between
+        assert train.bandwidth(gpu, 16, 1) == 8 * gpu.between < gpu.inside
+
+    @pytest.mark.parametrize("options, layout", [
+        (["--size", "stories110m"], {"replicas": 8, "shards": 1}),  # the simplest that is as fast
+        (["--size", "7b"], {"replicas": 1, "shards": 8}),
+        (["--size", "7b", "--dp", "ddp"], {"shards": 1}),
+        (["--size", "7b", "--tp", "2", "--gpus", "16", "--dp", "hybrid"], {"replicas": 2, "shards": 4}),
+        (["--size", "7b", "--pp", "4", "--interleave", "4"], {"pp": 4, "interleave": 4})])
+    def test_search(self, options, layout, capsys):
+        found = planned(capsys, *options)
+        assert layout.items() <= found["layout"].items()
+        assert set(found["why"]) == {"tp", "pp", "dp", "micro_batch", "interleave"}
+        sizes = found["layout"]
+        dp = sizes["replicas"] * sizes["shards"]
+        assert dp * sizes["tp"] * sizes["pp"] == found["gpus"]
+        rows = found["micro_batch"] * found["micro_batches"] * dp
+        assert rows * SIZES[found["size"]][0].max_seq_len == found["tokens"] // found["steps"]
+        assert 0.3 < found["mfu"] < 0.5
+
+    def test_cpu(self, capsys):
+        found = planned(capsys, "--gpu", "cpu", "--gpus", 2, "--steps", 50)
+        assert found["flops_per_token"] == train.flops_per_token(SIZES["tiny"][0], 256)
+        assert found["steps"] == 50 and found["tokens"] == 50 * 2048 and 0 < found["days"] < 1
+
+    def test_text(self, capsys):
+        train.main(["--plan", "--size", "7b"])
+        text = capsys.readouterr().out.splitlines()
+        assert len(text) <= 30 and max(map(len, text)) <= 100
+        assert any(re.fullmatch(r"  weights +3.37 +3.37 +3.37", line) for line in text)
+        assert "\n".join(text) in (HERE / "README.md").read_text()
+
+    @pytest.mark.parametrize("options, message", [
+        ("--tp 3", "--tp 3 is impossible for 7b on 8 devices; try --tp with 1, 2, 4, 8"),
+        ("--tp 3 --gpus 24", "--tp 3 .*; try --tp with 1, 2, 4, 8"),
+        ("--tp 4 --pp 4", "--pp 4 .* try --pp with 1, 2"),
+        ("--pp 64 --gpus 64", "--pp 64 .* try --pp with 1, 2, 4, 8, 16, 32"),
+        ("--pp 2 --interleave 17", "--interleave 17 .*try --interleave with 1, 2, .*, 16"),
+        ("--tp 2 --pp 2 --dp none", "--dp none .*; try --dp with ddp, fsdp"),
+        ("--micro-batch 3", "--micro-batch 3 .*; try --micro-batch with 1, 2, 4"),
+        ("--gpus 4099", "4099 devices cannot share 2048 sequences a step; try --gpus 1 "),
+        ("--gpus 1", "7b needs .* GB on each of 1 devices, which have 72 .*; try --gpus 2"),
+        ("--dtype fp32", "try --dtype bf16"), ("--gpu K80", "invalid choice: 'K80'")])
+    def test_mistakes(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            train.main(["--plan", "--size", "7b", *options.split()])
 
 
 class TestState:

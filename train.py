@@ -11,6 +11,7 @@ consolidated.00.pth and tokenizer.model (for generate.py), log.jsonl, loss.svg, 
 import argparse
 import atexit
 import bisect
+import collections
 import contextlib
 import faulthandler
 import hashlib
@@ -32,7 +33,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -60,7 +61,17 @@ EVAL_TOKENS, FINAL_EVAL_TOKENS = 2**15, 2**21  # held-out tokens read on the way
 BAD_STEPS = 5  # non-finite steps in a row that stop a run
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1")  # SLURM can send USR1
          if hasattr(signal, name)]
-PEAK_FLOPS = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}  # dense bf16, data sheets
+
+# Of a GPU's data sheet: a part of what the driver calls it, bytes, watts, FLOP/s of dense products
+# in bf16, bytes/s that it sends inside a node of 8 and, by a network card of its own, between them.
+Device = collections.namedtuple("Device", "name memory watts flops inside between")
+GPUS = {"A100": Device("A100", 80e9, 400, 312e12, 300e9, 25e9),
+        "A100-40GB": Device("A100", 40e9, 400, 312e12, 300e9, 25e9),
+        "H100": Device("H100 80GB HBM3", 80e9, 700, 989e12, 450e9, 50e9),
+        "H200": Device("H200", 141e9, 700, 989e12, 450e9, 50e9),
+        "RTX 4090": Device("RTX 4090", 24e9, 450, 165e12, 32e9, 3e9)}
+NODE = 8
+COMPUTING = 0.5  # of that FLOP/s, while nothing is waited for; LLaMA's 65B had 0.48 in all
 
 # ---------------------------------------------------------------------------------------------
 # Batches (section 2.1)
@@ -253,6 +264,23 @@ class Layout:
         return dist.init_device_mesh(device, (self.replicas, self.shards, self.pp, self.tp),
                                      mesh_dim_names=("replicas", "shards", "pp", "tp"))
 
+    def bubble(self, micro_batches: int) -> float:
+        """How long a pipeline idles for what it computes: p - 1 stages fill and drain, each a v-th
+        of a rank's work on one of m micro-batches: (p - 1) / (v m)."""
+        return (self.pp - 1) / (self.interleave * micro_batches)
+
+    def in_flight(self, micro_batches: int, place: int) -> int:
+        """Stages times micro-batches whose activations the rank at that place of the pipeline keeps
+        under 1F1B: those it starts before the first one is back."""
+        p, v = self.pp, self.interleave
+        ahead = p - place if v == 1 else 2 * (p - place - 1) + (v - 1) * p + 1
+        return min(ahead, v * micro_batches)
+
+
+def stage_layers(config: LlamaConfig, stage: int, stages: int) -> int:
+    """Layers of a stage: L/S, one more in the first of those between embedding and output."""
+    return config.n_layers // stages + (1 <= stage <= config.n_layers % stages)
+
 
 class Stage(Llama):
     """Consecutive layers of a Llama: all of them, or stage `index` of `count` of a pipeline. The
@@ -264,12 +292,10 @@ class Stage(Llama):
         super().__init__(config, **options)
         self.bos_id, self.index = bos_id, index
         self.first, self.last = index == 0, index == count - 1
-        # The first and the last stage, which have more to do, are the last to get one layer more.
-        each, more = divmod(config.n_layers, count)
-        start = index * each + min(max(0, index - 1), more)
-        for i in range(config.n_layers):
-            if not start <= i < start + each + (0 < index <= more):
-                self.layers[i] = None
+        start = sum(stage_layers(config, before, count) for before in range(index))
+        mine = range(start, start + stage_layers(config, index, count))
+        for i in set(range(config.n_layers)).difference(mine):
+            self.layers[i] = None
         if not (self.first or self.last and config.tie_embeddings):
             self.tok_embeddings = None
         if not self.last:
@@ -512,9 +538,12 @@ def evaluate(engine: Engine, batches: Batches, limit: int) -> tuple[float, float
 # What it costs
 
 
-def flops_per_token(config: LlamaConfig, seq_len: int) -> float:
-    """Of forward and backward: 6 N + 6 L H E T, N without the look-up table, no masked scores."""
+def flops_per_token(config: LlamaConfig, seq_len: int, as_papers: bool = False) -> float:
+    """Of forward and backward: 6 N + 6 L H E T, N without the look-up table, no masked scores.
+    As the papers count: 6 N + 12 L H E T, both included (Chowdhery et al. 2022, appendix B)."""
     table, width = config.vocab_size * config.dim, config.n_heads * config.head_dim
+    if as_papers:
+        return 6 * config.n_params + 12 * config.n_layers * width * seq_len
     looked_up = 0 if config.tie_embeddings else table
     return 6 * (config.n_params - looked_up) + 6 * config.n_layers * width * seq_len
 
@@ -523,8 +552,8 @@ def matmul_flops(device: str, dtype: torch.dtype) -> float | None:
     """FLOP/s of large matrix products: measured on a CPU, a table's on a GPU, None if unknown."""
     if device != "cpu":
         name = torch.cuda.get_device_name() if device == "cuda" else device
-        return next((peak for gpu, peak in PEAK_FLOPS.items()
-                     if gpu in name and dtype is torch.bfloat16), None)
+        return next((gpu.flops for gpu in GPUS.values()
+                     if gpu.name in name and dtype is torch.bfloat16), None)
     a, times, end = torch.ones(1024, 1024, dtype=dtype), [], time.perf_counter() + 0.25
     while time.perf_counter() < end:
         start = time.perf_counter()
@@ -533,11 +562,42 @@ def matmul_flops(device: str, dtype: torch.dtype) -> float | None:
     return 2 * 1024**3 / min(times)
 
 
-def memory_needed(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dtype,
-                  attention: str, backward: str) -> dict[str, int]:
-    """Bytes of a step on `rows` sequences at once, by what they hold. What a layer saves for its
-    backward is counted by running one on fake tensors, which have shapes and no memory."""
-    saved, by_hand = {}, backward == "manual"
+def energy(gpu_hours: float, watts: float) -> tuple[float, float]:
+    """(MWh, tCO2eq) of a training (LLaMA, section 6): what GPUs at their limit of power draw, times
+    1.1 for the data centre (PUE), at the 0.385 kg of CO2eq for a kWh of the average US grid."""
+    mwh = gpu_hours * watts * 1.1 / 1e6
+    return mwh, mwh * 0.385
+
+
+def rank_shapes(config: LlamaConfig, layout: Layout, place: int) -> tuple[int, list, list]:
+    """What the rank at that place of the pipeline computes with: (number of its layers, shapes of a
+    layer's parameters, shapes of the root's: embedding, norm and output)."""
+    D, F, t, stages = config.dim, config.hidden_dim, layout.tp, layout.pp * layout.interleave
+    q, kv = (heads * config.head_dim // t for heads in (config.n_heads, config.n_kv_heads))
+    layer = [(q, D), (kv, D), (kv, D), (D, q), (F // t, D), (D, F // t), (F // t, D), (D,), (D,)]
+    layers = sum(stage_layers(config, s, stages) for s in range(place, stages, layout.pp))
+    first, last = place == 0, place == layout.pp - 1
+    tables = first + last - (first and last and config.tie_embeddings)
+    return layers, layer, [(config.vocab_size // t, D)] * tables + [(D,)] * last
+
+
+def elements(shapes: list[tuple[int, ...]], shards: int = 1) -> int:
+    """Of these tensors, what the fullest of `shards` ranks holds: FSDP cuts rows by torch.chunk."""
+    return sum(-(-rows // shards) * math.prod(columns) for rows, *columns in shapes)
+
+
+def rank_params(config: LlamaConfig, layout: Layout, place: int = 0) -> int:
+    """Parameters that the rank at that place of the pipeline keeps."""
+    layers, layer, root = rank_shapes(config, layout, place)
+    return layers * elements(layer, layout.shards) + elements(root, layout.shards)
+
+
+@cache
+def layer_saves(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dtype, attention: str,
+                by_hand: bool, cast: bool) -> int:
+    """Bytes that a layer saves for its backward, counted by running one on fake tensors, which have
+    shapes and no memory. cast: its weights are in fp32, and autograd keeps them in dtype too."""
+    saved = {}
 
     def count(tensor: Tensor) -> Tensor:
         saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
@@ -548,6 +608,8 @@ def memory_needed(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dty
     forward, attend_backward = ATTENTION[alike]
     with FakeTensorMode():
         layer = Llama(replace(config, n_layers=1, vocab_size=1)).layers[0]
+        for p in () if cast else layer.parameters():
+            p.data = p.data.to(dtype)
         x = torch.empty(rows, seq_len, config.dim, dtype=dtype, requires_grad=True)
         positions = torch.arange(seq_len)
         tables = rope_table(config, positions)
@@ -556,17 +618,67 @@ def memory_needed(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dty
             layer(x, *tables, attend, attend_backward if by_hand else None)
     for shared in (*layer.parameters(), *tables):
         saved.pop(shared.untyped_storage()._cdata, None)
-    activations = config.n_layers * sum(saved.values())
+    return sum(saved.values())
+
+
+def memory_needed(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dtype,
+                  attention: str, backward: str, layout: Layout = Layout(), micro_batches: int = 1,
+                  place: int = 0) -> dict[str, int]:
+    """Bytes of a step of micro_batches times `rows` sequences, by what they hold, on the rank at
+    that place of the pipeline.
+
+    Weights, gradients and AdamW's moments are in fp32. Of t tensor parallel ranks each saves a t-th
+    of a layer, but under autograd its two gathered inputs whole. Buffers: ddp has a copy of all
+    weights to compute with; fsdp the root's and two layers', and a layer's gradients until they are
+    reduced; in a pipeline a copy of its weights, and whole gradients until the last micro-batch.
+    """
+    layers, layer, root = rank_shapes(config, layout, place)
+    held, size, t = rank_params(config, layout, place), dtype.itemsize, layout.tp
+    stream, V = rows * seq_len * config.dim * size, config.vocab_size // t  # bytes of x; rows of W
+    by_hand, sharded = backward == "manual", layout.shards > 1
+    saved = layer_saves(config, rows, seq_len, dtype, attention, by_hand, layout.dp == 1) // t
+    saved += 0 if by_hand else 2 * stream * (t - 1) // t
+    kept = -(-layout.in_flight(micro_batches, place) * layers // layout.interleave)
+    activations = kept * saved
     if backward == "recompute":  # the input of each layer, and one layer at a time
-        activations = config.n_layers * x.numel() * x.element_size() + sum(saved.values())
+        activations = kept * stream // t + saved
     if by_hand and attention == "equation":  # A, dA and their like, of one layer at a time
-        activations += 16 * rows * config.n_heads * seq_len**2
-    table = config.vocab_size * config.dim
-    at_once = min(rows_at_once(config.vocab_size, config.dim), rows * seq_len)
-    return {"weights": 4 * config.n_params, "gradients": 4 * config.n_params,
-            "AdamW": 8 * config.n_params, "activations": activations,
-            "logits": (8 + 2 * x.element_size()) * at_once * config.vocab_size
-            + 2 * x.element_size() * table}  # W cast, and a chunk's dW
+        activations += 16 * rows * config.n_heads // t * seq_len**2
+    logits = 0
+    if place == layout.pp - 1:  # a chunk of them, W cast, a chunk's dW, and dW until it is sharded
+        at_once = min(rows_at_once(V, config.dim), rows * seq_len)
+        logits = (8 + 2 * size) * at_once * V + (2 * size + 4 * sharded) * V * config.dim
+    whole, most = layers * elements(layer) + elements(root), max(elements(layer), elements(root))
+    buffers = 2 * stream * (t > 1)
+    if sharded and layout.pp == 1:
+        buffers += size * (elements(root) + 2 * elements(layer)) + (size + 4) * most
+    elif layout.dp > 1:
+        buffers += size * whole + 4 * (whole if sharded else most)
+    return {"weights": 4 * held, "gradients": 4 * held,
+            "AdamW": 8 * held + 4 * (layers * len(layer) + len(root)),  # two moments; steps
+            "activations": activations, "logits": logits, "buffers": buffers}
+
+
+def wire_bytes(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dtype, backward: str,
+               layout: Layout, micro_batches: int, place: int) -> dict[str, int]:
+    """Bytes that such a rank sends in a step, by the kind of parallelism.
+
+    In a ring of s ranks n bytes are gathered, or summed and scattered, in s - 1 turns of n/s: a
+    rank sends n (s - 1)/s, and twice that for both, an all-reduce. Weights travel in dtype,
+    gradients in fp32. A layer of t ranks exchanges x 4 times forward and 4 times backward; by hand
+    the 2 inputs of products are gathered again, recomputing does the forward again.
+    """
+    layers, _, root = rank_shapes(config, layout, place)
+    held, s, copies = rank_params(config, layout, place), layout.shards, layout.replicas
+    t, m, first, last = layout.tp, micro_batches, place == 0, place == layout.pp - 1
+    gathered, reduced = (held, held) if layout.pp > 1 else (
+        m * (2 * held - elements(root, s)), m * held)
+    data = (s - 1) * (dtype.itemsize * gathered + 4 * reduced) + 8 * held * (copies - 1) // copies
+    x = rows * seq_len * config.dim * dtype.itemsize // t
+    exchanges = layers * {"manual": 10, "autograd": 8, "recompute": 12}[backward]
+    exchanges += 2 * (first + last)  # of what the embedding puts out and the output takes
+    crossings = 2 * layout.interleave - first - last  # x to the next stage, dx to the one before
+    return {"data": data, "tensor": m * exchanges * x * (t - 1), "pipeline": m * crossings * x}
 
 
 def memory_there(device: str) -> int:
@@ -607,6 +719,147 @@ def fit_memory(args, config: LlamaConfig, device: str, layout: Layout, world: Wo
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in need.items())
     raise ValueError(f"{args.size} needs about {total / 1e9:.0f} GB to train ({parts}) and this "
                      f"machine has {there / 1e9:.0f} GB free; try {advice}")
+
+
+def bandwidth(gpu: Device, ranks: int, stride: int) -> float:
+    """Bytes/s of a ring of ranks that lie `stride` apart. It leaves a node through one card, so
+    that the rings of all its ranks in a node have as many cards."""
+    there = gpu.inside if ranks * stride <= NODE else max(1, NODE // stride) * gpu.between
+    return min(gpu.inside, there)
+
+
+def layouts(config: LlamaConfig, gpus: int, rows: int, seq_len: int, most: int):
+    """Every way for so many GPUs to train on `rows` sequences a step, up to `most` at once on each:
+    a Layout, and the options that ask for it."""
+    common = math.gcd(gpus, config.n_kv_heads, config.hidden_dim, config.vocab_size, seq_len)
+    for tp, pp in itertools.product(range(1, NODE + 1), range(1, config.n_layers + 1)):
+        dp, node = gpus // (tp * pp), NODE // (tp * pp)
+        if common % tp or gpus % (tp * pp) or rows % dp:
+            continue
+        kinds = {"ddp": 1, "fsdp": dp} if dp > 1 else {"none": 1}
+        if 1 < node < dp and dp % node == 0:
+            kinds["hybrid"] = node
+        for micro in range(1, min(most, rows // dp) + 1):
+            m = rows // dp // micro
+            if m * micro * dp < rows or m < pp:
+                continue
+            for v in range(1, config.n_layers // pp + 1 if m % pp == 0 < pp - 1 else 2):
+                for kind, shards in kinds.items():
+                    yield {"dp": kind, "tp": tp, "pp": pp, "interleave": v, "micro_batch": micro,
+                           "layout": Layout(dp // shards, shards, pp, tp, v)}
+
+
+def assess(args, config: LlamaConfig, gpu: Device, backward: str, choice: dict) -> dict:
+    """A choice of `layouts` with what it costs: memory of the fullest rank, bytes that one sends,
+    and seconds a step. A rank computes, waits for tensor and pipeline parallel neighbours, and
+    idles in the bubble; data parallel traffic runs beside that, but for one layer's."""
+    layout, micro = choice["layout"], choice["micro_batch"]
+    dp, tp, pp = layout.dp, layout.tp, layout.pp
+    m, shape = args.rows // dp // micro, (micro, args.seq_len, DTYPES[args.dtype])
+    places = sorted({0, min(1, pp - 1), pp - 1})  # the others are like the second
+    memory = max((memory_needed(config, *shape, args.attention, backward, layout, m, place)
+                  for place in places), key=lambda parts: sum(parts.values()))
+    wires = [wire_bytes(config, *shape, backward, layout, m, place) for place in places]
+    wire = {kind: max(each[kind] for each in wires) for kind in wires[0]}
+    data = wire["data"] / bandwidth(gpu, dp, tp * pp)
+    waits = wire["tensor"] / bandwidth(gpu, tp, 1) + wire["pipeline"] / bandwidth(gpu, pp, tp)
+    flops = args.rows * args.seq_len * flops_per_token(config, args.seq_len) / args.gpus
+    uneven = max(rank_shapes(config, layout, place)[0] for place in places) * pp / config.n_layers
+    work = flops * uneven * (4 / 3 if backward == "recompute" else 1) / (COMPUTING * gpu.flops)
+    step = max((work + waits) * (1 + layout.bubble(m)), data) + data / config.n_layers
+    return {**choice, "micro_batches": m, "memory": memory, "total": sum(memory.values()),
+            "rank_params": max(rank_params(config, layout, place) for place in places),
+            "wire": wire, "bubble": layout.bubble(m), "step_s": step,
+            "mfu": flops / gpu.flops / step}
+
+
+def search(args, config: LlamaConfig, gpu: Device) -> dict:
+    """Of the layouts that the options leave and the memory holds, the simplest that is within 2 %
+    of the fastest; `why`: what the values next to those of the best one would take."""
+    names, asked = ("tp", "pp", "dp", "micro_batch", "interleave"), vars(args)
+    most = max(1, 8192 // args.seq_len, args.micro_batch or 0)
+    found = list(layouts(config, args.gpus, args.rows, args.seq_len, most))
+    if not found:
+        raise ValueError(f"{args.gpus} devices cannot share {args.rows} sequences a step; try "
+                         f"--gpus {math.gcd(args.gpus, args.rows)} or another --batch-tokens")
+    for name in names:
+        left = [each for each in found if asked[name] in (None, each[name])]
+        if not left:
+            option, would = f"--{name.replace('_', '-')}", sorted({each[name] for each in found})
+            raise ValueError(f"{option} {asked[name]} is impossible for {args.size} on {args.gpus} "
+                             f"devices; try {option} with {', '.join(map(str, would))}")
+        found = left
+    room = 0.9 * gpu.memory  # a tenth for what is not counted
+    found = sorted((assess(args, config, gpu, args.backward, each) for each in found),
+                   key=lambda each: (each["total"] >= room, each["step_s"]))
+    best = min((each for each in found if each["step_s"] < 1.02 * found[0]["step_s"]),
+               key=lambda each: (each["total"] >= room, each["pp"] * each["interleave"],
+                                 each["tp"], each["dp"], -each["micro_batch"]))
+    if best["total"] >= room:
+        least = min(each["total"] for each in found)
+        raise ValueError(f"{args.size} needs {least / 1e9:.0f} GB on each of {args.gpus} devices, "
+                         f"which have {room / 1e9:.0f} for it; try --gpus {2 * args.gpus} or "
+                         "--backward recompute")
+    why = {}
+    for name in names:
+        kept = [other for other in names if other not in (name, "micro_batch")]
+        found_at = {each[name]: each for each in reversed(found)
+                    if all(each[other] == best[other] for other in kept)}
+        values = sorted(found_at)
+        at = values.index(best[name])
+        near = [found_at[value] for value in values[max(0, at - 1):at] + values[at + 1:at + 2]]
+        why[name] = "; ".join(
+            f"{each[name]} would take {each['step_s']:.3g} s a step" if each["total"] < room else
+            f"{each[name]} would need {each['total'] / 1e9:.0f} GB" for each in near) or (
+            "as asked" if asked[name] else "no other is possible")
+    return {**best, "why": why}
+
+
+def plan(args, config: LlamaConfig, recipe: Recipe) -> dict:
+    """What the training takes on args.gpus devices in the best layout. Allocates nothing."""
+    gpu, args.rows = GPUS.get(args.gpu), args.batch_tokens // args.seq_len
+    if gpu is None:  # machines like this one; their watts and network are a guess
+        flops = matmul_flops("cpu", DTYPES[args.dtype])
+        gpu = Device("cpu", memory_there("cpu"), 100, flops, 1e9, 1e9)
+    elif args.dtype != "bf16":
+        raise ValueError("only the bf16 FLOP/s of GPUs are known; try --dtype bf16")
+    best = search(args, config, gpu)
+    steps = args.steps or math.ceil(recipe.train_tokens / recipe.batch_tokens)
+    mfu, flops = args.mfu or best["mfu"], flops_per_token(config, args.seq_len)
+    tokens, speed = steps * args.rows * args.seq_len, mfu * args.gpus * gpu.flops / flops
+    hours = tokens / speed / 3600
+    mwh, tons = energy(args.gpus * hours, gpu.watts)
+    return {"size": args.size, "params": config.n_params, "gpus": args.gpus, "gpu": args.gpu,
+            "gpu_gb": gpu.memory / 1e9, "flops_per_token": flops, "steps": steps, "tokens": tokens,
+            **best, "layout": asdict(best["layout"]), "mfu": mfu,
+            "mfu_as_papers": mfu * flops_per_token(config, args.seq_len, as_papers=True) / flops,
+            "memory": {backward: assess(args, config, gpu, backward, best)["memory"]
+                       for backward in BACKWARD}, "step_s": args.rows * args.seq_len / speed,
+            "tokens_per_s": speed, "days": hours / 24, "gpu_hours": args.gpus * hours, "mwh": mwh,
+            "tco2eq": tons}
+
+
+def plan_text(p: dict) -> str:
+    """A plan to be read, in GB of 1e9 bytes."""
+    memory, (copies, shards, *_) = p["memory"], p["layout"].values()
+    why = [f"  {name.replace('_', '-'):14}{p[name]:<8}{text}" for name, text in p["why"].items()]
+    rows = {part: [ways[part] for ways in memory.values()] for part in memory["manual"]}
+    rows["together"] = [sum(ways.values()) for ways in memory.values()]
+    table = [f"  {part:14}" + "".join(f"{size / 1e9:<12.2f}" for size in sizes).rstrip()
+             for part, sizes in rows.items()]
+    sent = ", ".join(f"{kind} parallel {size / 1e9:,.1f}" for kind, size in p["wire"].items())
+    return "\n".join([
+        f"{p['size']} on {p['gpus']:,} x {p['gpu']}: {p['params']:,} parameters, "
+        f"{p['steps']:,} steps, {p['tokens'] / 1e9:,.1f} billion tokens", "",
+        f"layout          dp {copies * shards} x pp {p['pp']} x tp {p['tp']}, state over {shards}, "
+        f"{p['micro_batches']} x {p['micro_batch']} sequences a step", *why, "",
+        f"GB of {p['gpu_gb']:<10.0f}{'    '.join(f'{way:8}' for way in memory)}", *table, "",
+        f"GB sent a step  {sent}",
+        f"step            {p['step_s']:.3g} s, pipeline's bubble {p['bubble']:.1%}",
+        f"speed           {p['tokens_per_s']:,.0f} tokens/s, {p['tokens_per_s'] / p['gpus']:,.0f} "
+        f"each; MFU {p['mfu']:.1%}, as the papers count {p['mfu_as_papers']:.1%}",
+        f"training        {p['days']:,.1f} days, {p['gpu_hours']:,.0f} GPU-hours, "
+        f"{p['mwh']:,.2f} MWh, {p['tco2eq']:,.2f} tCO2eq"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1029,7 +1282,7 @@ def resolve(args, device: str, world: World) -> tuple[LlamaConfig, Recipe]:
     except ValueError:
         raise ValueError(f"--set takes FIELD=NUMBER, not {' '.join(args.set)}; "
                          "try --set n_layers=4") from None
-    if "vocab_size" in changes and not args.bench:
+    if "vocab_size" in changes and not (args.bench or args.plan):
         raise ValueError("the vocabulary is the tokenizer's; try --vocab-size")
     if args.vocab_size:
         changes["vocab_size"] = args.vocab_size
@@ -1053,8 +1306,9 @@ def resolve(args, device: str, world: World) -> tuple[LlamaConfig, Recipe]:
     if args.compile and args.document_mask and device == "cpu":
         raise ValueError("on a CPU documents are taken one by one, which --compile would compile "
                          "anew in every step; try --no-document-mask, or without --compile")
-    layout = arrange(args, config, world)
-    args.micro_batch = fit_memory(args, config, device, layout, world)
+    if not args.plan:
+        layout = arrange(args, config, world)
+        args.micro_batch = fit_memory(args, config, device, layout, world)
     return config, recipe
 
 
@@ -1404,11 +1658,11 @@ def parser() -> Parser:
     g.add_argument("--dp", choices=("none", "ddp", "fsdp", "hybrid"), help="data parallelism: ddp "
                    "repeats the model, fsdp (default) splits it over all ranks, hybrid over those "
                    "of a machine")
-    g.add_argument("--tp", type=whole, default=1, metavar="N", help="ranks that share each layer, "
+    g.add_argument("--tp", type=whole, metavar="N", help="ranks that share each layer, "
                    "and its tokens between the products: those of one machine")
-    g.add_argument("--pp", type=whole, default=1, metavar="N", help="ranks that the layers are "
+    g.add_argument("--pp", type=whole, metavar="N", help="ranks that the layers are "
                    "split over")
-    g.add_argument("--interleave", type=whole, default=1, metavar="N", help="stages of the "
+    g.add_argument("--interleave", type=whole, metavar="N", help="stages of the "
                    "pipeline that a rank holds: less waiting, more messages")
     g.add_argument("--nproc", type=whole, metavar="N", help="processes on this machine (default: "
                    "its GPUs, else 1); one that dies is started again; not under torchrun or srun")
@@ -1416,11 +1670,24 @@ def parser() -> Parser:
                    "where, and start again (default: 1800 with many processes, else never)")
     g.add_argument("--spike", action="store_true", help="after a loss far over the last hundred go "
                    "back to the last good state, and past that text")
+    g = p.add_argument_group("plan (of the options above, those that are given are kept)")
+    g.add_argument("--plan", action="store_true", help="no run: what it would take, and how best")
+    g.add_argument("--gpus", type=whole, default=NODE, metavar="N", help="default: %(default)s")
+    g.add_argument("--gpu", choices=(*GPUS, "cpu"), default="H100", help="default: %(default)s; "
+                   "cpu: machines like this one")
+    g.add_argument("--mfu", type=number, metavar="X", help="of the whole step, as measured; "
+                   f"default: that of computing at {COMPUTING} of the peak, less what it waits for")
+    g.add_argument("--json", action="store_true", help="the plan as one JSON object")
     return p
 
 
 def main(argv: list[str]) -> int | None:
     device, args = best_device(), parser().parse_args(argv)
+    if args.plan:
+        args.dtype = "bf16" if args.gpu != "cpu" and args.dtype == "auto" else args.dtype
+        planned = plan(args, *resolve(args, device, World()))
+        print(json.dumps(planned) if args.json else plan_text(planned))
+        return
     os.environ.update(torchrun_names(os.environ))
     gpus = torch.cuda.device_count()
     n = 1 if "RANK" in os.environ else args.nproc or max(1, gpus)
@@ -1436,7 +1703,8 @@ def main(argv: list[str]) -> int | None:
 
 def arrange(args, config: LlamaConfig, world: World) -> Layout:
     """How all ranks share the work; ValueError with the numbers that would do."""
-    tp, pp, rows = args.tp, args.pp, args.batch_tokens // args.seq_len
+    tp, pp, interleave = args.tp or 1, args.pp or 1, args.interleave or 1
+    rows = args.batch_tokens // args.seq_len
 
     def divisors(n: int) -> str:
         return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
@@ -1447,8 +1715,8 @@ def arrange(args, config: LlamaConfig, world: World) -> Layout:
             shared = math.gcd(config.n_kv_heads, config.hidden_dim, config.vocab_size, args.seq_len)
             raise ValueError(f"--tp {tp} does not divide {name}={n}; try --tp with one of "
                              f"{divisors(shared)}")
-    if pp * args.interleave > config.n_layers or args.interleave > 1 == pp:
-        raise ValueError(f"--pp {pp} --interleave {args.interleave}: {config.n_layers} layers make "
+    if pp * interleave > config.n_layers or interleave > 1 == pp:
+        raise ValueError(f"--pp {pp} --interleave {interleave}: {config.n_layers} layers make "
                          f"at most as many stages, of at least two ranks; try --pp {pp} with "
                          f"--interleave up to {max(1, config.n_layers // pp)}")
     if world.size % (tp * pp):
@@ -1464,7 +1732,7 @@ def arrange(args, config: LlamaConfig, world: World) -> Layout:
                          f"or --dp fsdp, or {tp * pp} processes")
     near = max(1, world.local_size // (tp * pp))  # data-parallel ranks of one machine
     shards = {"none": 1, "ddp": 1, "fsdp": dp, "hybrid": math.gcd(near, dp)}[kind]
-    return Layout(dp // shards, shards, pp, tp, args.interleave)
+    return Layout(dp // shards, shards, pp, tp, interleave)
 
 
 def first_steps(args, run: dict, folder: Path, engine: Engine, recipe: Recipe, started: float
@@ -1489,7 +1757,8 @@ def run_rank(args, device: str, world: World) -> None:
     """What one process does."""
     # What is free of the settings may differ when a run goes on; a chosen micro-batch is kept.
     free = {"steps", "minutes", "eval_every", "save_every", "out", "fresh", "bench", "spike",
-            "nproc", "watchdog", "dp", "tp", "pp", "interleave"}
+            "nproc", "watchdog", "dp", "tp", "pp", "interleave", "plan", "gpus", "gpu", "mfu",
+            "json"}
     free |= set() if args.micro_batch else {"micro_batch"}
     started = time.perf_counter()
     config, recipe = resolve(args, device, world)
