@@ -1722,6 +1722,8 @@ def arrange(args, config: LlamaConfig, world: World) -> Layout:
     if world.size % (tp * pp):
         raise ValueError(f"{world.size} processes are no multiple of --tp {tp} x --pp {pp}; try "
                          f"--tp and --pp whose product is one of {divisors(world.size)}")
+    if tp > 1 and args.compile:
+        raise ValueError("--compile cannot see through the exchanges of --tp; try one of both")
     dp = world.size // (tp * pp)
     if dp > rows:
         raise ValueError(f"{dp} data-parallel ranks cannot share the {rows} sequences of a step; "
@@ -1807,8 +1809,10 @@ def run_rank(args, device: str, world: World) -> None:
         say(f"{source['path']}: {source['train_tokens']:,} tokens, read {epochs:.2f} times")
     Training(args, run, folder, world, engine, batches, recipe, peak).run()
     prompt = "" if args.data or args.mixture else "class"  # the default text is Python
-    if world.rank == 0:
-        model = load(folder, device, engine.stages[0].dtype)
+    del engine
+    dtype = DTYPES[args.dtype]
+    if world.rank == 0 and config.n_params * dtype.itemsize < 0.8 * memory_there(device):
+        model = load(folder, device, dtype)
         sample = sample_texts(model, tokenizer, [prompt], 120, Sampling(seed=args.seed))[0]
         print(f"--- a sample of {folder}\n{prompt}{sample.text}")
 
