@@ -29,6 +29,8 @@ import sys
 import threading
 import time
 import warnings
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -43,8 +45,11 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 from torch.distributed.checkpoint.utils import _DistWrapper
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from generate import (DTYPES, Sampling, best_device, check_compiler, keep_freed_memory, positive,
                       sample_texts)
@@ -250,8 +255,9 @@ class Layout:
         return self.dp * self.pp * self.tp
 
     def mesh(self, device: str):
-        return dist.init_device_mesh(device, (self.replicas, self.shards, self.pp, self.tp),
-                                     mesh_dim_names=("replicas", "shards", "pp", "tp"))
+        with unset_fake_temporarily():  # its numbers are needed, whatever is simulated
+            return dist.init_device_mesh(device, (self.replicas, self.shards, self.pp, self.tp),
+                                         mesh_dim_names=("replicas", "shards", "pp", "tp"))
 
 
 class Stage(Llama):
@@ -337,13 +343,13 @@ class Engine:
         self.dp_rank, self.pp_rank = replica * layout.shards + shard, pp
         count, self.stages = layout.pp * layout.interleave, []
         for index in range(pp, count, layout.pp):
-            with torch.device("meta"):
+            with torch.device(device if seed is None else "meta"):
                 stage = Stage(config, index, count, **options)
             for layer in filter(None, stage.layers if compiled else ()):
                 layer.compile()
             share(stage, layout, self.mesh)
-            stage.to_empty(device=device)
             if seed is not None:
+                stage.to_empty(device=device)
                 stage.init_weights(seed)
             self.stages.append(stage)
         # FSDP puts gathered weights in their place for a while: these are the ones that stay.
@@ -607,6 +613,95 @@ def fit_memory(args, config: LlamaConfig, device: str, layout: Layout, world: Wo
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in need.items())
     raise ValueError(f"{args.size} needs about {total / 1e9:.0f} GB to train ({parts}) and this "
                      f"machine has {there / 1e9:.0f} GB free; try {advice}")
+
+
+# ---------------------------------------------------------------------------------------------
+# A world that does not exist
+
+
+class Trace(TorchDispatchMode):
+    """Follows tensors, which may be fake, through whatever is computed inside: bytes alive now and
+    at most, and how often each collective ran, by (operation, ranks in its group, bytes of its
+    whole tensors). Of the numbers that a program asks for, each is 1: a fake tensor has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.held, self.collectives = {}, Counter()
+
+    def hold(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.held:
+            self.held[key] = 0, weakref.ref(storage, lambda _: self.resize(key, 0, None))
+        if self.held[key][0] != storage.nbytes():
+            self.resize(key, storage.nbytes(), self.held[key][1])
+
+    def resize(self, key: int, size: int, reference) -> None:
+        """The storage now has `size` bytes; without a reference, it is gone."""
+        self.live += size - self.held.pop(key)[0]
+        self.peak = max(self.peak, self.live)
+        if reference is not None:
+            self.held[key] = size, reference
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten._local_scalar_dense.default and is_fake(args[0]):
+            return 1
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes again with what is local, and its collectives
+        made = operation(*args, **(kwargs or {}))
+        if operation.namespace in ("c10d", "_c10d_functional"):
+            self.note(operation.__name__.split(".")[0], (made, *args))
+        for x in tree_leaves((made, args, kwargs)):
+            if isinstance(x, Tensor):
+                self.hold(x.untyped_storage())
+        return made
+
+    def note(self, name: str, parts: tuple) -> None:
+        """A collective with what it made and took: tensors, and a group by itself or by name."""
+        size = max(sum(x.nbytes for x in tree_leaves(part) if isinstance(x, Tensor))
+                   for part in parts)
+        for part in parts:
+            if isinstance(part, torch.ScriptObject) and "ProcessGroup" in str(part._type()):
+                self.collectives[name, dist.ProcessGroup.unbox(part).size(), size] += 1
+            elif isinstance(part, str) and part not in ("sum", "avg"):
+                self.collectives[name, dist.distributed_c10d._resolve_process_group(part).size(), size] += 1
+
+    def __enter__(self):
+        """FSDP2 frees what it gathered by storage.resize_, which is no operation."""
+        original = self.original = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            original(storage, size)
+            self.hold(storage)
+            return storage
+
+        torch.UntypedStorage.resize_ = resize_
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.UntypedStorage.resize_ = self.original
+        return super().__exit__(*error)
+
+
+def simulate(config: LlamaConfig, layout: Layout, rank: int, micro_batch: int, rows: int, T: int,
+             recipe: Recipe, **options) -> dict:
+    """Traces one step on fake (rows, T + 1) tokens of one rank of a world that does not exist."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    if layout.size > 1:
+        dist.init_process_group("fake", rank=rank, world_size=layout.size, store=FakeStore())
+    try:
+        with FakeTensorMode(), Trace() as trace:
+            engine = Engine(config, layout, "cpu", micro_batch, seed=None, **options)
+            optimizer = make_optimizer(engine.parameters, recipe)
+            held, trace.peak = trace.live, trace.live
+            batch = torch.zeros(rows, T + 1, dtype=torch.int64)
+            train_step(engine, optimizer, batch, recipe.lr, recipe.clip)
+        weights = {name: local(p).shape for name, p in engine.parameters.items()}
+        return {"shards": weights, "weights and AdamW": held, "after": trace.live,
+                "peak": trace.peak, "collectives": trace.collectives}
+    finally:
+        if layout.size > 1:
+            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------
