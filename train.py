@@ -343,13 +343,14 @@ class Engine:
         self.dp_rank, self.pp_rank = replica * layout.shards + shard, pp
         count, self.stages = layout.pp * layout.interleave, []
         for index in range(pp, count, layout.pp):
-            with torch.device(device if seed is None else "meta"):
-                stage = Stage(config, index, count, **options)
-            for layer in filter(None, stage.layers if compiled else ()):
-                layer.compile()
-            share(stage, layout, self.mesh)
+            with unset_fake_temporarily():  # thousands of parts: fake ones would take minutes
+                with torch.device("meta"):
+                    stage = Stage(config, index, count, **options)
+                for layer in filter(None, stage.layers if compiled else ()):
+                    layer.compile()
+                share(stage, layout, self.mesh)
+            stage.to_empty(device=device)
             if seed is not None:
-                stage.to_empty(device=device)
                 stage.init_weights(seed)
             self.stages.append(stage)
         # FSDP puts gathered weights in their place for a while: these are the ones that stay.
@@ -644,14 +645,18 @@ class Trace(TorchDispatchMode):
             self.held[key] = size, reference
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation is torch.ops.aten._local_scalar_dense.default and is_fake(args[0]):
-            return 1
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes again with what is local, and its collectives
+        taken = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if taken and not any(map(is_fake, taken)):
+            with unset_fake_temporarily():  # the ranks of a mesh, which are real
+                return operation(*args, **(kwargs or {}))
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            return 1
         made = operation(*args, **(kwargs or {}))
         if operation.namespace in ("c10d", "_c10d_functional"):
             self.note(operation.__name__.split(".")[0], (made, *args))
-        for x in tree_leaves((made, args, kwargs)):
+        for x in (*taken, *tree_leaves(made)):
             if isinstance(x, Tensor):
                 self.hold(x.untyped_storage())
         return made
@@ -690,12 +695,12 @@ def simulate(config: LlamaConfig, layout: Layout, rank: int, micro_batch: int, r
     if layout.size > 1:
         dist.init_process_group("fake", rank=rank, world_size=layout.size, store=FakeStore())
     try:
-        with FakeTensorMode(), Trace() as trace:
+        with FakeTensorMode(allow_non_fake_inputs=True):
             engine = Engine(config, layout, "cpu", micro_batch, seed=None, **options)
-            optimizer = make_optimizer(engine.parameters, recipe)
-            held, trace.peak = trace.live, trace.live
-            batch = torch.zeros(rows, T + 1, dtype=torch.int64)
-            train_step(engine, optimizer, batch, recipe.lr, recipe.clip)
+            with Trace() as trace:
+                optimizer, held = make_optimizer(engine.parameters, recipe), trace.live
+                batch = torch.zeros(rows, T + 1, dtype=torch.int64)
+                train_step(engine, optimizer, batch, recipe.lr, recipe.clip)
         weights = {name: local(p).shape for name, p in engine.parameters.items()}
         return {"shards": weights, "weights and AdamW": held, "after": trace.live,
                 "peak": trace.peak, "collectives": trace.collectives}
