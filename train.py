@@ -48,6 +48,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 from torch.distributed.checkpoint.utils import _DistWrapper
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -647,13 +648,14 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes again with what is local, and its collectives
+        if self.shapes.locked():
+            return operation(*args, **(kwargs or {}))
         taken = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if taken and not any(map(is_fake, taken)):
-            with unset_fake_temporarily():  # the ranks of a mesh, which are real
-                return operation(*args, **(kwargs or {}))
-        if operation is torch.ops.aten._local_scalar_dense.default:
+        fake = any(map(is_fake, taken)) or not taken
+        if fake and operation is torch.ops.aten._local_scalar_dense.default:
             return 1
-        made = operation(*args, **(kwargs or {}))
+        with contextlib.nullcontext() if fake else unset_fake_temporarily():  # what is real stays
+            made = operation(*args, **(kwargs or {}))
         if operation.namespace in ("c10d", "_c10d_functional"):
             self.note(operation.__name__.split(".")[0], (made, *args))
         for x in (*taken, *tree_leaves(made)):
@@ -672,11 +674,14 @@ class Trace(TorchDispatchMode):
                 self.collectives[name, dist.distributed_c10d._resolve_process_group(part).size(), size] += 1
 
     def __enter__(self):
-        """FSDP2 frees what it gathered by storage.resize_, which is no operation."""
-        original = self.original = torch.UntypedStorage.resize_
+        """FSDP2 frees what it gathered by storage.resize_, which is no operation. DTensor works out
+        shapes with fake tensors of full size, which are not there: under a lock, so that it tells.
+        """
+        self.before = torch.UntypedStorage.resize_, ShardingPropagator._fake_mode_lock
+        self.shapes = ShardingPropagator._fake_mode_lock = threading.Lock()
 
         def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
-            original(storage, size)
+            self.before[0](storage, size)
             self.hold(storage)
             return storage
 
@@ -684,7 +689,7 @@ class Trace(TorchDispatchMode):
         return super().__enter__()
 
     def __exit__(self, *error):
-        torch.UntypedStorage.resize_ = self.original
+        torch.UntypedStorage.resize_, ShardingPropagator._fake_mode_lock = self.before
         return super().__exit__(*error)
 
 
