@@ -2895,6 +2895,66 @@ class TestPlan:
     def test_mistakes(self, options, message):
         with pytest.raises(ValueError, match=message):
             train.main(["--plan", "--size", "7b", *options.split()])
+class TestTrace:
+    """Hand-counted allocations and collectives; then a real process against its plan."""
+
+    def test_live_bytes_and_their_peak(self):
+        with FakeTensorMode(), train.Trace() as trace:
+            a = torch.zeros(1000)          # 4000 bytes
+            b = torch.zeros(500)           # 6000
+            assert trace.live == 6000
+            b = a.double()                 # the 8000 are there before the 2000 go
+            assert (trace.live, trace.peak) == (12000, 14000)
+            view = a[10:20].view(2, 5)     # nothing new, and it keeps all of a
+            del a
+            assert trace.live == 12000
+            del view, b
+        assert (trace.live, trace.peak) == (0, 14000)
+
+    def test_a_storage_that_is_resized(self):
+        with FakeTensorMode(), train.Trace() as trace:
+            x = torch.zeros(1000)
+            x.untyped_storage().resize_(0)
+            assert trace.live == 0
+            x.untyped_storage().resize_(8000)
+            assert trace.live == 8000
+            x.add_(1)
+            del x
+        assert (trace.live, trace.peak) == (0, 8000)
+        assert torch.zeros(5).untyped_storage().resize_(8).nbytes() == 8  # torch's own again
+
+    LAYER = 4 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64)  # bytes of a layer's weights in fp32
+    ENDS = 4 * (2 * 64 * 512 + 64)                     # of embedding, output and last norm
+
+    def simulate(self, rank=0, backward="manual", T=16, rows=32, micro=2, **layout):
+        config = LlamaConfig(64, 4, 4, 4, 128, 512, 64)
+        return train.simulate(config, train.Layout(**layout), rank, micro, rows, T,
+                              Recipe(1e-3, 1, None, 10, eps=1e-8), backward=backward,
+                              dtype=torch.float32)
+
+    def test_collectives_of_a_world_that_does_not_exist(self):
+        """FSDP over 16: a layer is gathered for forward and again for backward, the ends once."""
+        found = self.simulate(rank=5, shards=16)
+        assert found["collectives"] == {
+            ("_allgather_base_", 16, self.LAYER): 8, ("_allgather_base_", 16, self.ENDS): 1,
+            ("_reduce_scatter_base_", 16, self.LAYER): 4,
+            ("_reduce_scatter_base_", 16, self.ENDS): 1, ("allreduce_", 16, 24): 1}
+        weights = (4 * self.LAYER + self.ENDS) // 16
+        assert sum(4 * math.prod(s) for s in found["shards"].values()) == weights
+        assert weights * 3 <= found["weights and AdamW"] < weights * 3 + 400  # AdamW's counters
+
+    def test_tensor_and_pipeline_parallel(self):
+        found = self.simulate(rank=0, tp=2, pp=2, T=16, rows=8, micro=2)
+        assert {name.split(".")[1] for name in found["shards"] if "layers" in name} == {"0", "1"}
+        assert found["shards"]["layers.0.attention.wq.weight"] == (32, 64)
+        assert found["shards"]["layers.0.attention.wo.weight"] == (64, 32)
+        activation = 2 * 16 * 64 * 4 // 2  # of 2 rows, split over tp: sent on for each of 4 parts
+        assert found["collectives"]["send", 2, activation] == 4
+        assert found["collectives"]["recv_", 2, activation] == 4
+
+    def test_nothing_of_it_is_left(self):
+        assert self.simulate(shards=2) == self.simulate(shards=2)
+        assert not torch.distributed.is_initialized()
 
 
 class TestState:

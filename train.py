@@ -30,6 +30,8 @@ import sys
 import threading
 import time
 import warnings
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -44,8 +46,12 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 from torch.distributed.checkpoint.utils import _DistWrapper
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from generate import (DTYPES, Sampling, best_device, check_compiler, keep_freed_memory, positive,
                       sample_texts)
@@ -261,8 +267,9 @@ class Layout:
         return self.dp * self.pp * self.tp
 
     def mesh(self, device: str):
-        return dist.init_device_mesh(device, (self.replicas, self.shards, self.pp, self.tp),
-                                     mesh_dim_names=("replicas", "shards", "pp", "tp"))
+        with unset_fake_temporarily():  # its numbers are needed, whatever is simulated
+            return dist.init_device_mesh(device, (self.replicas, self.shards, self.pp, self.tp),
+                                         mesh_dim_names=("replicas", "shards", "pp", "tp"))
 
     def bubble(self, micro_batches: int) -> float:
         """How long a pipeline idles for what it computes: p - 1 stages fill and drain, each a v-th
@@ -363,11 +370,12 @@ class Engine:
         self.dp_rank, self.pp_rank = replica * layout.shards + shard, pp
         count, self.stages = layout.pp * layout.interleave, []
         for index in range(pp, count, layout.pp):
-            with torch.device("meta"):
-                stage = Stage(config, index, count, **options)
-            for layer in filter(None, stage.layers if compiled else ()):
-                layer.compile()
-            share(stage, layout, self.mesh)
+            with unset_fake_temporarily():  # thousands of parts: fake ones would take minutes
+                with torch.device("meta"):
+                    stage = Stage(config, index, count, **options)
+                for layer in filter(None, stage.layers if compiled else ()):
+                    layer.compile()
+                share(stage, layout, self.mesh)
             stage.to_empty(device=device)
             if seed is not None:
                 stage.init_weights(seed)
@@ -860,6 +868,103 @@ def plan_text(p: dict) -> str:
         f"each; MFU {p['mfu']:.1%}, as the papers count {p['mfu_as_papers']:.1%}",
         f"training        {p['days']:,.1f} days, {p['gpu_hours']:,.0f} GPU-hours, "
         f"{p['mwh']:,.2f} MWh, {p['tco2eq']:,.2f} tCO2eq"])
+
+
+# ---------------------------------------------------------------------------------------------
+# A world that does not exist
+
+
+class Trace(TorchDispatchMode):
+    """Follows tensors, which may be fake, through whatever is computed inside: bytes alive now and
+    at most, and how often each collective ran, by (operation, ranks in its group, bytes of its
+    whole tensors). Of the numbers that a program asks for, each is 1: a fake tensor has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.held, self.collectives = {}, Counter()
+
+    def hold(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.held:
+            self.held[key] = 0, weakref.ref(storage, lambda _: self.resize(key, 0, None))
+        if self.held[key][0] != storage.nbytes():
+            self.resize(key, storage.nbytes(), self.held[key][1])
+
+    def resize(self, key: int, size: int, reference) -> None:
+        """The storage now has `size` bytes; without a reference, it is gone."""
+        self.live += size - self.held.pop(key)[0]
+        self.peak = max(self.peak, self.live)
+        if reference is not None:
+            self.held[key] = size, reference
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes again with what is local, and its collectives
+        if self.shapes.locked():
+            return operation(*args, **(kwargs or {}))
+        taken = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        fake = any(map(is_fake, taken)) or not taken
+        if fake and operation is torch.ops.aten._local_scalar_dense.default:
+            return 1
+        with contextlib.nullcontext() if fake else unset_fake_temporarily():  # what is real stays
+            made = operation(*args, **(kwargs or {}))
+        if operation.namespace in ("c10d", "_c10d_functional"):
+            self.note(operation.__name__.split(".")[0], (made, *args))
+        for x in (*taken, *tree_leaves(made)):
+            if isinstance(x, Tensor):
+                self.hold(x.untyped_storage())
+        return made
+
+    def note(self, name: str, parts: tuple) -> None:
+        """A collective with what it made and took: tensors, and a group by itself or by name."""
+        size = max(sum(x.nbytes for x in tree_leaves(part) if isinstance(x, Tensor))
+                   for part in parts)
+        for part in parts:
+            if isinstance(part, torch.ScriptObject) and "ProcessGroup" in str(part._type()):
+                self.collectives[name, dist.ProcessGroup.unbox(part).size(), size] += 1
+            elif isinstance(part, str) and part not in ("sum", "avg"):
+                self.collectives[name, dist.distributed_c10d._resolve_process_group(part).size(), size] += 1
+
+    def __enter__(self):
+        """FSDP2 frees what it gathered by storage.resize_, which is no operation. DTensor works out
+        shapes with fake tensors of full size, which are not there: under a lock, so that it tells.
+        """
+        self.before = torch.UntypedStorage.resize_, ShardingPropagator._fake_mode_lock
+        self.shapes = ShardingPropagator._fake_mode_lock = threading.Lock()
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            self.before[0](storage, size)
+            self.hold(storage)
+            return storage
+
+        torch.UntypedStorage.resize_ = resize_
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.UntypedStorage.resize_, ShardingPropagator._fake_mode_lock = self.before
+        return super().__exit__(*error)
+
+
+def simulate(config: LlamaConfig, layout: Layout, rank: int, micro_batch: int, rows: int, T: int,
+             recipe: Recipe, **options) -> dict:
+    """Traces one step on fake (rows, T + 1) tokens of one rank of a world that does not exist."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    if layout.size > 1:
+        dist.init_process_group("fake", rank=rank, world_size=layout.size, store=FakeStore())
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            engine = Engine(config, layout, "cpu", micro_batch, seed=None, **options)
+            with Trace() as trace:
+                optimizer, held = make_optimizer(engine.parameters, recipe), trace.live
+                batch = torch.zeros(rows, T + 1, dtype=torch.int64)
+                train_step(engine, optimizer, batch, recipe.lr, recipe.clip)
+        weights = {name: local(p).shape for name, p in engine.parameters.items()}
+        return {"shards": weights, "weights and AdamW": held, "after": trace.live,
+                "peak": trace.peak, "collectives": trace.collectives}
+    finally:
+        if layout.size > 1:
+            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------
