@@ -2941,7 +2941,7 @@ class TestTrace:
             ("_reduce_scatter_base_", 16, self.ENDS): 1, ("allreduce_", 16, 24): 1}
         weights = (4 * self.LAYER + self.ENDS) // 16
         assert sum(4 * math.prod(s) for s in found["shards"].values()) == weights
-        assert weights * 3 <= found["weights and AdamW"] < weights * 3 + 400  # AdamW's counters
+        assert weights * 3 <= found["state"] < weights * 3 + 400  # AdamW's counters
 
     def test_tensor_and_pipeline_parallel(self):
         found = self.simulate(rank=0, tp=2, pp=2, T=16, rows=8, micro=2)

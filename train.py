@@ -347,7 +347,9 @@ def share(stage: Stage, layout: Layout, mesh) -> None:
     policy = MixedPrecisionPolicy(stage.dtype, torch.float32, cast_forward_inputs=False)
     split = partial(fully_shard if layout.shards > 1 else replicate, mesh=mesh[tuple(dims)],
                     mp_policy=policy)
-    layers = [split(layer) for layer in stage.layers if layer is not None]
+    # A pipeline gathers a layer once a step, not for each micro-batch, and so holds it meanwhile.
+    kept = {"reshard_after_forward": False} if layout.shards > 1 < layout.pp else {}
+    layers = [split(layer, **kept) for layer in stage.layers if layer is not None]
     split(stage)
     for layer, following in itertools.pairwise(layers):
         layer.set_modules_to_forward_prefetch([following])
@@ -924,7 +926,8 @@ class Trace(TorchDispatchMode):
             if isinstance(part, torch.ScriptObject) and "ProcessGroup" in str(part._type()):
                 self.collectives[name, dist.ProcessGroup.unbox(part).size(), size] += 1
             elif isinstance(part, str) and part not in ("sum", "avg"):
-                self.collectives[name, dist.distributed_c10d._resolve_process_group(part).size(), size] += 1
+                group = dist.distributed_c10d._resolve_process_group(part)
+                self.collectives[name, group.size(), size] += 1
 
     def __enter__(self):
         """FSDP2 frees what it gathered by storage.resize_, which is no operation. DTensor works out
@@ -948,7 +951,8 @@ class Trace(TorchDispatchMode):
 
 def simulate(config: LlamaConfig, layout: Layout, rank: int, micro_batch: int, rows: int, T: int,
              recipe: Recipe, **options) -> dict:
-    """Traces one step on fake (rows, T + 1) tokens of one rank of a world that does not exist."""
+    """Traces one real step, on tensors without memory, of one rank of a world that does not exist:
+    rows of T + 1 tokens, micro_batch at once. options are Stage's."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
     if layout.size > 1:
         dist.init_process_group("fake", rank=rank, world_size=layout.size, store=FakeStore())
@@ -959,12 +963,42 @@ def simulate(config: LlamaConfig, layout: Layout, rank: int, micro_batch: int, r
                 optimizer, held = make_optimizer(engine.parameters, recipe), trace.live
                 batch = torch.zeros(rows, T + 1, dtype=torch.int64)
                 train_step(engine, optimizer, batch, recipe.lr, recipe.clip)
-        weights = {name: local(p).shape for name, p in engine.parameters.items()}
-        return {"shards": weights, "weights and AdamW": held, "after": trace.live,
-                "peak": trace.peak, "collectives": trace.collectives}
+        shards = {name: tuple(local(p).shape) for name, p in engine.parameters.items()}
+        return {"shards": shards, "state": held, "live": trace.live, "peak": trace.peak,
+                "collectives": trace.collectives}
     finally:
         if layout.size > 1:
             dist.destroy_process_group()
+
+
+def simulate_world(args, config: LlamaConfig, recipe: Recipe) -> str:
+    """What `simulate` tells of the ranks of --simulate-world, beside what --plan says of them: those
+    at the first, second and last place of the pipeline; the others are like the second."""
+    n, rows = args.simulate_world, args.batch_tokens // args.seq_len
+    layout = arrange(args, config, World(0, n, 0, min(n, NODE)))
+    micro, dtype = args.micro_batch or 1, DTYPES[args.dtype]
+    passes = -(-rows // (layout.dp * micro))
+    lines = [f"{args.size} on {n:,} ranks: {layout}, {passes} micro-batches of {micro} x "
+             f"{args.seq_len} tokens on each"]
+    for place in sorted({0, min(1, layout.pp - 1), layout.pp - 1}):
+        found = simulate(config, layout, place * layout.tp, micro, rows, args.seq_len, recipe,
+                         attention=args.attention, backward=args.backward, dtype=dtype)
+        planned = memory_needed(config, micro, args.seq_len, dtype, args.attention, args.backward,
+                                layout, passes, place)
+        held = sum(math.prod(shape) for shape in found["shards"].values())
+        lines += ["", f"place {place} of the pipeline (rank {place * layout.tp} and its like): "
+                  f"{held:,} parameters (planned {rank_params(config, layout, place):,})"]
+        kinds = Counter((re.sub(r"layers\.\d+", "layer", name), shape)
+                        for name, shape in found["shards"].items())
+        lines += [f"  {count:4} x {name:30} {' x '.join(map(str, shape))}"
+                  for (name, shape), count in kinds.items()]
+        state = planned["weights"] + planned["AdamW"]
+        lines += [f"  bytes: weights and AdamW {found['state']:,} (planned {state:,}), alive after "
+                  f"the step {found['live']:,}, at most {found['peak']:,} "
+                  f"(planned {sum(planned.values()):,})"]
+        lines += [f"  {count:6} x {name:24} {ranks:6} ranks {size:16,} bytes" for
+                  (name, ranks, size), count in sorted(found["collectives"].items())]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1387,7 +1421,7 @@ def resolve(args, device: str, world: World) -> tuple[LlamaConfig, Recipe]:
     except ValueError:
         raise ValueError(f"--set takes FIELD=NUMBER, not {' '.join(args.set)}; "
                          "try --set n_layers=4") from None
-    if "vocab_size" in changes and not (args.bench or args.plan):
+    if "vocab_size" in changes and not (args.bench or args.plan or args.simulate_world):
         raise ValueError("the vocabulary is the tokenizer's; try --vocab-size")
     if args.vocab_size:
         changes["vocab_size"] = args.vocab_size
@@ -1411,7 +1445,7 @@ def resolve(args, device: str, world: World) -> tuple[LlamaConfig, Recipe]:
     if args.compile and args.document_mask and device == "cpu":
         raise ValueError("on a CPU documents are taken one by one, which --compile would compile "
                          "anew in every step; try --no-document-mask, or without --compile")
-    if not args.plan:
+    if not (args.plan or args.simulate_world):
         layout = arrange(args, config, world)
         args.micro_batch = fit_memory(args, config, device, layout, world)
     return config, recipe
@@ -1783,15 +1817,18 @@ def parser() -> Parser:
     g.add_argument("--mfu", type=number, metavar="X", help="of the whole step, as measured; "
                    f"default: that of computing at {COMPUTING} of the peak, less what it waits for")
     g.add_argument("--json", action="store_true", help="the plan as one JSON object")
+    g.add_argument("--simulate-world", type=whole, metavar="N", help="no run: one step of a rank "
+                   "of N that do not exist, its shards, bytes and all that it exchanges")
     return p
 
 
 def main(argv: list[str]) -> int | None:
     device, args = best_device(), parser().parse_args(argv)
-    if args.plan:
+    if args.plan or args.simulate_world:
         args.dtype = "bf16" if args.gpu != "cpu" and args.dtype == "auto" else args.dtype
-        planned = plan(args, *resolve(args, device, World()))
-        print(json.dumps(planned) if args.json else plan_text(planned))
+        shape = resolve(args, device, World())
+        planned = plan(args, *shape) if args.plan else simulate_world(args, *shape)
+        print(json.dumps(planned) if args.json else plan_text(planned) if args.plan else planned)
         return
     os.environ.update(torchrun_names(os.environ))
     gpus = torch.cuda.device_count()
@@ -1865,7 +1902,7 @@ def run_rank(args, device: str, world: World) -> None:
     # What is free of the settings may differ when a run goes on; a chosen micro-batch is kept.
     free = {"steps", "minutes", "eval_every", "save_every", "out", "fresh", "bench", "spike",
             "nproc", "watchdog", "dp", "tp", "pp", "interleave", "plan", "gpus", "gpu", "mfu",
-            "json"}
+            "json", "simulate_world"}
     free |= set() if args.micro_batch else {"micro_batch"}
     started = time.perf_counter()
     config, recipe = resolve(args, device, world)
