@@ -32,6 +32,7 @@ import unicodedata
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -2638,6 +2639,339 @@ class TestEvaluate:
             nll += each.sum().item()
         assert loss == pytest.approx(nll / 100, rel=1e-5)
         assert bpb == pytest.approx(nll / math.log(2) / 300, rel=1e-5)  # 3 bytes a token
+
+
+class Case(NamedTuple):
+    layout: train.Layout
+    config: LlamaConfig
+    bos_id: int | None
+    steps: int
+    options: dict
+
+
+def case(steps=20, bos_id=None, backward="manual", dtype=None, tied=False, n_layers=2,
+         hidden_dim=36, **layout):
+    config = LlamaConfig(32, n_layers, 8, 4, hidden_dim, 64, 16, tie_embeddings=tied)
+    return Case(train.Layout(**layout), config, bos_id, steps,
+                {"backward": backward, "dtype": dtype})
+
+
+LAYOUTS = {
+    "ddp 2": {"replicas": 2}, "fsdp 2": {"shards": 2}, "fsdp 4": {"shards": 4, "hidden_dim": 38},
+    "tp 2": {"tp": 2}, "tp 4": {"tp": 4}, "fsdp 2 x tp 2": {"shards": 2, "tp": 2},
+    "pp 2": {"pp": 2, "n_layers": 3}, "pp 2 x fsdp 2": {"pp": 2, "shards": 2, "n_layers": 3}}
+CASES = {f"{name}, {kind}": case(**layout, **change) for name, layout in LAYOUTS.items()
+         for kind, change in {"documents": {"bos_id": 12}, "tied": {"tied": True, "steps": 6}
+                              }.items()} | {
+    "hybrid 2 x 2": case(6, 12, replicas=2, shards=2),
+    "ddp 2 x tp 2": case(6, 12, replicas=2, tp=2),
+    "pp 2 x tp 2, tied": case(6, 12, pp=2, tp=2, tied=True),
+    "pp 2 x 2 stages": case(6, 12, pp=2, interleave=2, n_layers=5),
+    "pp 2 x 2 stages, tied": case(6, pp=2, interleave=2, n_layers=4, tied=True),
+    "tp 2, autograd": case(2, 12, "autograd", tp=2),
+    "tp 2, recompute": case(2, 12, "recompute", tp=2),
+    "fsdp 2, bf16": case(6, 12, dtype=torch.bfloat16, shards=2),
+    "tp 2, bf16": case(2, 12, dtype=torch.bfloat16, tp=2)}
+
+
+def step_batch(step):
+    """Tokens of a step, some at the edges of each rank's part of 64 words; rows that 2 and 4 ranks
+    share evenly and not, and some with a rank that has none."""
+    return 3 * tokens((8, 7, 5)[step % 3], 17, vocab=22, seed=step)
+
+
+def held_out_batch():
+    batch = step_batch(2)
+    batch[4, 9:] = -1
+    return batch
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+@torch.no_grad()
+def grow(parameters):
+    """Weights that make every part of a layer matter."""
+    for p in parameters:
+        llama.local(p).mul_(8 if p.dim() == 2 else 1)
+
+
+def as_rank(layout, config, bos_id, steps, options):
+    """What this process finds as one of a layout, in two micro-batches a step and more."""
+    micro_batch = 4 // (layout.dp * layout.pp)
+    engine = train.Engine(config, layout, "cpu", micro_batch, bos_id=bos_id, **options)
+    named = engine.parameters
+    found = {"initial": {name: whole(p.detach()) for name, p in named.items()}}
+    grow(named.values())
+    optimizer = train.make_optimizer(named, Recipe(3e-3, 1, 1, eps=1e-8))
+    with Calls() as calls:
+        engine.loss(step_batch(1))
+    names = ("allreduce_", "_allgather_base_", "_reduce_scatter_base_", "broadcast_")
+    calls = [f"{name} {tree_leaves(each)[0].dtype}".replace("torch.", "") for name in names
+             for each in calls.args.get(f"{name}.default", ())]
+    found["calls"] = {call: calls.count(call) for call in calls}
+    engine.complete()
+    found["gradients"] = {name: whole(p.grad) for name, p in named.items()}
+    state = [x for values in optimizer.state.values() for x in values.values()]
+    for name, held in {"weights": named.values(), "gradients": [p.grad for p in named.values()],
+                       "AdamW": state}.items():
+        found[f"bytes of {name}"] = sum(llama.local(x).nbytes for x in held)
+    optimizer.zero_grad()
+    found["steps"] = [train.train_step(engine, optimizer, step_batch(i), 3e-3, 1.0)[:2]
+                      for i in range(steps)]
+    with torch.no_grad():
+        found["nll"], = engine.add_up(engine.loss(held_out_batch()))
+    return found | {"place": engine.pp_rank, "rows": len(engine.rows(step_batch(0))),
+                    "micro_batches": engine.passes(step_batch(0))}
+
+
+@functools.cache
+def alone(config, bos_id, steps, dtype):
+    """The same by torch's own loss, backward, clipping and AdamW in one process."""
+    model = Llama.create(config, 0, backward="autograd", dtype=dtype)
+    named = dict(model.named_parameters())
+    found = {"initial": {name: whole(p.detach()) for name, p in named.items()}}
+    grow(named.values())
+
+    def loss(batch, reduction="mean"):
+        x, y = batch[:, :-1].clamp(min=0), batch[:, 1:].flatten()
+        begin = [at for at, token in enumerate(x.flatten()) if at % 16 == 0 or token == bos_id]
+        logits = model(x, boundaries=starts(*begin, x.numel()) if bos_id else None)
+        return F.cross_entropy(logits.flatten(0, 1), y, reduction=reduction, ignore_index=-1)
+
+    loss(step_batch(1)).backward()
+    found["gradients"] = {name: whole(p.grad) for name, p in named.items()}
+    matrices, norms = ([p for p in named.values() if p.dim() == n] for n in (2, 1))
+    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": norms, "weight_decay": 0}],
+                                  3e-3, (0.9, 0.95), weight_decay=0.1)
+    found["steps"] = []
+    for i in range(steps):
+        optimizer.zero_grad()
+        value = loss(step_batch(i))
+        value.backward()
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
+        optimizer.step()
+        found["steps"].append((value.item(), norm.item()))
+    with torch.no_grad():
+        return found | {"nll": loss(held_out_batch(), "sum").item()}
+
+
+def exchanged():
+    """What g and g_bar of two ranks make of 3 of 6 tokens each, in rows of 2, and of a gradient."""
+    import torch.distributed as dist
+    tp, found = llama.TensorParallel(dist.group.WORLD), {}
+    for name, x in (("g", noise(3, 4, seed=tp.rank)), ("g_bar", noise(3, 2, 4, seed=tp.rank))):
+        x = x.double().requires_grad_()
+        y = getattr(tp, name)(x, 2)
+        dy = noise(*y.shape, seed=2 + tp.rank, dtype=y.dtype)
+        y.backward(dy)
+        found[name] = [z.detach() for z in (x, y, dy, x.grad)]
+    return found
+
+
+def run_rank(rank, size, folder):
+    """All that one of `size` processes has to find out, each case in a file."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/{size}", rank=rank,
+                                         world_size=size)
+    for name, of_case in CASES.items():
+        if of_case.layout.size == size:
+            torch.save(as_rank(*of_case), f"{folder}/{name} {rank}")
+    if size == 2:
+        torch.save(exchanged(), f"{folder}/exchanged {rank}")
+    torch.distributed.destroy_process_group()
+
+
+def run_worlds(folder):
+    for size in (2, 4):
+        torch.multiprocessing.start_processes(run_rank, (size, folder), size, start_method="fork")
+
+
+@pytest.fixture(scope="module")
+def found_by(tmp_path_factory):
+    """name of a case -> what each rank found. Two and four processes run all cases; they are forks
+    of a fresh one, where no threads are yet."""
+    folder = tmp_path_factory.mktemp("ranks")
+    code = f"import test_llama; test_llama.run_worlds({str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+
+    @functools.cache
+    def read(name):
+        paths = sorted(folder.glob(f"{name} ?"))
+        assert paths
+        return [torch.load(path) for path in paths]
+    return read
+
+
+@pytest.fixture(params=CASES)
+def compared(request, found_by):
+    """A case, what its ranks found, and what one process did."""
+    case = CASES[request.param]
+    oracle = alone(case.config, case.bos_id, case.steps, case.options["dtype"])
+    return case, found_by(request.param), oracle
+
+
+class TestLayouts:
+    """The same training by one process and by many."""
+
+    def test_initial_weights_are_those_of_one_process_bit_for_bit(self, compared):
+        _, ranks, oracle = compared
+        for rank in ranks:
+            for name, p in rank["initial"].items():
+                assert torch.equal(p, oracle["initial"][name]), name
+        assert set().union(*(rank["initial"] for rank in ranks)) == set(oracle["initial"])
+
+    def test_gradients(self, compared):
+        case, ranks, oracle = compared
+        within = 0.03 if case.options["dtype"] else 1e-5
+        for rank in ranks:
+            for name, grad in rank["gradients"].items():
+                wanted = oracle["gradients"][name]
+                assert (grad - wanted).abs().max() <= within * wanted.abs().max(), name
+
+    def test_losses_and_norms_of_all_steps(self, compared):
+        case, ranks, oracle = compared
+        within = (2e-3, 0.03) if case.options["dtype"] else (1e-5, 1e-4)
+        for rank in ranks:
+            for (loss, norm), wanted in zip(rank["steps"], oracle["steps"], strict=True):
+                assert loss == pytest.approx(wanted[0], rel=within[0])
+                assert norm == pytest.approx(wanted[1], rel=within[1])
+            assert rank["nll"] == pytest.approx(oracle["nll"], rel=within[0])
+        learnt = oracle["steps"][0][0] - oracle["steps"][-1][0]
+        assert case.steps < 20 or learnt > 0.5
+
+    def test_the_plan_is_true(self, compared):
+        case, ranks, _ = compared
+        dtype = case.options["dtype"] or torch.float32
+        for place in range(case.layout.pp):
+            planned = train.memory_needed(
+                case.config, 1, 16, dtype, "fused", case.options["backward"], case.layout,
+                ranks[0]["micro_batches"], place)
+            there = [rank for rank in ranks if rank["place"] == place]
+            for what in ("weights", "gradients", "AdamW"):
+                assert max(rank[f"bytes of {what}"] for rank in there) == planned[what]
+
+    def test_work_is_split(self, compared):
+        case, ranks, _ = compared
+        layout = case.layout
+        assert all(rank["rows"] == 8 // layout.dp for rank in ranks)
+        assert all(rank["micro_batches"] >= 2 for rank in ranks)
+        held = sum(rank["bytes of weights"] for rank in ranks) / 4
+        norms, tables = case.config.dim * (2 * case.config.n_layers + 1), 64 * 32
+        copies = layout.replicas * (layout.tp - 1) * norms  # norms are whole on each
+        if layout.pp > 1 and case.config.tie_embeddings:
+            copies += layout.replicas * tables  # on the first and on the last stage
+        assert held == layout.replicas * case.config.n_params + copies
+
+    def test_a_quarter_of_the_state_on_each_of_four(self, found_by):
+        whole = 16 * CASES["fsdp 4, documents"].config.n_params
+        for rank in found_by("fsdp 4, documents"):
+            held = sum(rank[f"bytes of {what}"] for what in ("weights", "gradients", "AdamW"))
+            assert held == pytest.approx(whole / 4, rel=0.1)
+
+    @pytest.mark.parametrize("name, sums, gathers, reductions", [
+        # by 2 layers and the root, of 2 micro-batches; the root's weights stay for the backward
+        ("ddp 2, documents", 3, 0, 0),  # once a step
+        ("fsdp 2, documents", 0, 2 * (2 * 2 + 1), 2 * 3),
+        ("fsdp 2, bf16", 0, 2 * (2 * 2 + 1), 2 * 3),
+        ("hybrid 2 x 2", 3, 2 * (2 * 2 + 1), 2 * 3),  # between the replicas once a step
+        # of 2 layers g and g_bar, forward and backward, h and h again; embedding and loss
+        ("tp 2, documents", 0, 2 * (2 * 6 + 3), 2 * (2 * 4 + 2)),
+        ("pp 2, documents", 0, 0, 0)])
+    def test_collectives_of_a_step(self, name, sums, gathers, reductions, found_by):
+        half = "bf16" in name  # in which weights travel, not gradients
+        wanted = {"allreduce_ float32": sums, "_reduce_scatter_base_ float32": reductions,
+                  f"_allgather_base_ {'bfloat16' if half else 'float32'}": gathers}
+        for rank in found_by(name):
+            assert rank["calls"] == {call: n for call, n in wanted.items() if n}
+
+
+class TestTensorParallel:
+    def test_g_and_g_bar_are_each_others_backward(self, found_by):
+        ranks = found_by("exchanged")
+        for name in ("g", "g_bar"):
+            x, y, dy, dx = (torch.stack(each) for each in zip(*(rank[name] for rank in ranks)))
+            parts, wholes, gathered, summed = (x, dy, y, dx) if name == "g" else (dy, x, dx, y)
+            for rank in range(2):  # all tokens on each rank; of its own, the sum of all ranks'
+                close(gathered[rank], parts.view(3, 2, 4), atol=0)
+                close(summed[rank], wholes.sum(0).view(2, 3, 4)[rank], atol=1e-12)
+            close((x * dx).sum(), (y * dy).sum(), atol=1e-12)
+
+    def test_backward_multiplies_while_others_send(self):
+        """The order of LayerByHand's table: "z<" asks for z, "z>" waits for it, a dot is a product
+        with a weight, and Wo that for the gradient of Wo."""
+        order, names = [], iter("n H m y dy m dm dh n dn".split())
+
+        class Order(TorchDispatchMode):
+            def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+                made = operation(*args, **(kwargs or {}))
+                if operation is torch.ops.aten.mm.default:
+                    order.append(weights.get(tuple(made.shape), "."))
+                return made
+
+        class Noted(llama.Alone):
+            def gather(self, x, T):
+                name = next(names)
+                order.append(f"{name}<")
+                return lambda: order.append(f"{name}>") or x
+
+            scatter_sum = gather
+
+        layer, x = random_model(SMALL).layers[0], noise(1, 7, 48).requires_grad_()
+        weights = {tuple(p.shape): name.split(".")[-2] for name, p in layer.named_parameters()}
+        forward, backward = llama.ATTENTION["fused"]
+        attend = partial(forward, positions=torch.arange(7))
+        with Order():
+            y = layer(x, *llama.rope_table(SMALL, torch.arange(7)), attend, backward, Noted())
+            del order[:]
+            y.sum().backward()
+        assert " ".join(order) == (
+            "dy< m< dy> . . . dm< w2 m> w3 w3 dm> dh< n< dh> . . . . dn< wo n> wo wv wv dn>")
+
+
+class TestArrange:
+    CONFIG = LlamaConfig(32, 4, 8, 4, 36, 64, 32)
+
+    def arrange(self, options, size, near, **change):
+        args = train.parser().parse_args(
+            ["--batch-tokens", "256", "--seq-len", "32", *options.split()])  # 8 rows
+        world = train.World(0, size, 0, near or size)
+        return train.arrange(args, replace(self.CONFIG, **change), world)
+
+    @pytest.mark.parametrize("options, size, near, layout", [
+        ("", 1, 1, {}), ("--dp none", 1, 1, {}), ("", 4, 4, {"shards": 4}),
+        ("", 8, 2, {"shards": 8}), ("--dp ddp", 4, 2, {"replicas": 4}),
+        ("--tp 2", 4, 4, {"tp": 2, "shards": 2}), ("--tp 4 --dp none", 4, 4, {"tp": 4}),
+        ("--pp 2 --dp ddp", 4, 4, {"pp": 2, "replicas": 2}),
+        ("--pp 2 --tp 2 --dp fsdp", 8, 8, {"pp": 2, "tp": 2, "shards": 2}),
+        ("--pp 2 --interleave 2", 4, 4, {"pp": 2, "interleave": 2, "shards": 2}),
+        ("--pp 4", 4, 4, {"pp": 4}), ("--tp 4", 32, 8, {"tp": 4, "shards": 8}),
+        ("--dp hybrid", 8, 4, {"replicas": 2, "shards": 4}),  # the state within a machine
+        ("--dp hybrid --tp 2", 8, 4, {"replicas": 2, "shards": 2, "tp": 2}),
+        ("--dp hybrid", 6, 4, {"replicas": 3, "shards": 2}),
+        ("--dp hybrid --tp 4", 8, 2, {"replicas": 2, "tp": 4})])
+    def test_possible(self, options, size, near, layout):
+        assert self.arrange(options, size, near) == train.Layout(**layout)
+
+    @pytest.mark.parametrize("options, size, change, message", [
+        ("--tp 3", 3, {}, "--tp 3 does not divide n_kv_heads=4; try --tp with one of 1, 2, 4"),
+        ("--tp 4", 4, {"hidden_dim": 38}, "--tp 4 .* hidden_dim=38; try --tp with one of 1, 2$"),
+        ("--tp 4", 4, {"vocab_size": 61}, "--tp 4 .* vocab_size=61; try --tp with one of 1$"),
+        ("--tp 4 --seq-len 30", 4, {}, "--tp 4 .* seq_len=30; try --tp with one of 1, 2$"),
+        ("--pp 5", 5, {}, "--pp 5 .*: 4 layers .*; try --interleave 1 with --pp up to 4"),
+        ("--interleave 2", 4, {}, "--interleave 2: .*; try --interleave 1 with --pp up to 4"),
+        ("--pp 2 --interleave 3", 2, {}, "4 layers .*; try --pp 2 with --interleave up to 2"),
+        ("--tp 4", 6, {}, "6 processes .* --tp 4 x --pp 1; try .* product is one of 1, 2, 3, 6"),
+        ("--tp 2 --pp 4", 4, {}, "4 processes .* --tp 2 x --pp 4; try .* is one of 1, 2, 4"),
+        ("", 9, {}, "9 data-parallel ranks .* 8 sequences of a step; try at most 8 processes, or"),
+        ("--tp 2 --dp ddp", 18, {}, "9 data-parallel .*; try at most 16 processes, or a larger"),
+        ("--dp none --tp 2", 4, {}, "--dp none .* 2 x 2 .*--dp ddp or --dp fsdp, or 2 processes")])
+    def test_impossible(self, options, size, change, message):
+        with pytest.raises(ValueError, match=message) as error:
+            self.arrange(options, size, size, **change)
+        assert "\n" not in str(error.value)
 
 
 class TestCost:

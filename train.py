@@ -1858,9 +1858,11 @@ def arrange(args, config: LlamaConfig, world: World) -> Layout:
             raise ValueError(f"--tp {tp} does not divide {name}={n}; try --tp with one of "
                              f"{divisors(shared)}")
     if pp * interleave > config.n_layers or interleave > 1 == pp:
+        fits = f"--interleave 1 with --pp up to {config.n_layers}"
+        if 1 < pp <= config.n_layers:
+            fits = f"--pp {pp} with --interleave up to {config.n_layers // pp}"
         raise ValueError(f"--pp {pp} --interleave {interleave}: {config.n_layers} layers make "
-                         f"at most as many stages, of at least two ranks; try --pp {pp} with "
-                         f"--interleave up to {max(1, config.n_layers // pp)}")
+                         f"at most as many stages, of at least two ranks; try {fits}")
     if world.size % (tp * pp):
         raise ValueError(f"{world.size} processes are no multiple of --tp {tp} x --pp {pp}; try "
                          f"--tp and --pp whose product is one of {divisors(world.size)}")
