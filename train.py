@@ -77,6 +77,7 @@ GPUS = {"A100": Device("A100", 80e9, 400, 312e12, 300e9, 25e9),
         "H200": Device("H200", 141e9, 700, 989e12, 450e9, 50e9),
         "RTX 4090": Device("RTX 4090", 24e9, 450, 165e12, 32e9, 3e9)}
 NODE = 8
+KERNELS = 44 * 2**20  # bytes of code and scratch that a first step touches on a CPU, measured
 COMPUTING = 0.5  # of that FLOP/s, while nothing is waited for; LLaMA's 65B had 0.48 in all
 
 # ---------------------------------------------------------------------------------------------
@@ -719,6 +720,7 @@ def fit_memory(args, config: LlamaConfig, device: str, layout: Layout, world: Wo
                              args.backward)
         total = sum(need.values())
         if total < 0.9 * there:  # a tenth for what is not counted
+            keep_freed_memory(total < 0.6 * there)  # what is kept does not fit what comes: gaps
             return rows
         if args.micro_batch or rows == 1:
             break
@@ -767,8 +769,8 @@ def assess(args, config: LlamaConfig, gpu: Device, backward: str, choice: dict) 
     dp, tp, pp = layout.dp, layout.tp, layout.pp
     m, shape = args.rows // dp // micro, (micro, args.seq_len, DTYPES[args.dtype])
     places = sorted({0, min(1, pp - 1), pp - 1})  # the others are like the second
-    memory = max((memory_needed(config, *shape, args.attention, backward, layout, m, place)
-                  for place in places), key=lambda parts: sum(parts.values()))
+    memory, place = max(((memory_needed(config, *shape, args.attention, backward, layout, m, place),
+                          place) for place in places), key=lambda found: sum(found[0].values()))
     wires = [wire_bytes(config, *shape, backward, layout, m, place) for place in places]
     wire = {kind: max(each[kind] for each in wires) for kind in wires[0]}
     data = wire["data"] / bandwidth(gpu, dp, tp * pp)
@@ -777,7 +779,8 @@ def assess(args, config: LlamaConfig, gpu: Device, backward: str, choice: dict) 
     uneven = max(rank_shapes(config, layout, place)[0] for place in places) * pp / config.n_layers
     work = flops * uneven * (4 / 3 if backward == "recompute" else 1) / (COMPUTING * gpu.flops)
     step = max((work + waits) * (1 + layout.bubble(m)), data) + data / config.n_layers
-    return {**choice, "micro_batches": m, "memory": memory, "total": sum(memory.values()),
+    return {**choice, "micro_batches": m, "place": place, "memory": memory,
+            "total": sum(memory.values()),
             "rank_params": max(rank_params(config, layout, place) for place in places),
             "wire": wire, "bubble": layout.bubble(m), "step_s": step,
             "mfu": flops / gpu.flops / step}
@@ -834,14 +837,17 @@ def plan(args, config: LlamaConfig, recipe: Recipe) -> dict:
     elif args.dtype != "bf16":
         raise ValueError("only the bf16 FLOP/s of GPUs are known; try --dtype bf16")
     best = search(args, config, gpu)
+    peak = peak_bytes(config, best["layout"], best["micro_batch"], best["micro_batches"],
+                      args.seq_len, best["place"], attention=args.attention,
+                      backward=args.backward, dtype=DTYPES[args.dtype])
     steps = args.steps or math.ceil(recipe.train_tokens / recipe.batch_tokens)
     mfu, flops = args.mfu or best["mfu"], flops_per_token(config, args.seq_len)
     tokens, speed = steps * args.rows * args.seq_len, mfu * args.gpus * gpu.flops / flops
     hours = tokens / speed / 3600
     mwh, tons = energy(args.gpus * hours, gpu.watts)
-    return {"size": args.size, "params": config.n_params, "gpus": args.gpus, "gpu": args.gpu,
+    return {"size": args.size, "backward": args.backward, "params": config.n_params, "gpus": args.gpus, "gpu": args.gpu,
             "gpu_gb": gpu.memory / 1e9, "flops_per_token": flops, "steps": steps, "tokens": tokens,
-            **best, "layout": asdict(best["layout"]), "mfu": mfu,
+            **best, "peak": peak, "layout": asdict(best["layout"]), "mfu": mfu,
             "mfu_as_papers": mfu * flops_per_token(config, args.seq_len, as_papers=True) / flops,
             "memory": {backward: assess(args, config, gpu, backward, best)["memory"]
                        for backward in BACKWARD}, "step_s": args.rows * args.seq_len / speed,
@@ -863,7 +869,8 @@ def plan_text(p: dict) -> str:
         f"{p['steps']:,} steps, {p['tokens'] / 1e9:,.1f} billion tokens", "",
         f"layout          dp {copies * shards} x pp {p['pp']} x tp {p['tp']}, state over {shards}, "
         f"{p['micro_batches']} x {p['micro_batch']} sequences a step", *why, "",
-        f"GB of {p['gpu_gb']:<10.0f}{'    '.join(f'{way:8}' for way in memory)}", *table, "",
+        f"GB of {p['gpu_gb']:<10.0f}{'    '.join(f'{way:8}' for way in memory)}", *table,
+        f"  at most     {p['peak'] / 1e9:10.2f}  in a traced step with --backward {p['backward']}", "",
         f"GB sent a step  {sent}",
         f"step            {p['step_s']:.3g} s, pipeline's bubble {p['bubble']:.1%}",
         f"speed           {p['tokens_per_s']:,.0f} tokens/s, {p['tokens_per_s'] / p['gpus']:,.0f} "
@@ -971,9 +978,24 @@ def simulate(config: LlamaConfig, layout: Layout, rank: int, micro_batch: int, r
             dist.destroy_process_group()
 
 
+def peak_bytes(config: LlamaConfig, layout: Layout, micro_batch: int, passes: int, seq_len: int,
+               place: int = 0, **options) -> int:
+    """The most that the rank at that place of the pipeline holds in a step: traced with two and
+    with three layers (a pipeline: one and two in each stage); further ones add as much as the last.
+    A CPU adds KERNELS, if malloc gives back what is freed; kept, its gaps are up to a third more."""
+    stages, recipe = layout.pp * layout.interleave, Recipe(1.0, 1, 1, eps=1.0)
+    rows = min(passes, 2 * layout.pp) * micro_batch * layout.dp  # more add nothing
+    few = 2 if layout.pp == 1 else 1
+    low, high = (simulate(replace(config, n_layers=n * stages), layout, place * layout.tp,
+                          micro_batch, rows, seq_len, recipe, **options)["peak"]
+                 for n in (few, few + 1))
+    layers = rank_shapes(config, layout, place)[0] / layout.interleave
+    return round(low + (layers - few) * (high - low)) + KERNELS
+
+
 def simulate_world(args, config: LlamaConfig, recipe: Recipe) -> str:
-    """What `simulate` tells of the ranks of --simulate-world, beside what --plan says of them: those
-    at the first, second and last place of the pipeline; the others are like the second."""
+    """What `simulate` tells of the ranks of --simulate-world, beside what --plan says: of those at
+    the first, second and last place of the pipeline; the others are like the second."""
     n, rows = args.simulate_world, args.batch_tokens // args.seq_len
     layout = arrange(args, config, World(0, n, 0, min(n, NODE)))
     micro, dtype = args.micro_batch or 1, DTYPES[args.dtype]
@@ -1908,7 +1930,6 @@ def run_rank(args, device: str, world: World) -> None:
     free |= set() if args.micro_batch else {"micro_batch"}
     started = time.perf_counter()
     config, recipe = resolve(args, device, world)
-    keep_freed_memory()
     peak = matmul_flops(device, DTYPES[args.dtype])
 
     def create(config: LlamaConfig, bos_id: int | None) -> Engine:
