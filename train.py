@@ -915,7 +915,10 @@ class Writer(dcp.FileSystemWriter):
 
     def write_data(self, plan, planner):
         """What this rank wrote, and then, for `finish`, the hashes of its files."""
-        written = super().write_data(plan, planner)
+        try:
+            written = super().write_data(plan, planner)
+        except RuntimeError as error:  # torch's, in the place of the system's
+            raise error.__context__ or error from None
         hashes = {file.name: sha256(file)
                   for file in self.path.glob(f"{plan.storage_data.prefix}*")}
         return written.then(lambda future: [*future.value(), hashes])
@@ -1597,8 +1600,8 @@ class Training:
         if not self.load():
             return False
         self.facts["passed"] = text - self.facts["step"]
-        self.log.add({"event": "spike", "step": self.facts["step"], "loss": row["loss"],
-                      "at": row["step"], "elapsed_s": round(self.log.elapsed(), 3)})
+        self.log.add({"event": "spike", "step": self.facts["step"], "at": row["step"],
+                      "jumped_to": row["loss"], "elapsed_s": round(self.log.elapsed(), 3)})
         self.rolled.append(self.facts["step"])
         if self.rolled.count(self.facts["step"]) == BAD_STEPS:
             raise ValueError(f"the loss jumped {BAD_STEPS} times before a state after step "
