@@ -4031,7 +4031,7 @@ class TestJoin:
     def test_what_one_rank_has_alone_is_said_with_its_number(self, monkeypatch):
         start = partial(torch.distributed.init_process_group, store=torch.distributed.HashStore())
         monkeypatch.setattr(train.dist, "init_process_group",
-                            lambda backend, **options: start("gloo", **options | {"rank": 0}))
+                            lambda backend, **options: start("gloo", **options | {"rank": 0, "world_size": 1}))
         monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
         for name, value in {"RANK": 1, "WORLD_SIZE": 2}.items():
             monkeypatch.setenv(name, str(value))
