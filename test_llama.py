@@ -3958,6 +3958,7 @@ def two_ranks(tmp_path_factory, whole_run, text):
 
         def go(world, out, *more):
             args = train.parser().parse_args([*options, "--out", out, *more])
+            args.steps = None if args.minutes else args.steps
             train.run_rank(args, "cpu", world)
 
         def runs(world):
@@ -4035,11 +4036,13 @@ class TestJoin:
         monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
         for name, value in {"RANK": 1, "WORLD_SIZE": 2}.items():
             monkeypatch.setenv(name, str(value))
-        with pytest.raises(ValueError, match="^rank 1: no disk here; try another"):
-            with train.join(train.parser().parse_args([]), "cpu"):
-                raise ValueError("no disk here; try another")
-        train.watch(None)
-        torch.distributed.destroy_process_group()
+        try:
+            with pytest.raises(ValueError, match="^rank 1: no disk here; try another"):
+                with train.join(train.parser().parse_args([]), "cpu"):
+                    raise ValueError("no disk here; try another")
+        finally:
+            train.watch(None)
+            torch.distributed.destroy_process_group()
 
 
 class TestOnFirst:
@@ -4185,8 +4188,8 @@ class TestTraining:
     def test_full_disk(self, two_ranks):
         folder = two_ranks[2]
         for rank in range(2):
-            text = (folder / f"full-{rank}").read_text()
-            assert re.match("the state of step 36 could not be written .*File too large.*; try", text)
+            said = (folder / f"full-{rank}").read_text()
+            assert re.match("the state of step 36 could not be written .*File too large.*try", said)
         states = sorted((folder / "fsdp" / "state").iterdir())
         assert [state.name for state in states] == ["step-000000024", "step-000000030"]
         assert [train.States(states[0].parent).check(state)["step"] for state in states] == [24, 30]
@@ -4221,7 +4224,8 @@ class TestTraining:
 
     def test_torchrun_goes_on_without_a_node(self, text, whole_run, ranks, tmp_path):
         """Two agents of torchrun; one ends with its rank at step 9: the other goes on alone."""
-        options = run_options(text, begun(whole_run, tmp_path / "r", dtype="fp32"), "--dtype", "fp32")
+        begun(whole_run, tmp_path / "r", dtype="fp32")
+        options = run_options(text, tmp_path / "r", "--dtype", "fp32")
         code = f"import sys; sys.path.insert(0, {str(HERE)!r})" + """
 import os, time, train
 from tokenizer import command
