@@ -21,6 +21,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -3505,6 +3506,20 @@ RANKS = """if True:
             return error
 
     line = init_device_mesh("cpu", (4,))
+    w, row = torch.arange(12.0).view(3, 4), init_device_mesh("cpu", (1, 4))
+    def copied(w):
+        local = {"a": torch.ones(5, dtype=torch.bfloat16), "b.weight": w, "parts": w + rank}
+        places = {"parts": Shard(0)}
+        made = {name: train.DTensor.from_local(x, row, (Replicate(), places.get(name, Replicate())),
+                                               run_check=False) for name, x in local.items()}
+        return made | {"step": w}  # not distributed: its own on each
+    train.replicas_agree(copied(w))
+    if rank == 1:
+        w.view(torch.int32)[2, 3] ^= 1
+    try:
+        train.replicas_agree(copied(w))
+    except SystemExit as end:
+        tell("wrong", end.code)
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     plain = tensors_of(model_of(None, None, None))
     stage = {name: t for i, (name, t) in enumerate(plain.items()) if i % 2 == rank}  # 2, 3: none
@@ -3534,63 +3549,24 @@ RANKS = """if True:
         file.write_bytes(file.read_bytes()[:-1] + b"!")
     dist.barrier()
     tell("damaged", states.load(tensors))
+    # A part of a run: tp 2 x fsdp 2; rank 2 alone is asked to stop.
+    args = train.parser().parse_args(sys.argv[4:])
+    args.watchdog = None
+
+    def step(run, go=train.Training.step):
+        if rank == 2 and run.facts["step"] == 11:
+            os.kill(os.getpid(), train.signal.SIGUSR1)
+        return go(run)
+    train.Training.step = step
+    try:
+        train.run_rank(args, "cpu", train.World(rank, 4, rank, 4))
+    except SystemExit as end:
+        tell("stopped", end.code)
     if rank == 1:  # killed when it has written, before the others know
         train.sha256 = lambda path: os.kill(os.getpid(), 9)
     print("killed", saved(states, 3, tensors), sep="; ", file=report, flush=True)
     os._exit(0)
 """
-
-
-class TestStatesOfRanks:
-    @pytest.fixture(scope="class")
-    @classmethod
-    def ranks(cls, tmp_path_factory):
-        """One state written by one process; what four then made of it and told."""
-        folder, model = tmp_path_factory.mktemp("ranks"), random_model(LITTLE)
-        tensors = tensors_of(model)
-        for i, t in enumerate(tensors.values()):
-            t.copy_(noise(1, *t.shape, seed=i)[0])
-        torch.manual_seed(7)
-        states = train.States(folder / "one")
-        states.save(1, tensors, {"skipped": 7})
-        states.wait()
-        command = [sys.executable, "-c", RANKS]
-        running = [subprocess.Popen([*command, str(rank), str(folder), repr(LITTLE)], cwd=HERE,
-                                    stderr=subprocess.PIPE, text=True) for rank in range(4)]
-        errors = [process.communicate(timeout=100)[1] for process in running]
-        assert [process.returncode for process in running] == [0, -9, 0, 0], "".join(errors)
-        told = [(folder / f"rank-{rank}").read_text().splitlines() for rank in range(4)]
-        lines = [{line.split("; ")[0]: line for line in lines} for lines in told]
-        return folder, tensors, lines
-
-    @pytest.mark.parametrize("layout", ["grid", "four", "stages", "pair0", "pair1"])
-    def test_there_and_back_through_every_layout(self, ranks, layout):
-        folder, wanted, lines = ranks
-        tensors = {name: torch.full_like(t, -1) for name, t in wanted.items()}
-        torch.manual_seed(8)
-        assert train.States(folder / layout).load(tensors) == {"step": 1, "skipped": 7}
-        assert all(torch.equal(t, wanted[name]) for name, t in tensors.items())
-        assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(7).get_state())
-        files = {file.name for file in (folder / layout / "step-000000001").glob("*.distcp")}
-        assert files == {f"__{rank}_0.distcp" for rank in range(2 if "pair" in layout else 4)}
-
-    def test_one_full_disk_is_told_to_all(self, ranks):
-        for lines in ranks[2]:
-            assert re.match(r"full; the state of step 2 could not be written \(.*File too large.*"
-                            r"try to free space.*; \['step-000000001'\]", lines["full"])
-
-    def test_damage_is_seen_by_all(self, ranks):
-        for lines in ranks[2]:
-            assert lines["damaged"] == "damaged; {'step': 1, 'skipped': 7}"
-
-    def test_a_rank_killed_while_it_writes(self, ranks, capsys):
-        folder, wanted, lines = ranks
-        for rank in (0, 2, 3):
-            assert "killed; the state of step 3 could not be written" in lines[rank]["killed"]
-        assert {file.name for file in (folder / "four").iterdir()} == {
-            "step-000000001", "step-000000002"}
-        assert train.States(folder / "four").load(wanted)["step"] == 1
-        assert "__3_0.distcp is not what was written" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -3644,6 +3620,47 @@ def losses(out):
             for r in log_of(out) if "event" not in r]
 
 
+def begun(whole_run, out, **changes):
+    """A folder with the text of whole_run, where a run with such settings can begin."""
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(whole_run / "tokens", out / "tokens")
+    shutil.copy(whole_run / "tokenizer.model", out)
+    run = json.loads((whole_run / "run.json").read_text()) | changes
+    (out / "run.json").write_text(json.dumps(run))
+    return out
+
+
+@contextlib.contextmanager
+def faults(fault):
+    """Calls fault(run, step) before each step of runs in this process."""
+    kept = {number: signal.getsignal(number) for number in train.STOPS}
+
+    def step(run, go=train.Training.step):
+        fault(run, run.facts["step"] + 1)
+        return go(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Training, "step", step)
+        yield patch
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def stop_me():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def nearly_equal(out, wanted):
+    for ours, theirs in zip(losses(out), losses(wanted), strict=True):
+        assert ours[:2] == theirs[:2]
+        for a, b, within in zip(ours[2:], theirs[2:], (1e-5, 1e-5, 1e-4, 1e-5)):
+            assert a == b or a == pytest.approx(b, rel=within)
+
+
+def same_weights(out, wanted):
+    ours, theirs = (torch.load(folder / "consolidated.00.pth") for folder in (out, wanted))
+    return all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 class TestRun:
     def test_learns_and_leaves_what_it_promises(self, whole_run):
         rows = log_of(whole_run)
@@ -3680,8 +3697,7 @@ class TestRun:
             with open(tmp_path / "r" / "log.jsonl", "a") as file:
                 file.write('{"step": 2')  # a torn line
         assert losses(tmp_path / "r") == losses(whole_run)
-        ours, theirs = (torch.load(d / "consolidated.00.pth") for d in (tmp_path / "r", whole_run))
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert same_weights(tmp_path / "r", whole_run)
 
     def test_goes_on_from_before_a_damaged_state(self, text, whole_run, tmp_path, signals, capsys):
         shutil.copytree(whole_run, tmp_path / "r")
@@ -3806,6 +3822,75 @@ class TestRun:
                             "bandwidth_gb_s", "bandwidth_fraction", "load_s", "first_token_s",
                             "dtype", "quantize"}
         assert row["weight_gb"] == pytest.approx(4 * llama.load(whole_run).config.n_params / 1e9)
+
+
+@pytest.fixture(scope="module")
+def ranks(whole_run, text, tmp_path_factory):
+    """One state written by one process, and a run of one stopped after step 6; what four made of
+    the state and told; the run went on by the four to step 12, and then by one."""
+    folder, model = tmp_path_factory.mktemp("ranks"), random_model(LITTLE)
+    tensors = tensors_of(model)
+    for i, t in enumerate(tensors.values()):
+        t.copy_(noise(1, *t.shape, seed=i)[0])
+    torch.manual_seed(7)
+    states = train.States(folder / "one")
+    states.save(1, tensors, {"skipped": 7})
+    states.wait()
+    options = [word.replace("n_kv_heads=1", "n_kv_heads=2") for word in
+               run_options(text, begun(whole_run, folder / "run"), "--dtype", "fp32")]
+    for name in ("run", "alone"):
+        begun(whole_run, folder / name, dtype="fp32", set=options[3:9])
+    with faults(lambda run, step: None):
+        train.main([*options, "--out", str(folder / "alone")])
+    with faults(lambda run, step: step == 6 and stop_me()), pytest.raises(SystemExit, match="143"):
+        train.main(options)
+    command = [sys.executable, "-c", RANKS]
+    running = [subprocess.Popen([*command, str(rank), str(folder), repr(LITTLE), *options, "--tp",
+                                 "2"], cwd=HERE, stderr=subprocess.PIPE, text=True)
+               for rank in range(4)]
+    errors = [process.communicate(timeout=100)[1] for process in running]
+    assert [process.returncode for process in running] == [0, -9, 0, 0], "".join(errors)
+    told = [(folder / f"rank-{rank}").read_text().splitlines() for rank in range(4)]
+    lines = [{line.split("; ")[0]: line for line in lines} for lines in told]
+    with faults(lambda run, step: None):
+        train.main(options)
+    return folder, tensors, lines, "".join(errors)
+
+
+class TestStatesOfRanks:
+    @pytest.mark.parametrize("layout", ["grid", "four", "stages", "pair0", "pair1"])
+    def test_there_and_back_through_every_layout(self, ranks, layout):
+        folder, wanted, lines, _ = ranks
+        tensors = {name: torch.full_like(t, -1) for name, t in wanted.items()}
+        torch.manual_seed(8)
+        assert train.States(folder / layout).load(tensors) == {"step": 1, "skipped": 7}
+        assert all(torch.equal(t, wanted[name]) for name, t in tensors.items())
+        assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(7).get_state())
+        files = {file.name for file in (folder / layout / "step-000000001").glob("*.distcp")}
+        assert files == {f"__{rank}_0.distcp" for rank in range(2 if "pair" in layout else 4)}
+
+    def test_one_full_disk_is_told_to_all(self, ranks):
+        for lines in ranks[2]:
+            assert re.match(r"full; the state of step 2 could not be written \(.*File too large.*"
+                            r"try to free space.*; \['step-000000001'\]", lines["full"])
+
+    def test_damage_is_seen_by_all(self, ranks):
+        for lines in ranks[2]:
+            assert lines["damaged"] == "damaged; {'step': 1, 'skipped': 7}"
+
+    def test_a_rank_killed_while_it_writes(self, ranks, capsys):
+        folder, wanted, lines, _ = ranks
+        for rank in (0, 2, 3):
+            assert "killed; the state of step 3 could not be written" in lines[rank]["killed"]
+        assert {file.name for file in (folder / "four").iterdir()} == {
+            "step-000000001", "step-000000002"}
+        assert train.States(folder / "four").load(wanted)["step"] == 1
+        assert "__3_0.distcp is not what was written" in capsys.readouterr().err
+
+    def test_a_run_of_one_of_four_and_of_one(self, ranks):
+        rows = [row for row in log_of(ranks[0] / "run") if "event" not in row]
+        assert [row["world"] for row in rows] == [1] * 6 + [4] * 6 + [1] * 18
+        nearly_equal(ranks[0] / "run", ranks[0] / "alone")
 
 
 LLAMA3_CHAT = (
@@ -4211,17 +4296,37 @@ class TestSupervise:
         process.wait()
         until(lambda: not any(map(alive, ranks)), 10)
 
-    def test_one_line_for_all_that_the_user_must_know(self, tmp_path):
-        done = subprocess.run([sys.executable, "train.py", "--nproc", "2", "--data", "nowhere",
-                               "--out", str(tmp_path)], cwd=HERE, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.count("error:") == 1
-        assert "no nowhere; try" in done.stderr and "Traceback" not in done.stderr
+
+FAULTS = """
+import math, resource
+
+def faulty(*args, loss=train.Llama.mean_loss):
+    return loss(*args) * factor
+
+def step(run, go=train.Training.step):
+    fault(run, run.facts["step"] + 1)
+    return go(run)
+
+def not_a_number(run, step):
+    global factor
+    factor = math.nan if rank == 1 and step == 10 else 1
+
+def jumps(run, step):
+    global factor
+    factor = 5 if rank == 1 and step + run.facts["passed"] in (22, 32) else 1
+
+train.Llama.mean_loss, train.Training.step, fault, factor = faulty, step, not_a_number, 1
+"""
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """Status and what was written by two ranks: at first one hangs, then rank 0 errs for all."""
+def two_ranks(tmp_path_factory, whole_run, text):
+    """Status and what was written by two ranks: at first one hangs; then runs, undisturbed but for
+    what is in FAULTS; then rank 0 errs for all."""
     folder, kept = tmp_path_factory.mktemp("two"), {n: signal.getsignal(n) for n in train.STOPS}
+    begun(whole_run, folder / "fsdp", threads=7)
+    begun(whole_run, folder / "ddp")
+    begun(whole_run, folder / "minutes")
     code = """
         def hang_here():
             time.sleep(60)
@@ -4242,12 +4347,45 @@ def two_ranks(tmp_path_factory):
                 train.watch(1)
                 made = train.on_first(world, slow)  # longer than the watchdog would wait
                 Path(f"made-{rank}").write_text(f"{world} {torch.get_num_threads()} {made}")
+                runs(world)
                 train.on_first(world, wrong)
+
+        def go(world, out, *more):
+            args = train.parser().parse_args([*options, "--out", out, *more])
+            args.steps = None if args.minutes else args.steps
+            train.run_rank(args, "cpu", world)
+
+        def runs(world):
+            global fault
+            go(world, "fsdp")
+            Path(f"threads-{rank}").write_text(str(torch.get_num_threads()))
+            go(world, "fsdp", "--dp", "ddp")  # is finished
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+            try:
+                go(world, "fsdp", "--steps", "40")
+            except OSError as error:
+                Path(f"full-{rank}").write_text(str(error))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+            fault, read, take = jumps, [], train.Batches.step
+            train.Batches.step = lambda batches, at: (read.append(at), take(batches, at))[1]
+            go(world, "ddp", "--dp", "ddp", "--spike")
+            Path(f"read-{rank}").write_text(repr(read))
+            go(world, "none", "--bench", "2")
+            train.time = type("", (), vars(time))
+            if rank == 1:  # whose clock is three times as fast
+                train.time.perf_counter = lambda: 3 * time.perf_counter()
+            train.Training = lambda args, run, *rest: sys.exit(run["steps"])
+            try:
+                go(world, "minutes", "--minutes", "0.2")
+            except SystemExit as end:
+                Path(f"steps-{rank}").write_text(str(end.code))
         command(main)"""
-    with pytest.MonkeyPatch.context() as patch, open(folder / "err", "w+") as err:
-        popen = functools.partial(subprocess.Popen, stderr=err)
+    code = f"options = {run_options(text, folder)}" + textwrap.dedent(code)
+    with (pytest.MonkeyPatch.context() as patch, open(folder / "err", "w+") as err,
+          open(folder / "out", "w+") as out):
+        popen = functools.partial(subprocess.Popen, stderr=err, stdout=out)
         patch.setattr(train.subprocess, "Popen", popen)
-        status = supervised(folder, code, before=TRAIN)
+        status = supervised(folder, code, before=TRAIN + FAULTS)
     for number, handler in kept.items():
         signal.signal(number, handler)
     return status, (folder / "err").read_text(), folder
@@ -4285,6 +4423,22 @@ class TestJoin:
                 pass
 
 
+    def test_what_one_rank_has_alone_is_said_with_its_number(self, monkeypatch):
+        start = partial(torch.distributed.init_process_group, store=torch.distributed.HashStore())
+        monkeypatch.setattr(train.dist, "init_process_group",
+                            lambda backend, **options: start("gloo", rank=0, world_size=1))
+        monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
+        for name, value in {"RANK": 1, "WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        try:
+            with pytest.raises(ValueError, match="^rank 1: no disk here; try another"):
+                with train.join(train.parser().parse_args([]), "cpu"):
+                    raise ValueError("no disk here; try another")
+        finally:
+            train.watch(None)
+            torch.distributed.destroy_process_group()
+
+
 class TestOnFirst:
     def test_result_is_everyones(self, two_ranks):
         for rank in range(2):
@@ -4300,82 +4454,210 @@ class TestOnFirst:
         assert train.on_first(train.World(), lambda: 7) == 7
 
 
-@pytest.fixture(scope="module")
-def three_ranks(tmp_path_factory):
-    """What three ranks of torchrun wrote: copies of tensors compared; then rank 2 alone errs."""
-    folder = tmp_path_factory.mktemp("three")
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r})" + """
-import time, torch, train
-import torch.distributed as dist
-from pathlib import Path
-from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
-from tokenizer import command
-train.time = type("", (), {"sleep": lambda seconds, sleep=time.sleep: sleep(seconds / 10)})
-
-def main(_):
-    with train.join(train.parser().parse_args([]), "cpu") as world:
-        mesh = init_device_mesh("cpu", (1, 3))
-        w = torch.arange(12.0).view(3, 4)
-        def tensors(w):
-            local = {"a": torch.ones(5, dtype=torch.bfloat16), "b.weight": w, "parts": w + world.rank}
-            places = {"parts": Shard(0)}
-            made = {name: DTensor.from_local(x, mesh, (Replicate(), places.get(name, Replicate())),
-                                             run_check=False) for name, x in local.items()}
-            return made | {"step": w}  # not distributed: its own on each
-        train.replicas_agree(tensors(w))
-        if world.rank == 1:
-            w.view(torch.int32)[2, 3] ^= 1
-        try:
-            train.replicas_agree(tensors(w))
-        except SystemExit as end:
-            Path(f"ended-{world.rank}").write_text(str(end.code))
-        if world.rank == 2:
-            raise ValueError("no disk here; try another")
-        time.sleep(30)
-command(main)"""
-    (folder / "rank.py").write_text(code)
-    run = ["-m", "torch.distributed.run", "--nproc-per-node", "3", "--standalone", "rank.py"]
-    done = subprocess.run([sys.executable, *run], cwd=folder, capture_output=True, text=True)
-    return done.stderr, folder
-
-
 class TestReplicasAgree:
-    def test_a_wrong_bit_ends_all_ranks(self, three_ranks):
-        err, folder = three_ranks
-        assert [(folder / f"ended-{rank}").read_text() for rank in range(3)] == ["1"] * 3
-        lines = [line for line in err.splitlines() if "other copies" in line]
-        assert len(lines) == 1
-        assert lines[0].startswith("error: b.weight of rank 1 is not what")
-        assert "(1 such" in lines[0]
-
-    def test_under_torchrun_what_one_rank_has_alone_is_said_with_its_number(self, three_ranks):
-        errors = re.findall("^error: (?!b).*", three_ranks[0], re.M)
-        assert errors == ["error: rank 2: no disk here; try another"]
+    def test_a_wrong_bit_ends_all_ranks(self, ranks):
+        lines = ranks[2]
+        assert [told["wrong"] for told in lines] == ["wrong; 1"] * 4
+        said = re.findall("error: (.*) is not what the other copies are (.*):", ranks[3])
+        assert said == [("b.weight of rank 1", "(1 such tensors)")]
 
 
 class TestStopper:
-    def test_a_signal_to_one_rank_stops_all_after_the_same_step(self, tmp_path, signals, capfd):
-        code = """
-            with train.join(args, "cpu") as world:
-                stopper = train.Stopper()
-                for step in range(10**6):
-                    number = torch.tensor(float(stopper.signal))
-                    dist.all_reduce(number, dist.ReduceOp.MAX)
-                    if step == 5:
-                        Path(f"ready-{rank}").touch()
-                    if number:
-                        Path(f"at-{rank}").write_text(str(step))
-                        sys.exit(128 + int(number))"""
+    def test_a_signal_to_one_rank_stops_all_after_the_same_step(self, ranks):
+        lines = ranks[2]
+        assert [told["stopped"] for told in lines] == [
+            f"stopped; {128 + (signal.SIGUSR1 if rank == 2 else signal.SIGTERM)}"
+            for rank in range(4)]
+        worlds = [row["world"] for row in log_of(ranks[0] / "run") if "event" not in row]
+        assert worlds.count(4) == 6  # steps 7 to 12
 
-        def send():
-            until(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in range(2)))
-            os.kill(int((tmp_path / "0-1").read_text()), signal.SIGUSR1)
-        thread = threading.Thread(target=send)
-        thread.start()
-        assert supervised(tmp_path, code, before=TRAIN) == 128 + signal.SIGUSR1
-        thread.join()
-        assert (tmp_path / "at-0").read_text() == (tmp_path / "at-1").read_text()
-        assert capfd.readouterr().err == ""
+
+@pytest.mark.usefixtures("signals")
+class TestTraining:
+    """Runs of two ranks with a fault, against the same ones in `two_ranks` without."""
+
+    def start(self, folder, options, code, patch):
+        """Status of train.py --nproc 2 whose ranks do this too."""
+        (folder / "rank.py").write_text(TRAIN + FAULTS + textwrap.dedent(code)
+                                        + "\ncommand(train.main)")
+        patch.setattr(train, "__file__", str(folder / "rank.py"))
+        status = train.main([*options, "--nproc", "2"])
+        patch.undo()
+        return status
+
+    def test_killed_asked_to_stop_and_on_a_slow_disk(self, text, whole_run, two_ranks, tmp_path,
+                                                     monkeypatch, capfd):
+        out = tmp_path / "r"
+        shutil.copytree(whole_run, out)
+        options = run_options(text, out)
+        code = """
+            def fault(run, step):
+                not_a_number(run, step)
+                if (rank, start, step) == (1, 0, 8):
+                    while not (run.states.folder / "step-000000006").exists():
+                        time.sleep(0.01)
+                    os.kill(os.getpid(), 9)
+                if (rank, start, step) == (0, 1, 14):
+                    os.kill(os.getppid(), signal.SIGTERM)
+                    time.sleep(0.5)"""
+        assert self.start(tmp_path, [*options, "--fresh"], code, monkeypatch) == 143
+        said = capfd.readouterr().err
+        assert "rank 1 was killed by signal 9; going on" in said and "Traceback" not in said
+        assert said.count("stopping after this step") == 1
+        at = log_of(out)[-1]["step"]
+        assert at in (14, 15) and (out / "state" / f"step-{at:09d}").exists()
+        assert [row["step"] for row in log_of(out) if "event" in row] == [6]
+        code = """
+            def slowly(writer, *args, write=train.Writer.write_data):
+                time.sleep(0.3)
+                Path(f"until-{writer.facts['step']}").write_text(str(steps[-1]))
+                return write(writer, *args)
+            def fault(run, step):
+                steps.append(step)
+            train.Writer.write_data, steps = slowly, [0]"""
+        options = [word.replace("6", "3") if options[i - 1] == "--save-every" else word
+                   for i, word in enumerate(options)]
+        assert self.start(tmp_path, options, code, monkeypatch) == 0
+        assert int((tmp_path / "until-27").read_text()) > 27  # went on while it was written
+        assert losses(out) == losses(two_ranks[2] / "fsdp")[:30]
+        assert same_weights(out, two_ranks[2] / "fsdp")
+
+    def test_a_wrong_bit_after_a_spike(self, text, whole_run, two_ranks, tmp_path, monkeypatch,
+                                       capfd):
+        code = """
+            def fault(run, step):
+                jumps(run, step)
+                if rank == 1 and not start and step == 27 and run.facts["passed"] == 8:
+                    w = run.engine.parameters["layers.0.attention.wq.weight"].to_local()
+                    w.view(torch.int32)[0, 3] ^= 1 << 20"""
+        options = run_options(text, begun(whole_run, tmp_path / "r"), "--dp", "ddp", "--spike")
+        assert self.start(tmp_path, options, code, monkeypatch) == 0
+        said = capfd.readouterr().err
+        assert "error: layers.0.attention.wq.weight of rank 0 or 1 is not what the other" in said
+        assert "ended with status 1; going on from the last good state" in said
+        wanted = two_ranks[2] / "ddp"
+        spikes = [("spike", 18, 22), ("spike", 24, 28)]
+        for out, events in ((wanted, spikes),
+                            (tmp_path / "r", [*spikes, ("resume", 24, None), spikes[1]])):
+            assert [(row["event"], row["step"], row.get("at")) for row in log_of(out)
+                    if "event" in row] == events
+        assert losses(tmp_path / "r") == losses(wanted)
+        assert same_weights(tmp_path / "r", wanted)
+        for rank in range(2):  # no text is read twice
+            assert (two_ranks[2] / f"read-{rank}").read_text() == repr(list(range(38)))
+
+    def test_spikes_are_left_alone_unless_asked(self, text, whole_run, tmp_path, capsys):
+        """And always the same one is not fled from for ever."""
+        def jump(run, step):
+            factor[0] = 9 if step == 23 else 1
+        factor, loss, out = [1], Llama.mean_loss, begun(whole_run, tmp_path / "r")
+        options = [*run_options(text, out), "--save-every", "9"]
+        with faults(jump) as patch:
+            patch.setattr(Llama, "mean_loss", lambda *args: loss(*args) * factor[0])
+            train.main(options)
+            assert [row["step"] for row in log_of(out)] == list(range(1, 31))
+            assert log_of(out)[22]["loss"] > 30
+            begun(whole_run, out)
+            with pytest.raises(ValueError, match="jumped 5 times before a state after step 18"):
+                train.main([*options, "--spike"])
+        assert [row["step"] for row in log_of(out) if "event" in row] == [18] * 5
+
+    def test_not_a_number_on_one_rank(self, two_ranks):
+        rows = log_of(two_ranks[2] / "fsdp")
+        assert [row["step"] for row in rows if row.get("loss", 0) is None] == [10]
+        assert rows[-1]["skipped"] == 1 and rows[-1]["loss"] < 5.6
+
+    def test_useful_time(self, two_ranks):
+        """Steps whose loss was not finite, or that were gone back on, were of no use."""
+        for name in ("fsdp", "ddp"):
+            useful = 0
+            for row in log_of(two_ranks[2] / name):
+                if "event" not in row and row["step"] <= 30:
+                    useful += row["tokens"] / row["step"] / row["tokens_per_s"] * (
+                        row["loss"] is not None)
+                    assert row["useful"] == pytest.approx(useful / row["elapsed_s"], abs=2e-3)
+            said = re.findall(r"(\d+)% of \d+\.\d minutes went into", two_ranks[1])
+            assert 0 < row["useful"] < 1 and said
+
+    def test_full_disk(self, two_ranks):
+        folder = two_ranks[2]
+        for rank in range(2):
+            said = (folder / f"full-{rank}").read_text()
+            assert re.match("the state of step 36 could not be written .*File too large.*try", said)
+        states = sorted((folder / "fsdp" / "state").iterdir())
+        assert [state.name for state in states] == ["step-000000024", "step-000000030"]
+        assert [train.States(states[0].parent).check(state)["step"] for state in states] == [24, 30]
+
+    def test_finished(self, two_ranks):
+        assert two_ranks[1].count("finished at step 30; --steps N goes on, --fresh starts") == 1
+
+    def test_many_ranks_know_one_number_of_steps(self, two_ranks):
+        first, second = ((two_ranks[2] / f"steps-{rank}").read_text() for rank in range(2))
+        assert first == second and int(first) > 10
+
+    def test_bench(self, two_ranks):
+        lines = (two_ranks[2] / "out").read_text().splitlines()
+        benched, = [json.loads(line) for line in lines if line.startswith('{"tokens_per_s"')]
+        assert benched["world"] == 2 and benched["layout"]["shards"] == 2
+
+    def test_threads(self, two_ranks, text, whole_run, tmp_path, capsys):
+        """Many ranks share the cores; one goes on with the number that it began with."""
+        for rank in range(2):
+            assert int((two_ranks[2] / f"threads-{rank}").read_text()) == max(
+                1, tokenizer.cores() // 2)
+        mine, file = torch.get_num_threads(), whole_run / "run.json"
+        settings = json.loads(file.read_text())
+        asked = {name: value for name, value in settings.items()
+                 if name not in ("threads", "code", "steps")}
+        out = begun(whole_run, tmp_path / "r", threads=mine + 1)
+        assert train.open_run(out, asked, False)["threads"] == torch.get_num_threads() == mine + 1
+        torch.set_num_threads(mine)
+        del settings["threads"]  # many ranks began it
+        (out / "run.json").write_text(json.dumps(settings))
+        assert train.open_run(out, asked, False)["threads"] == torch.get_num_threads() == mine
+
+    def test_torchrun_goes_on_without_a_node(self, text, whole_run, ranks, tmp_path):
+        """Two agents of torchrun; one ends with its rank at step 9: the other goes on alone."""
+        begun(whole_run, tmp_path / "r", dtype="fp32")
+        options = run_options(text, tmp_path / "r", "--dtype", "fp32")
+        code = f"import sys; sys.path.insert(0, {str(HERE)!r})" + """
+import os, time, train
+from tokenizer import command
+def step(run, go=train.Training.step):
+    if run.facts["step"] == 8 and os.environ["NODE"] == "1":
+        while not (run.states.folder / "step-000000006").exists():
+            time.sleep(0.01)
+        os.kill(os.getppid(), 9)
+        os.kill(os.getpid(), 9)
+    return go(run)
+train.Training.step = step
+train.time.sleep = lambda seconds, sleep=time.sleep: sleep(seconds / 10)
+command(train.main)"""
+        (tmp_path / "rank.py").write_text(code)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        agents = []
+        for node in (0, 1):
+            conf = f"is_host={1 - node},last_call_timeout=1,keep_alive_interval=1"
+            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2",
+                       "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d",
+                       "--rdzv-id", "7", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr",
+                       "127.0.0.1", "--rdzv-conf", conf, "--monitor-interval", "0.1"]
+            agents.append(subprocess.Popen([*command, "rank.py", *options], cwd=tmp_path, text=True,
+                                           env=os.environ | {"NODE": str(node)},
+                                           stderr=subprocess.PIPE))
+        said = [agent.communicate(timeout=100)[1] for agent in agents]
+        assert [agent.returncode for agent in agents] == [0, -9], said[0]
+        rows = [row for row in log_of(tmp_path / "r") if "event" not in row]
+        assert [row["world"] for row in rows] == [2] * 6 + [1] * 24
+        with faults(lambda run, step: None):
+            train.main([*options, "--out", str(begun(whole_run, tmp_path / "a", dtype="fp32"))])
+        nearly_equal(tmp_path / "r", tmp_path / "a")
+
+    def test_fresh_is_not_for_torchrun(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        with pytest.raises(ValueError, match="try without --fresh"):
+            train.main(["--fresh", "--out", str(tmp_path)])
 
 
 class TestRestarted:

@@ -1076,7 +1076,10 @@ class Writer(dcp.FileSystemWriter):
 
     def write_data(self, plan, planner):
         """What this rank wrote, and then, for `finish`, the hashes of its files."""
-        written = super().write_data(plan, planner)
+        try:
+            written = super().write_data(plan, planner)
+        except RuntimeError as error:  # torch's, in the place of the system's
+            raise error.__context__ or error from None
         hashes = {file.name: sha256(file)
                   for file in self.path.glob(f"{plan.storage_data.prefix}*")}
         return written.then(lambda future: [*future.value(), hashes])
@@ -1295,9 +1298,9 @@ def die_with(parent: int) -> None:
 
 def on_first(world: World, work: Callable):
     """What work() gives on rank 0, on all ranks, or its ValueError or OSError."""
+    watch(None)  # it may take its time
     if world.size == 1:
         return work()
-    watch(None)  # it may take its time
     result, error = None, None
     if world.rank == 0:
         try:
@@ -1490,17 +1493,18 @@ def open_run(folder: Path, settings: dict, fresh: bool) -> dict:
             (folder / name).unlink(missing_ok=True)
     settings = json.loads(json.dumps(settings))  # as JSON gives it back
     code = sha256(Path(__file__).with_name("llama.py"))
-    if not (file.exists() and (folder / "tokens" / "sources.json").exists()):  # nothing yet to keep
-        return {**settings, "threads": torch.get_num_threads(), "code": code}
-    run = read_json(file, dict)
-    run = {**settings, **run}  # a run of before a setting existed
+    run = {**settings, "code": code}
+    if file.exists() and (folder / "tokens" / "sources.json").exists():  # else nothing to keep
+        run = {**settings, **read_json(file, dict)}  # a run of before a setting existed
     for name, value in settings.items():
         if run[name] != value:
             raise ValueError(f"{folder} was trained with {name}={run[name]}; "
                              "try --out DIR or --fresh")
     if run.get("code") != code:
         say("warning: llama.py is not what this run began with; its losses may differ")
-    if (threads := run.get("threads")) != torch.get_num_threads():
+    if dist.is_initialized():  # of many ranks each has its share of the cores, see `join`
+        return run
+    if (threads := run.setdefault("threads", torch.get_num_threads())) != torch.get_num_threads():
         say(f"going on with the {threads} threads that this run began with")
         torch.set_num_threads(threads)
     return run
@@ -1657,7 +1661,8 @@ class Stopper:
 
 class Training:
     """A run from its newest good state to its last step. `facts` is where it stands: step, steps
-    that were skipped (not finite), data that was passed over in steps, seconds of useful steps."""
+    that were skipped (not finite), data that was passed over in steps, seconds of useful steps and,
+    with --spike, the last losses."""
 
     def __init__(self, args, run: dict, folder: Path, world: World, engine: Engine,
                  batches: Batches, recipe: Recipe, peak: float | None):
@@ -1668,16 +1673,18 @@ class Training:
         self.tensors = state_tensors(engine.parameters, self.optimizer)
         group = None if world.size == 1 else dist.new_group(backend="gloo")
         self.states = States(folder / "state", group, world.local_size)
-        self.facts = {"step": 0, "skipped": 0, "passed": 0, "useful_s": 0.0}
-        self.times, self.losses, self.bad, self.stopper = [], [], 0, Stopper()
+        self.facts = {"step": 0, "skipped": 0, "passed": 0, "useful_s": 0.0, "losses": []}
+        self.times, self.rolled, self.bad, self.stopper = [], [], 0, Stopper()
         self.eval_every = args.eval_every or max(1, min(1000, self.steps // 10))
         self.save_every = args.save_every or self.eval_every
         self.load()
 
-    def load(self) -> None:
-        """Goes on from the newest good state, if there is one."""
-        self.facts |= self.states.load(self.tensors) or {}
+    def load(self) -> bool:
+        """Goes on from the newest good state; whether there is one."""
+        found = self.states.load(self.tensors)
+        self.facts |= found or {}
         self.log = Log(self.folder, self.facts["step"], self.world.rank == 0)
+        return found is not None
 
     def run(self) -> None:
         if self.facts["step"] >= self.steps:
@@ -1700,7 +1707,7 @@ class Training:
                 raise ValueError(
                     f"{self.bad} steps in a row had a loss or gradient that is not finite; the "
                     f"last good state in {self.states.folder} is kept; try a lower --lr")
-            if done or finite and (row["step"] % self.save_every == 0 or stopping):
+            if done or stopping or finite and row["step"] % self.save_every == 0:
                 if self.world.size > 1:
                     replicas_agree(self.engine.parameters)
                 self.states.save(row["step"], self.tensors, self.facts)
@@ -1745,20 +1752,21 @@ class Training:
     def passes_over(self, row: dict) -> bool:
         """After a spike of the loss: back to the last good state, and from there past the text up
         to here (as PaLM did; Chowdhery et al. 2022, section 5.1). False if there was none."""
-        spike = is_spike(self.losses, row["loss"])
-        self.losses.append(row["loss"])
+        spike = is_spike(self.facts["losses"], row["loss"])
+        self.facts["losses"] = [*self.facts["losses"], row["loss"]][-100:]  # new: a save has the old
         if not spike:
             return False
         text = row["step"] + self.facts["passed"]  # read up to here
         say(f"the loss jumped to {row['loss']:.3f} at step {row['step']}")
-        self.states.wait()
-        if not any(self.states.folder.glob("step-*")):
+        if not self.load():
             return False
-        self.load()
         self.facts["passed"] = text - self.facts["step"]
-        self.losses = self.losses[:-1]
-        self.log.add({"event": "spike", "step": self.facts["step"], "loss": row["loss"],
-                      "at": row["step"], "elapsed_s": round(self.log.elapsed(), 3)})
+        self.log.add({"event": "spike", "step": self.facts["step"], "at": row["step"],
+                      "jumped_to": row["loss"], "elapsed_s": round(self.log.elapsed(), 3)})
+        self.rolled.append(self.facts["step"])
+        if self.rolled.count(self.facts["step"]) == BAD_STEPS:
+            raise ValueError(f"the loss jumped {BAD_STEPS} times before a state after step "
+                             f"{self.facts['step']} was saved; try a lower --lr, or no --spike")
         return True
 
     def finish(self) -> None:
@@ -1929,6 +1937,9 @@ def run_rank(args, device: str, world: World) -> None:
             "json", "simulate_world"}
     free |= set() if args.micro_batch else {"micro_batch"}
     started = time.perf_counter()
+    if args.fresh and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ValueError("a run that torchrun starts again, because of a node that came or went, "
+                         "would be lost; try without --fresh, or another --out")
     config, recipe = resolve(args, device, world)
     peak = matmul_flops(device, DTYPES[args.dtype])
 
