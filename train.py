@@ -387,12 +387,6 @@ class Engine:
         self.parameters = {name: p for stage in self.stages for name, p in stage.named_parameters()}
         self.schedules = {}
 
-    @property
-    def repeats_embedding(self) -> bool:
-        """Does this rank hold the embedding a second time, as the output projection?"""
-        last = self.stages[-1]
-        return last.last and not last.first and self.config.tie_embeddings
-
     def rows(self, batch: Tensor) -> Tensor:
         """The rows of a batch that this rank computes, as many on every rank: what is missing is
         filled with rows of -1, which have no target. A pipeline wants pp micro-batches, or twice
@@ -468,7 +462,7 @@ class Engine:
         """Adds what a backward leaves on other ranks. A norm saw this rank's tokens alone (tensor
         parallelism); a tied embedding is used on the first and on the last stage."""
         if self.layout.tp > 1:
-            norms = [local(p.grad) for p in self.parameters.values() if p.dim() == 1]
+            norms = [grad for grad in self.gradients() if grad.dim() == 1]
             whole = torch.cat(norms)
             dist.all_reduce(whole, group=self.mesh.get_group("tp"))
             torch._foreach_copy_(norms, whole.split([len(norm) for norm in norms]))
@@ -486,12 +480,12 @@ class Engine:
 
     def squared_norm(self) -> float:
         """This rank's share of the squared norm of the gradient: what several hold is divided."""
-        named = {name: p for name, p in self.parameters.items() if p.grad is not None}
-        if self.repeats_embedding:
-            del named["tok_embeddings.weight"]
-        norms = torch._foreach_norm([local(p.grad) for p in named.values()])
+        held = {name: p for name, p in self.parameters.items() if p.grad is not None}
+        if not self.stages[0].first:
+            held.pop("tok_embeddings.weight", None)  # tied: the first stage's again
+        norms = torch._foreach_norm([local(p.grad) for p in held.values()])
         return sum(norm**2 / copies(p)
-                   for norm, p in zip(torch.stack(norms).tolist(), named.values()))
+                   for norm, p in zip(torch.stack(norms).tolist(), held.values()))
 
     def add_up(self, *shares: float) -> list[float]:
         """The sums over all ranks, on all ranks."""
