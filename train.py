@@ -707,11 +707,13 @@ def fit_memory(args, config: LlamaConfig, device: str, layout: Layout, world: Wo
     and in a pipeline a quarter of what would fill it. Refuses, before anything large is allocated,
     what the machine cannot hold."""
     there = memory_there(device) // (world.local_size if device == "cpu" else 1)
-    each = args.batch_tokens // args.seq_len // layout.dp // (4 * layout.pp if layout.pp > 1 else 1)
-    rows = args.micro_batch or max(1, min(8192 // args.seq_len, each))
+    each = args.batch_tokens // args.seq_len // layout.dp
+    filled = 4 * layout.pp if layout.pp > 1 else 1
+    rows = args.micro_batch or max(1, min(8192 // args.seq_len, each // filled))
     while True:
-        need = memory_needed(config, rows, args.seq_len, DTYPES[args.dtype], args.attention,
-                             args.backward)
+        need = max((memory_needed(config, rows, args.seq_len, DTYPES[args.dtype], args.attention,
+                                  args.backward, layout, -(-each // rows), place)
+                    for place in {0, layout.pp - 1}), key=lambda parts: sum(parts.values()))
         total = sum(need.values())
         if total < 0.9 * there:  # a tenth for what is not counted
             keep_freed_memory(total < 0.6 * there)  # what is kept does not fit what comes: gaps
@@ -723,8 +725,8 @@ def fit_memory(args, config: LlamaConfig, device: str, layout: Layout, world: Wo
     advice = f"--size {smaller[1]}" if 18 * config.n_params > there else (
         f"--micro-batch 1 or --seq-len {args.seq_len // 2}")
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in need.items())
-    raise ValueError(f"{args.size} needs about {total / 1e9:.0f} GB to train ({parts}) and this "
-                     f"machine has {there / 1e9:.0f} GB free; try {advice}")
+    raise ValueError(f"{args.size} needs about {total / 1e9:.0f} GB a process to train ({parts}) and this "
+                     f"machine has {there / 1e9:.0f} GB free for it; try {advice}")
 
 
 def bandwidth(gpu: Device, ranks: int, stride: int) -> float:
