@@ -3015,7 +3015,7 @@ class TestCost:
             assert again["activations"] == inputs + found["activations"] // 2
 
     @pytest.mark.parametrize("there, options, advice", [
-        (25e9, ["--size", "7b"], "7b needs about 115 GB .*has 25 GB free; try --size llama3.2-1b"),
+        (25e9, ["--size", "7b"], "7b needs about 115 GB .*has 25 GB free for it; try --size llama3.2-1b"),
         (25e9, ["--size", "llama3.1-405b"], "405b needs about .*; try --size"),
         (2e8, ["--set", "max_seq_len=65536", "--batch-tokens", "65536"], "try .*--seq-len 32768")])
     def test_what_does_not_fit_is_said_at_once(self, there, options, advice, monkeypatch):

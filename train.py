@@ -725,8 +725,8 @@ def fit_memory(args, config: LlamaConfig, device: str, layout: Layout, world: Wo
     advice = f"--size {smaller[1]}" if 18 * config.n_params > there else (
         f"--micro-batch 1 or --seq-len {args.seq_len // 2}")
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in need.items())
-    raise ValueError(f"{args.size} needs about {total / 1e9:.0f} GB a process to train ({parts}) and this "
-                     f"machine has {there / 1e9:.0f} GB free for it; try {advice}")
+    raise ValueError(f"{args.size} needs about {total / 1e9:.0f} GB a process to train ({parts}) "
+                     f"and this machine has {there / 1e9:.0f} GB free for it; try {advice}")
 
 
 def bandwidth(gpu: Device, ranks: int, stride: int) -> float:
@@ -841,7 +841,8 @@ def plan(args, config: LlamaConfig, recipe: Recipe) -> dict:
     tokens, speed = steps * args.rows * args.seq_len, mfu * args.gpus * gpu.flops / flops
     hours = tokens / speed / 3600
     mwh, tons = energy(args.gpus * hours, gpu.watts)
-    return {"size": args.size, "backward": args.backward, "params": config.n_params, "gpus": args.gpus, "gpu": args.gpu,
+    return {"size": args.size, "backward": args.backward, "params": config.n_params,
+            "gpus": args.gpus, "gpu": args.gpu,
             "gpu_gb": gpu.memory / 1e9, "flops_per_token": flops, "steps": steps, "tokens": tokens,
             **best, "peak": peak, "layout": asdict(best["layout"]), "mfu": mfu,
             "mfu_as_papers": mfu * flops_per_token(config, args.seq_len, as_papers=True) / flops,
@@ -866,7 +867,7 @@ def plan_text(p: dict) -> str:
         f"layout          dp {copies * shards} x pp {p['pp']} x tp {p['tp']}, state over {shards}, "
         f"{p['micro_batches']} x {p['micro_batch']} sequences a step", *why, "",
         f"GB of {p['gpu_gb']:<10.0f}{'    '.join(f'{way:8}' for way in memory)}", *table,
-        f"  at most     {p['peak'] / 1e9:10.2f}  in a traced step with --backward {p['backward']}", "",
+        f"  at most       {p['peak'] / 1e9:.2f} in a traced step, --backward {p['backward']}", "",
         f"GB sent a step  {sent}",
         f"step            {p['step_s']:.3g} s, pipeline's bubble {p['bubble']:.1%}",
         f"speed           {p['tokens_per_s']:,.0f} tokens/s, {p['tokens_per_s'] / p['gpus']:,.0f} "
@@ -978,7 +979,7 @@ def peak_bytes(config: LlamaConfig, layout: Layout, micro_batch: int, passes: in
                place: int = 0, **options) -> int:
     """The most that the rank at that place of the pipeline holds in a step: traced with two and
     with three layers (a pipeline: one and two in each stage); further ones add as much as the last.
-    A CPU adds KERNELS, if malloc gives back what is freed; kept, its gaps are up to a third more."""
+    A CPU adds KERNELS, if malloc gives back what is freed; else its gaps, up to a third more."""
     stages, recipe = layout.pp * layout.interleave, Recipe(1.0, 1, 1, eps=1.0)
     rows = min(passes, 2 * layout.pp) * micro_batch * layout.dp  # more add nothing
     few = 2 if layout.pp == 1 else 1
@@ -1749,7 +1750,8 @@ class Training:
         """After a spike of the loss: back to the last good state, and from there past the text up
         to here (as PaLM did; Chowdhery et al. 2022, section 5.1). False if there was none."""
         spike = is_spike(self.facts["losses"], row["loss"])
-        self.facts["losses"] = [*self.facts["losses"], row["loss"]][-100:]  # new: a save has the old
+        # A new list: a save has the old one.
+        self.facts["losses"] = [*self.facts["losses"], row["loss"]][-100:]
         if not spike:
             return False
         text = row["step"] + self.facts["passed"]  # read up to here
