@@ -3291,6 +3291,29 @@ class TestTrace:
         assert self.simulate(shards=2) == self.simulate(shards=2)
         assert not torch.distributed.is_initialized()
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    def test_the_plan_is_true(self):
+        """The peak of a real process beyond its start, in real steps, where malloc gives back."""
+        code = """if True:
+            import re
+            from train import *
+            keep_freed_memory(False)
+            torch.set_num_threads(2)
+            status = Path("/proc/self/status")
+            def kb(name):
+                return int(re.search(name + r":\\s+(\\d+)", status.read_text())[1])
+            config, layout = LlamaConfig(512, 4, 8, 8, 1376, 16000, 256), Layout()
+            start, options = kb("VmRSS"), {"dtype": torch.bfloat16}
+            engine = Engine(config, layout, "cpu", 8, **options)
+            optimizer = make_optimizer(engine.parameters, Recipe(1e-4, 1, 1, eps=1e-8))
+            for _ in range(2):
+                train_step(engine, optimizer, torch.randint(16000, (16, 257)), 1e-4, 1.0)
+            real = 1024 * (kb("VmHWM") - start)
+            print(real, peak_bytes(config, layout, 8, 2, 256, **options))"""
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+        real, planned = map(int, done.stdout.split())
+        assert real == pytest.approx(planned, rel=0.1)
+
 
 class TestState:
     @pytest.fixture
