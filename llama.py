@@ -24,7 +24,6 @@ import math
 import mmap
 import os
 import pickle
-import re
 import struct
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -982,7 +981,7 @@ def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor, wanted=(False, Fa
     for at in range(0, len(h), rows):
         here = slice(at, at + rows)
         z, target = fp32(F.linear(h[here], w)), targets[here, None]
-        mine = (0 <= target) & (target < len(w))
+        mine = (0 <= target) & (target < len(w)) if tp.size > 1 else target >= 0
         target = target.where(mine, 0)
         p = z.softmax(-1)
         # log p_t = z_t - (max z - log max p), without the exp of another log_softmax over all V

@@ -3027,8 +3027,9 @@ class TestCost:
     def test_fewer_sequences_at_once_where_more_do_not_fit(self, monkeypatch):
         args = train.parser().parse_args(["--size", "stories15m", "--seq-len", "256"])
         monkeypatch.setattr(train, "memory_there", lambda device: int(6e8))
-        train.resolve(args, "cpu", train.World())
-        assert args.micro_batch in (1, 2, 4, 8, 16)
+        config, _ = train.resolve(args, "cpu")
+        rows, roomy = train.fit_memory(args, config, "cpu", train.Layout(), train.World())
+        assert rows in (1, 2, 4, 8, 16) and not roomy
 
     def test_matmul_rate(self):
         assert 1e8 < train.matmul_flops("cpu", torch.float32) < 1e15
@@ -4681,13 +4682,6 @@ command(train.main)"""
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
         with pytest.raises(ValueError, match="try without --fresh"):
             train.main(["--fresh", "--out", str(tmp_path)])
-
-
-class TestRestarted:
-    def test_fresh_is_for_the_first_start(self):
-        assert not train.restarted({}) and not train.restarted({"SLURM_RESTART_COUNT": "0"})
-        assert train.restarted({"SLURM_RESTART_COUNT": "1"})
-        assert train.restarted({"TORCHELASTIC_RESTART_COUNT": "2", "SLURM_RESTART_COUNT": "0"})
 
 
 class TestIsSpike:

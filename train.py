@@ -4,6 +4,8 @@
     python train.py --data book.txt notes/ --minutes 20                             # your text
     python train.py --size 7b --data corpus/ --tokenizer tokenizer.model
     python train.py --size stories15m --bench 5     # speed alone, on random tokens
+    python train.py --nproc 4 --tp 2                # many processes; torchrun and srun do too
+    python train.py --size 65b --plan --gpus 2048   # what it would take
 
 The same command goes on where it stopped. DIR (runs/SIZE) then holds params.json,
 consolidated.00.pth and tokenizer.model (for generate.py), log.jsonl, loss.svg, state/ and tokens/.
@@ -104,7 +106,10 @@ class Batches:
                                                shape=source[f"{split}_tokens"],
                                                dtype=source["dtype"]) for source in sources]
                                     for split in ("train", "val"))
-        except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        except (KeyError, TypeError, ValueError, OverflowError, OSError) as error:
+            if dist.is_initialized() and isinstance(error, FileNotFoundError):
+                raise ValueError(f"{folder} is not there on this machine; try --out with a folder "
+                                 "that all machines share") from None
             raise ValueError(f"the token shards in {folder} are damaged; try --fresh") from None
         for source, tokens in zip(sources, self.train):
             if len(tokens) <= seq_len:
@@ -361,13 +366,15 @@ class Engine:
     """What this rank holds of a model, and how its part of a batch passes through it."""
 
     def __init__(self, config: LlamaConfig, layout: Layout, device: str, micro_batch: int,
-                 seed: int | None = 0, compiled: bool = False, **options):
+                 seed: int | None = 0, compiled: bool = False, watchdog: float | None = None,
+                 **options):
         """options are Stage's. seed None: no initial weights, for tensors that are fake. compiled:
-        torch.compile fuses what lies between the products; once serves all layers."""
+        torch.compile fuses what lies between the products; once serves all layers. watchdog:
+        seconds that a batch may take."""
         if compiled:
             check_compiler()
         self.config, self.layout, self.device = config, layout, device
-        self.micro_batch = micro_batch
+        self.micro_batch, self.watchdog = micro_batch, watchdog
         self.mesh = None if layout.size == 1 else layout.mesh(device)
         replica, shard, pp, tp = self.mesh.get_coordinate() if self.mesh else (0, 0, 0, 0)
         self.dp_rank, self.pp_rank = replica * layout.shards + shard, pp
@@ -386,6 +393,12 @@ class Engine:
         # FSDP puts gathered weights in their place for a while: these are the ones that stay.
         self.parameters = {name: p for stage in self.stages for name, p in stage.named_parameters()}
         self.schedules = {}
+
+    def forget_gathered(self) -> None:
+        """After the weights were set by hand: what FSDP gathered of the old ones goes."""
+        for module in itertools.chain(*(stage.modules() for stage in self.stages)):
+            if hasattr(module, "reshard"):
+                module.reshard()
 
     def rows(self, batch: Tensor) -> Tensor:
         """The rows of a batch that this rank computes, as many on every rank: what is missing is
@@ -511,6 +524,7 @@ def train_step(engine: Engine, optimizer, batch: Tensor, lr: float, clip: float,
     The gradient is that of the mean over all N sequences, scaled to norm `clip` if it is longer.
     If loss or norm is not finite, on whichever rank, the weights stay as they are on all.
     """
+    watch(engine.watchdog)
     share = engine.loss(batch)
     engine.complete()
     loss, square, flags = engine.add_up(share, engine.squared_norm(), flag)
@@ -534,8 +548,11 @@ def evaluate(engine: Engine, batches: Batches, limit: int) -> tuple[float, float
                         constant_values=-1) for window in windows]
         tokens = sum(len(window) - 1 for window in windows)
         count, size = count + tokens, size + tokens * bytes_per_token
-    parts = torch.from_numpy(np.stack(rows)).split(batches.rows)
-    nll, = engine.add_up(sum(engine.loss(part) for part in parts))
+    total = 0.0
+    for part in torch.from_numpy(np.stack(rows)).split(batches.rows):
+        watch(engine.watchdog)
+        total += engine.loss(part)
+    nll, = engine.add_up(total)
     return nll / count, nll / math.log(2) / size
 
 
@@ -702,10 +719,12 @@ def memory_there(device: str) -> int:
     return min(limits)
 
 
-def fit_memory(args, config: LlamaConfig, device: str, layout: Layout, world: World) -> int:
-    """Sequences to compute at once: what was asked for, else up to 8192 tokens as far as they fit,
-    and in a pipeline a quarter of what would fill it. Refuses, before anything large is allocated,
-    what the machine cannot hold."""
+def fit_memory(args, config: LlamaConfig, device: str, layout: Layout, world: World
+               ) -> tuple[int, bool]:
+    """Sequences to compute at once, what was asked for, else up to 8192 tokens as far as they fit,
+    and in a pipeline a quarter of what would fill it; and whether freed memory may be kept, whose
+    gaps take up to a third more. Refuses, before anything large is allocated, what the machine
+    cannot hold."""
     there = memory_there(device) // (world.local_size if device == "cpu" else 1)
     each = args.batch_tokens // args.seq_len // layout.dp
     filled = 4 * layout.pp if layout.pp > 1 else 1
@@ -716,13 +735,12 @@ def fit_memory(args, config: LlamaConfig, device: str, layout: Layout, world: Wo
                     for place in {0, layout.pp - 1}), key=lambda parts: sum(parts.values()))
         total = sum(need.values())
         if total < 0.9 * there:  # a tenth for what is not counted
-            keep_freed_memory(total < 0.6 * there)  # what is kept does not fit what comes: gaps
-            return rows
+            return rows, total < 0.6 * there
         if args.micro_batch or rows == 1:
             break
         rows //= 2
     smaller = max((c.n_params, name) for name, (c, _) in SIZES.items() if 20 * c.n_params < there)
-    advice = f"--size {smaller[1]}" if 18 * config.n_params > there else (
+    advice = f"--size {smaller[1]}" if 18 * rank_params(config, layout) > there else (
         f"--micro-batch 1 or --seq-len {args.seq_len // 2}")
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in need.items())
     raise ValueError(f"{args.size} needs about {total / 1e9:.0f} GB a process to train ({parts}) "
@@ -1109,7 +1127,7 @@ class States:
         while training waits, where memory for it is short. First waits for the save before."""
         self.wait()
         tensors = {**tensors, "random": torch.get_rng_state()}
-        size = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors.values())
+        size = sum(local(t).nbytes for t in tensors.values())
         options = {"storage_writer": Writer(self.folder, {"step": step, **facts}), **self.options}
         self.step = step
         if memory_there("cpu") > 2 * self.local_size * size:
@@ -1276,11 +1294,13 @@ def join(args, device: str) -> Iterator[World]:
     except (ValueError, OSError) as error:
         if rank == 0:
             raise
-        for _ in range(100):  # 5 seconds
-            if store.check(["rank 0 has ended"]):
-                sys.exit(2)
-            time.sleep(0.05)
-        raise ValueError(f"rank {rank}: {error}") from None
+        with contextlib.suppress(RuntimeError):  # the store itself may have ended with rank 0
+            for _ in range(100):  # 5 seconds
+                if store.check(["rank 0 has ended"]):
+                    sys.exit(2)
+                time.sleep(0.05)
+            raise ValueError(f"rank {rank}: {error}") from None
+        sys.exit(2)
     except Exception:
         time.sleep(3)  # if this came of another rank's end, we are ended too and need not speak
         raise
@@ -1323,7 +1343,7 @@ def supervise(n: int, command: list[str], states: Path) -> int:
     """Runs the command as n ranks on this machine (Linux, macOS) and stays: the exit status. A rank
     that dies takes all with it, and they start again from the newest state; dying twice without a
     new one is the end. A user's mistake, and a stop that was asked for, are not tried again."""
-    stops, reached = [], None
+    stops, reached, began, run = [], None, time.time(), states.with_name("run.json")
     for number in STOPS:
         signal.signal(number, lambda number, frame: stops.append(number))
     for start in itertools.count():
@@ -1347,6 +1367,8 @@ def supervise(n: int, command: list[str], states: Path) -> int:
             return 1
         say(f"rank {rank} {how}; going on from the last good state")
         reached = state
+        if run.exists() and run.stat().st_mtime > began:  # --fresh has been done
+            command = [word for word in command if word != "--fresh"]
 
 
 def start_ranks(n: int, command: list[str], port: int, start: int) -> list[subprocess.Popen]:
@@ -1381,11 +1403,6 @@ def wait_for(ranks: list[subprocess.Popen], stops: list[int]) -> tuple[int, int]
         if None not in statuses:
             return 0, statuses[0]
         time.sleep(0.05)
-
-
-def restarted(env: Mapping[str, str]) -> bool:
-    """Whether torchrun, `supervise` or SLURM started this again, --fresh and all."""
-    return any(env.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("TORCHELASTIC", "SLURM"))
 
 
 def replicas_agree(tensors: Mapping[str, Tensor]) -> None:
@@ -1432,7 +1449,7 @@ def is_spike(before: Sequence[float], loss: float) -> bool:
 # The run
 
 
-def resolve(args, device: str, world: World) -> tuple[LlamaConfig, Recipe]:
+def resolve(args, device: str) -> tuple[LlamaConfig, Recipe]:
     """The size's shape and recipe with the changes that were asked for; fills the gaps of args."""
     if args.size not in SIZES:
         raise ValueError(f"there is no size {args.size!r}; try one of {', '.join(SIZES)}")
@@ -1467,9 +1484,6 @@ def resolve(args, device: str, world: World) -> tuple[LlamaConfig, Recipe]:
     if args.compile and args.document_mask and device == "cpu":
         raise ValueError("on a CPU documents are taken one by one, which --compile would compile "
                          "anew in every step; try --no-document-mask, or without --compile")
-    if not (args.plan or args.simulate_world):
-        layout = arrange(args, config, world)
-        args.micro_batch = fit_memory(args, config, device, layout, world)
     return config, recipe
 
 
@@ -1545,23 +1559,27 @@ def bench(args, engine: Engine, recipe: Recipe, peak: float | None) -> dict:
 class Log:
     """log.jsonl, one object a line, and the line that shows progress; of many ranks the first's."""
 
-    def __init__(self, folder: Path, step: int, first: bool = True):
-        """Cuts an older log back to `step`, a torn last line too."""
+    def __init__(self, folder: Path, first: bool = True, began: float | None = None):
+        """began: when the process did, by time.perf_counter."""
         self.path, self.rows, self.shown = folder / "log.jsonl", [], 0.0
-        self.first, self.elapsed_before, self.began = first, 0.0, time.monotonic()
-        if not first:
-            return
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+        self.first, self.elapsed_before = first, 0.0
+        self.began = time.perf_counter() if began is None else began
+        for line in self.path.read_bytes().splitlines() if first and self.path.exists() else []:
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                row = json.loads(line)
-                self.rows += [row] * (row["step"] <= step)
-                self.elapsed_before = max(self.elapsed_before, row["elapsed_s"])
+                self.rows += [row for row in [json.loads(line)] if type(row["step"]) is int]
+                self.elapsed_before = max(self.elapsed_before, self.rows[-1]["elapsed_s"])
+
+    def cut(self, step: int) -> None:
+        """Back to `step`; a torn last line goes too."""
+        if not self.first:
+            return
+        self.rows = [row for row in self.rows if row["step"] <= step]
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_aside(self.path, lambda file: file.write(text.encode()))
 
     def elapsed(self) -> float:
         """Seconds that the run took up to now, those of lost steps too; not while it was down."""
-        return self.elapsed_before + time.monotonic() - self.began
+        return self.elapsed_before + time.perf_counter() - self.began
 
     def add(self, row: dict) -> None:
         if not self.first:
@@ -1662,7 +1680,7 @@ class Training:
     with --spike, the last losses."""
 
     def __init__(self, args, run: dict, folder: Path, world: World, engine: Engine,
-                 batches: Batches, recipe: Recipe, peak: float | None):
+                 batches: Batches, recipe: Recipe, peak: float | None, began: float | None = None):
         self.args, self.folder, self.world, self.steps = args, folder, world, run["steps"]
         self.engine, self.batches, self.peak = engine, batches, peak
         self.recipe = replace(recipe, warmup=min(recipe.warmup, self.steps // 10))
@@ -1671,16 +1689,21 @@ class Training:
         group = None if world.size == 1 else dist.new_group(backend="gloo")
         self.states = States(folder / "state", group, world.local_size)
         self.facts = {"step": 0, "skipped": 0, "passed": 0, "useful_s": 0.0, "losses": []}
+        self.log = Log(folder, world.rank == 0, began)
         self.times, self.rolled, self.bad, self.stopper = [], [], 0, Stopper()
+        mine = engine.rows(torch.zeros(batches.rows, 1)) >= 0
+        self.rank_tokens = int(mine.sum()) * batches.seq_len
         self.eval_every = args.eval_every or max(1, min(1000, self.steps // 10))
         self.save_every = args.save_every or self.eval_every
         self.load()
 
     def load(self) -> bool:
         """Goes on from the newest good state; whether there is one."""
+        watch(None)  # it may take its time
         found = self.states.load(self.tensors)
+        self.engine.forget_gathered()
         self.facts |= found or {}
-        self.log = Log(self.folder, self.facts["step"], self.world.rank == 0)
+        self.log.cut(self.facts["step"])
         return found is not None
 
     def run(self) -> None:
@@ -1691,7 +1714,6 @@ class Training:
             self.log.add({"event": "resume", "step": self.facts["step"],
                           "elapsed_s": self.log.elapsed()})
         while self.facts["step"] < self.steps:
-            watch(self.args.watchdog)
             row, stopping = self.step()
             finite, done = not self.bad, row["step"] == self.steps
             if self.args.spike and finite and self.passes_over(row):
@@ -1707,6 +1729,7 @@ class Training:
             if done or stopping or finite and row["step"] % self.save_every == 0:
                 if self.world.size > 1:
                     replicas_agree(self.engine.parameters)
+                watch(None)  # a disk may be slow
                 self.states.save(row["step"], self.tensors, self.facts)
             if stopping:
                 self.states.wait()
@@ -1734,7 +1757,7 @@ class Training:
                "grad_norm": norm, "tokens_per_s": round(tokens / seconds, 1),
                "skipped": facts["skipped"], "world": self.world.size,
                "mfu": mfu and round(mfu, 3),
-               "rank_tokens": len(engine.rows(batch)) * batches.seq_len,
+               "rank_tokens": self.rank_tokens,
                "rank_params": sum(local(p).numel() for p in engine.parameters.values())}
         last, share = facts["step"] == self.steps, self.steps * tokens // 10
         if last or facts["step"] % self.eval_every == 0:
@@ -1833,8 +1856,9 @@ def parser() -> Parser:
                    "pipeline that a rank holds: less waiting, more messages")
     g.add_argument("--nproc", type=whole, metavar="N", help="processes on this machine (default: "
                    "its GPUs, else 1); one that dies is started again; not under torchrun or srun")
-    g.add_argument("--watchdog", type=number, metavar="S", help="a step of S seconds hangs: say "
-                   "where, and start again (default: 1800 with many processes, else never)")
+    g.add_argument("--watchdog", type=number, metavar="S", help="a step, or a batch of an "
+                   "evaluation, that takes S seconds hangs: say where, and start again (default: "
+                   "1800 with many processes, else never)")
     g.add_argument("--spike", action="store_true", help="after a loss far over the last hundred go "
                    "back to the last good state, and past that text")
     g = p.add_argument_group("plan (of the options above, those that are given are kept)")
@@ -1854,7 +1878,7 @@ def main(argv: list[str]) -> int | None:
     device, args = best_device(), parser().parse_args(argv)
     if args.plan or args.simulate_world:
         args.dtype = "bf16" if args.gpu != "cpu" and args.dtype == "auto" else args.dtype
-        shape = resolve(args, device, World())
+        shape = resolve(args, device)
         planned = plan(args, *shape) if args.plan else simulate_world(args, *shape)
         print(json.dumps(planned) if args.json else plan_text(planned) if args.plan else planned)
         return
@@ -1866,7 +1890,9 @@ def main(argv: list[str]) -> int | None:
     if n > 1:
         states = Path(args.out or f"runs/{args.size}") / "state"
         return supervise(n, [sys.executable, __file__, *argv], states)
-    args.fresh = args.fresh and not restarted(os.environ)
+    args.fresh = args.fresh and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"  # not requeued
+    if "RANK" in os.environ and device == "mps":
+        device = "cpu"  # which many processes can share
     with join(args, device) as world:
         run_rank(args, device, world)
 
@@ -1905,6 +1931,9 @@ def arrange(args, config: LlamaConfig, world: World) -> Layout:
         raise ValueError(f"--dp none leaves {dp} x {tp * pp} processes the same work; try --dp ddp "
                          f"or --dp fsdp, or {tp * pp} processes")
     near = max(1, world.local_size // (tp * pp))  # data-parallel ranks of one machine
+    if kind == "hybrid" and near == 1 < dp:
+        raise ValueError(f"--dp hybrid would shard over the {world.local_size} processes of a "
+                         f"machine, and --tp x --pp takes {tp * pp}; try --dp fsdp")
     shards = {"none": 1, "ddp": 1, "fsdp": dp, "hybrid": math.gcd(near, dp)}[kind]
     return Layout(dp // shards, shards, pp, tp, interleave)
 
@@ -1929,21 +1958,24 @@ def first_steps(args, run: dict, folder: Path, engine: Engine, recipe: Recipe, s
 
 def run_rank(args, device: str, world: World) -> None:
     """What one process does."""
-    # What is free of the settings may differ when a run goes on; a chosen micro-batch is kept.
+    # What may differ when a run goes on.
     free = {"steps", "minutes", "eval_every", "save_every", "out", "fresh", "bench", "spike",
             "nproc", "watchdog", "dp", "tp", "pp", "interleave", "plan", "gpus", "gpu", "mfu",
-            "json", "simulate_world"}
-    free |= set() if args.micro_batch else {"micro_batch"}
-    started = time.perf_counter()
+            "json", "simulate_world", "micro_batch"}
+    started, chosen = time.perf_counter(), args.micro_batch
     if args.fresh and "TORCHELASTIC_RUN_ID" in os.environ:
         raise ValueError("a run that torchrun starts again, because of a node that came or went, "
                          "would be lost; try without --fresh, or another --out")
-    config, recipe = resolve(args, device, world)
+    config, recipe = resolve(args, device)
+    layout = arrange(args, config, world)
+    args.micro_batch, roomy = on_first(world, lambda: fit_memory(args, config, device, layout,
+                                                                 world))
+    keep_freed_memory(roomy)
     peak = matmul_flops(device, DTYPES[args.dtype])
 
     def create(config: LlamaConfig, bos_id: int | None) -> Engine:
         return Engine(config, arrange(args, config, world), device, args.micro_batch, args.seed,
-                      args.compile, bos_id=bos_id if args.document_mask else None,
+                      args.compile, args.watchdog, bos_id=bos_id if args.document_mask else None,
                       attention=args.attention, backward=args.backward,
                       dtype=None if args.dtype == "fp32" else DTYPES[args.dtype])
 
@@ -1959,7 +1991,8 @@ def run_rank(args, device: str, world: World) -> None:
         if args.fresh:
             data_sources(args)  # what is not there is said before anything is removed
         run = open_run(folder, settings, args.fresh)
-        run.setdefault("micro_batch", args.micro_batch)
+        if chosen or run.get("layout") != asdict(layout):
+            run |= {"micro_batch": args.micro_batch, "layout": asdict(layout)}
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "run.json", run)
         return run, prepare_data(args, folder, config.vocab_size)
@@ -1981,7 +2014,7 @@ def run_rank(args, device: str, world: World) -> None:
             f"{args.micro_batch} add up on each")
     for source, epochs in zip(sources, batches.epochs(run["steps"])):
         say(f"{source['path']}: {source['train_tokens']:,} tokens, read {epochs:.2f} times")
-    Training(args, run, folder, world, engine, batches, recipe, peak).run()
+    Training(args, run, folder, world, engine, batches, recipe, peak, started).run()
     prompt = "" if args.data or args.mixture else "class"  # the default text is Python
     del engine
     dtype = DTYPES[args.dtype]
