@@ -2989,21 +2989,24 @@ class TestCost:
     def test_memory_counts_what_is_saved(self, dtype, backward, attention):
         config = replace(SMALL, n_layers=2)
         model = random_model(config, dtype=dtype, attention=attention, backward=backward)
-        inside, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+        inside, layers = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
-        def count(tensor):
-            keep.append(tensor)  # so that no other takes its place
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        def begin(layer, inputs):
-            saved.clear()
+        def walk(layer, inputs, output):
+            """What the nodes of the graph between output and input hold."""
             inside.update(table.untyped_storage().data_ptr() for table in inputs[1:3])
-        keep, layers = [], {}
-        model.layers[0].register_forward_pre_hook(begin)
-        model.layers[0].register_forward_hook(lambda *_: layers.update(saved))
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            model.hidden(tokens(3, 32))
+            nodes, done = [output.grad_fn], {None, inputs[0].grad_fn}
+            while nodes:
+                node = nodes.pop()
+                if node in done:
+                    continue
+                done.add(node)
+                nodes += [following for following, _ in node.next_functions]
+                held = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+                for x in tree_leaves([*held, getattr(node, "saved_tensors", ())]):
+                    if isinstance(x, torch.Tensor):
+                        layers[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        model.layers[0].register_forward_hook(walk)
+        model.hidden(tokens(3, 32))
         real = sum(size for at, size in layers.items() if at not in inside)
         found = train.memory_needed(config, 3, 32, dtype, attention, backward)
         assert found["activations"] == pytest.approx(2 * real, rel=0.03)
@@ -3205,6 +3208,12 @@ class TestPlan:
         assert rows * SIZES[found["size"]][0].max_seq_len == found["tokens"] // found["steps"]
         assert 0.3 < found["mfu"] < 0.5
 
+    def test_rows_that_do_not_divide_are_filled_up(self, capsys):
+        uneven, even = (planned(capsys, "--size", "7b", "--micro-batch", n, "--pp", 2, "--gpus", 8)
+                        for n in (3, 4))
+        assert uneven["micro_batches"] == 172 and even["micro_batches"] == 128  # 2048 / 4 rows
+        assert uneven["mfu"] < even["mfu"]
+
     def test_cpu(self, capsys):
         found = planned(capsys, "--gpu", "cpu", "--gpus", 2, "--steps", 50)
         assert found["flops_per_token"] == train.flops_per_token(SIZES["tiny"][0], 256)
@@ -3218,14 +3227,13 @@ class TestPlan:
         assert "\n".join(text) in (HERE / "README.md").read_text()
 
     @pytest.mark.parametrize("options, message", [
-        ("--tp 3", "--tp 3 is impossible for 7b on 8 devices; try --tp with 1, 2, 4, 8"),
-        ("--tp 3 --gpus 24", "--tp 3 .*; try --tp with 1, 2, 4, 8"),
-        ("--tp 4 --pp 4", "--pp 4 .* try --pp with 1, 2"),
-        ("--pp 64 --gpus 64", "--pp 64 .* try --pp with 1, 2, 4, 8, 16, 32"),
-        ("--pp 2 --interleave 17", "--interleave 17 .*try --interleave with 1, 2, .*, 16"),
-        ("--tp 2 --pp 2 --dp none", "--dp none .*; try --dp with ddp, fsdp"),
-        ("--micro-batch 3", "--micro-batch 3 .*; try --micro-batch with 1, 2, 4"),
-        ("--gpus 4099", "4099 devices cannot share 2048 sequences a step; try --gpus 1 "),
+        ("--tp 3", "--tp 3 does not divide n_kv_heads=32; try --tp with one of 1, 2, 4, 8"),
+        ("--tp 3 --gpus 24", "--tp 3 .*; try --tp with one of 1, 2, 4, 8"),
+        ("--tp 4 --pp 4", "8 processes .*; try --tp and --pp whose product is one of 1, 2, 4, 8"),
+        ("--pp 64 --gpus 64", "--pp 64 .* try --interleave 1 with --pp up to 32"),
+        ("--pp 2 --interleave 17", "--interleave 17.*try --pp 2 with --interleave up to 16"),
+        ("--tp 2 --pp 2 --dp none", "--dp none .*; try --dp ddp or --dp fsdp"),
+        ("--gpus 4099", "4099 .* cannot share the 2048 sequences of a step; try at most 2048 "),
         ("--gpus 1", "7b needs .* GB on each of 1 devices, which have 72 .*; try --gpus 2"),
         ("--dtype fp32", "try --dtype bf16"), ("--gpu K80", "invalid choice: 'K80'")])
     def test_mistakes(self, options, message):

@@ -277,6 +277,15 @@ class Layout:
             return dist.init_device_mesh(device, (self.replicas, self.shards, self.pp, self.tp),
                                          mesh_dim_names=("replicas", "shards", "pp", "tp"))
 
+    @property
+    def places(self) -> list[int]:
+        """Of the pipeline: the first, the second, which is like those after it, and the last."""
+        return sorted({0, min(1, self.pp - 1), self.pp - 1})
+
+    def passes(self, rows: int, micro_batch: int) -> int:
+        """Micro-batches of a step of so many rows on each rank: in a pipeline pp, 2 pp, ..."""
+        return -(-rows // (self.dp * self.pp * micro_batch)) * self.pp
+
     def bubble(self, micro_batches: int) -> float:
         """How long a pipeline idles for what it computes: p - 1 stages fill and drain, each a v-th
         of a rank's work on one of m micro-batches: (p - 1) / (v m)."""
@@ -408,10 +417,6 @@ class Engine:
         each = -(-len(batch) // (self.layout.dp * unit)) * unit
         batch = F.pad(batch, (0, 0, 0, each * self.layout.dp - len(batch)), value=-1)
         return batch[self.dp_rank * each:][:each].to(self.device)
-
-    def passes(self, batch: Tensor) -> int:
-        """Micro-batches that the rows of a rank are computed in."""
-        return -(-len(self.rows(batch)) // self.micro_batch)
 
     def loss(self, batch: Tensor) -> float:
         """This rank's share of the loss of a batch (N, T + 1): shares add up, over all ranks, to
@@ -617,30 +622,21 @@ def rank_params(config: LlamaConfig, layout: Layout, place: int = 0) -> int:
 @cache
 def layer_saves(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dtype, attention: str,
                 by_hand: bool, cast: bool) -> int:
-    """Bytes that a layer saves for its backward, counted by running one on fake tensors, which have
-    shapes and no memory. cast: its weights are in fp32, and autograd keeps them in dtype too."""
-    saved = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-
+    """Bytes that a layer keeps for its backward, as Trace sees them where one runs without memory.
+    cast: its weights are in fp32, and autograd keeps them in dtype too."""
     # By hand all attentions save the same. Under autograd, tiled saves at most what equation does.
     alike = "fused" if by_hand else {"tiled": "equation"}.get(attention, attention)
-    forward, attend_backward = ATTENTION[alike]
-    with FakeTensorMode():
+    attend, attend_backward = ATTENTION[alike]
+    with FakeTensorMode(), Trace() as trace:
         layer = Llama(replace(config, n_layers=1, vocab_size=1)).layers[0]
         for p in () if cast else layer.parameters():
             p.data = p.data.to(dtype)
         x = torch.empty(rows, seq_len, config.dim, dtype=dtype, requires_grad=True)
         positions = torch.arange(seq_len)
-        tables = rope_table(config, positions)
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            attend = partial(forward, positions=positions)
-            layer(x, *tables, attend, attend_backward if by_hand else None)
-    for shared in (*layer.parameters(), *tables):
-        saved.pop(shared.untyped_storage()._cdata, None)
-    return sum(saved.values())
+        tables, before = rope_table(config, positions), trace.live
+        y = layer(x, *tables, partial(attend, positions=positions),
+                  attend_backward if by_hand else None)
+        return trace.live - before + x.nbytes - y.nbytes
 
 
 def memory_needed(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dtype,
@@ -683,7 +679,7 @@ def memory_needed(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dty
 
 def wire_bytes(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dtype, backward: str,
                layout: Layout, micro_batches: int, place: int) -> dict[str, int]:
-    """Bytes that such a rank sends in a step, by the kind of parallelism.
+    """Bytes that such a rank sends in a step, by the field of Layout that they are for.
 
     In a ring of s ranks n bytes are gathered, or summed and scattered, in s - 1 turns of n/s: a
     rank sends n (s - 1)/s, and twice that for both, an all-reduce. Weights travel in dtype,
@@ -695,12 +691,13 @@ def wire_bytes(config: LlamaConfig, rows: int, seq_len: int, dtype: torch.dtype,
     t, m, first, last = layout.tp, micro_batches, place == 0, place == layout.pp - 1
     gathered, reduced = (held, held) if layout.pp > 1 else (
         m * (2 * held - elements(root, s)), m * held)
-    data = (s - 1) * (dtype.itemsize * gathered + 4 * reduced) + 8 * held * (copies - 1) // copies
+    data = (s - 1) * (dtype.itemsize * gathered + 4 * reduced)
     x = rows * seq_len * config.dim * dtype.itemsize // t
     exchanges = layers * {"manual": 10, "autograd": 8, "recompute": 12}[backward]
     exchanges += 2 * (first + last)  # of what the embedding puts out and the output takes
     crossings = 2 * layout.interleave - first - last  # x to the next stage, dx to the one before
-    return {"data": data, "tensor": m * exchanges * x * (t - 1), "pipeline": m * crossings * x}
+    return {"replicas": 8 * held * (copies - 1) // copies, "shards": data,
+            "pp": m * crossings * x, "tp": m * exchanges * x * (t - 1)}
 
 
 def memory_there(device: str) -> int:
@@ -719,6 +716,15 @@ def memory_there(device: str) -> int:
     return min(limits)
 
 
+def fullest(args, config: LlamaConfig, layout: Layout, rows: int, backward: str
+            ) -> tuple[dict[str, int], int]:
+    """memory_needed by the rank that needs most, `rows` sequences at once; its place."""
+    passes = layout.passes(args.batch_tokens // args.seq_len, rows)
+    return max(((memory_needed(config, rows, args.seq_len, DTYPES[args.dtype], args.attention,
+                               backward, layout, passes, place), place)
+                for place in layout.places), key=lambda found: sum(found[0].values()))
+
+
 def fit_memory(args, config: LlamaConfig, device: str, layout: Layout, world: World
                ) -> tuple[int, bool]:
     """Sequences to compute at once, what was asked for, else up to 8192 tokens as far as they fit,
@@ -730,9 +736,7 @@ def fit_memory(args, config: LlamaConfig, device: str, layout: Layout, world: Wo
     filled = 4 * layout.pp if layout.pp > 1 else 1
     rows = args.micro_batch or max(1, min(8192 // args.seq_len, each // filled))
     while True:
-        need = max((memory_needed(config, rows, args.seq_len, DTYPES[args.dtype], args.attention,
-                                  args.backward, layout, -(-each // rows), place)
-                    for place in {0, layout.pp - 1}), key=lambda parts: sum(parts.values()))
+        need, _ = fullest(args, config, layout, rows, args.backward)
         total = sum(need.values())
         if total < 0.9 * there:  # a tenth for what is not counted
             return rows, total < 0.6 * there
@@ -754,91 +758,75 @@ def bandwidth(gpu: Device, ranks: int, stride: int) -> float:
     return min(gpu.inside, there)
 
 
-def layouts(config: LlamaConfig, gpus: int, rows: int, seq_len: int, most: int):
-    """Every way for so many GPUs to train on `rows` sequences a step, up to `most` at once on each:
-    a Layout, and the options that ask for it."""
-    common = math.gcd(gpus, config.n_kv_heads, config.hidden_dim, config.vocab_size, seq_len)
-    for tp, pp in itertools.product(range(1, NODE + 1), range(1, config.n_layers + 1)):
-        dp, node = gpus // (tp * pp), NODE // (tp * pp)
-        if common % tp or gpus % (tp * pp) or rows % dp:
-            continue
-        kinds = {"ddp": 1, "fsdp": dp} if dp > 1 else {"none": 1}
-        if 1 < node < dp and dp % node == 0:
-            kinds["hybrid"] = node
-        for micro in range(1, min(most, rows // dp) + 1):
-            m = rows // dp // micro
-            if m * micro * dp < rows or m < pp:
-                continue
-            for v in range(1, config.n_layers // pp + 1 if m % pp == 0 < pp - 1 else 2):
-                for kind, shards in kinds.items():
-                    yield {"dp": kind, "tp": tp, "pp": pp, "interleave": v, "micro_batch": micro,
-                           "layout": Layout(dp // shards, shards, pp, tp, v)}
+def layouts(args, config: LlamaConfig) -> dict[Layout, dict]:
+    """Every way of args.gpus devices with the options that ask for it, given ones as they are. If
+    none is possible: what is wrong with the first."""
+    n, found, wrong, depth = args.gpus, {}, None, range(1, config.n_layers + 1)
+    values = {"tp": range(1, NODE + 1), "pp": [pp for pp in depth if n % pp == 0],
+              "interleave": depth, "dp": ("fsdp", "ddp", "hybrid")}
+    values |= {name: [vars(args)[name]] for name in values if vars(args)[name]}
+    for each in itertools.product(*values.values()):
+        choice = dict(zip(values, each))
+        try:
+            layout = arrange(argparse.Namespace(**vars(args) | choice), config,
+                             World(0, n, 0, min(n, NODE)))
+            found.setdefault(layout, choice if layout.dp > 1 else {**choice, "dp": "none"})
+        except ValueError as error:
+            wrong = wrong or error
+    if not found:
+        raise wrong
+    return found
 
 
-def assess(args, config: LlamaConfig, gpu: Device, backward: str, choice: dict) -> dict:
-    """A choice of `layouts` with what it costs: memory of the fullest rank, bytes that one sends,
-    and seconds a step. A rank computes, waits for tensor and pipeline parallel neighbours, and
-    idles in the bubble; data parallel traffic runs beside that, but for one layer's."""
-    layout, micro = choice["layout"], choice["micro_batch"]
-    dp, tp, pp = layout.dp, layout.tp, layout.pp
-    m, shape = args.rows // dp // micro, (micro, args.seq_len, DTYPES[args.dtype])
-    places = sorted({0, min(1, pp - 1), pp - 1})  # the others are like the second
-    memory, place = max(((memory_needed(config, *shape, args.attention, backward, layout, m, place),
-                          place) for place in places), key=lambda found: sum(found[0].values()))
-    wires = [wire_bytes(config, *shape, backward, layout, m, place) for place in places]
+def assess(args, config: LlamaConfig, gpu: Device, layout: Layout, micro: int) -> dict:
+    """What a layout costs: memory of the fullest rank, bytes that one sends, and seconds a step. A
+    rank computes, waits for tensor and pipeline parallel neighbours, and idles in the bubble; data
+    parallel traffic runs beside that, but for one layer's."""
+    tp, pp, m = layout.tp, layout.pp, layout.passes(args.rows, micro)
+    memory, place = fullest(args, config, layout, micro, args.backward)
+    wires = [wire_bytes(config, micro, args.seq_len, DTYPES[args.dtype], args.backward, layout, m,
+                        place) for place in layout.places]
     wire = {kind: max(each[kind] for each in wires) for kind in wires[0]}
-    data = wire["data"] / bandwidth(gpu, dp, tp * pp)
-    waits = wire["tensor"] / bandwidth(gpu, tp, 1) + wire["pipeline"] / bandwidth(gpu, pp, tp)
-    flops = args.rows * args.seq_len * flops_per_token(config, args.seq_len) / args.gpus
-    uneven = max(rank_shapes(config, layout, place)[0] for place in places) * pp / config.n_layers
-    work = flops * uneven * (4 / 3 if backward == "recompute" else 1) / (COMPUTING * gpu.flops)
+    data = wire["shards"] / bandwidth(gpu, layout.shards, tp * pp)
+    data += wire["replicas"] / bandwidth(gpu, layout.replicas, tp * pp * layout.shards)
+    waits = wire["tp"] / bandwidth(gpu, tp, 1) + wire["pp"] / bandwidth(gpu, pp, tp)
+    layers = max(rank_shapes(config, layout, place)[0] for place in layout.places)
+    flops = args.seq_len * flops_per_token(config, args.seq_len)  # of a sequence
+    work = m * micro * flops * layers / config.n_layers / tp
+    work *= (4 / 3 if args.backward == "recompute" else 1) / (COMPUTING * gpu.flops)
     step = max((work + waits) * (1 + layout.bubble(m)), data) + data / config.n_layers
-    return {**choice, "micro_batches": m, "place": place, "memory": memory,
-            "total": sum(memory.values()),
-            "rank_params": max(rank_params(config, layout, place) for place in places),
-            "wire": wire, "bubble": layout.bubble(m), "step_s": step,
-            "mfu": flops / gpu.flops / step}
+    return {"layout": layout, "micro_batch": micro, "micro_batches": m, "place": place,
+            "total": sum(memory.values()), "wire": wire, "bubble": layout.bubble(m),
+            "step_s": step, "mfu": args.rows * flops / args.gpus / gpu.flops / step}
 
 
 def search(args, config: LlamaConfig, gpu: Device) -> dict:
     """Of the layouts that the options leave and the memory holds, the simplest that is within 2 %
-    of the fastest; `why`: what the values next to those of the best one would take."""
-    names, asked = ("tp", "pp", "dp", "micro_batch", "interleave"), vars(args)
-    most = max(1, 8192 // args.seq_len, args.micro_batch or 0)
-    found = list(layouts(config, args.gpus, args.rows, args.seq_len, most))
-    if not found:
-        raise ValueError(f"{args.gpus} devices cannot share {args.rows} sequences a step; try "
-                         f"--gpus {math.gcd(args.gpus, args.rows)} or another --batch-tokens")
-    for name in names:
-        left = [each for each in found if asked[name] in (None, each[name])]
-        if not left:
-            option, would = f"--{name.replace('_', '-')}", sorted({each[name] for each in found})
-            raise ValueError(f"{option} {asked[name]} is impossible for {args.size} on {args.gpus} "
-                             f"devices; try {option} with {', '.join(map(str, would))}")
-        found = left
-    room = 0.9 * gpu.memory  # a tenth for what is not counted
-    found = sorted((assess(args, config, gpu, args.backward, each) for each in found),
+    of the fastest; `why`: what the best one with another value would take."""
+    names, room = ("tp", "pp", "dp", "micro_batch", "interleave"), 0.9 * gpu.memory
+    sizes = [args.micro_batch] if args.micro_batch else range(1, max(2, 8192 // args.seq_len + 1))
+    found = sorted(({**choice, **assess(args, config, gpu, layout, size)}
+                    for layout, choice in layouts(args, config).items() for size in sizes),
                    key=lambda each: (each["total"] >= room, each["step_s"]))
-    best = min((each for each in found if each["step_s"] < 1.02 * found[0]["step_s"]),
-               key=lambda each: (each["total"] >= room, each["pp"] * each["interleave"],
-                                 each["tp"], each["dp"], -each["micro_batch"]))
-    if best["total"] >= room:
+    fits = [each for each in found if each["total"] < room]  # a tenth for what is not counted
+    if not fits:
         least = min(each["total"] for each in found)
         raise ValueError(f"{args.size} needs {least / 1e9:.0f} GB on each of {args.gpus} devices, "
                          f"which have {room / 1e9:.0f} for it; try --gpus {2 * args.gpus} or "
                          "--backward recompute")
+    best = min((each for each in fits if each["step_s"] < 1.02 * fits[0]["step_s"]),
+               key=lambda each: (each["pp"] * each["interleave"], each["tp"], each["dp"],
+                                 -each["micro_batch"]))
     why = {}
     for name in names:
-        kept = [other for other in names if other not in (name, "micro_batch")]
-        found_at = {each[name]: each for each in reversed(found)
-                    if all(each[other] == best[other] for other in kept)}
-        values = sorted(found_at)
-        at = values.index(best[name])
-        near = [found_at[value] for value in values[max(0, at - 1):at] + values[at + 1:at + 2]]
-        why[name] = "; ".join(
-            f"{each[name]} would take {each['step_s']:.3g} s a step" if each["total"] < room else
-            f"{each[name]} would need {each['total'] / 1e9:.0f} GB" for each in near) or (
-            "as asked" if asked[name] else "no other is possible")
+        others = [each for each in found if each[name] != best[name] and all(
+            each[kept] == best[kept] for kept in names if kept not in (name, "micro_batch"))]
+        why[name] = "as asked" if vars(args)[name] else "no other is possible"
+        if others:
+            cost = f"{others[0]['step_s']:.3g} s a step"
+            if others[0]["total"] >= room:
+                cost = f"{others[0]['total'] / 1e9:.0f} GB"
+            why[name] = f"{others[0][name]} would take {cost}"
     return {**best, "why": why}
 
 
@@ -851,21 +839,24 @@ def plan(args, config: LlamaConfig, recipe: Recipe) -> dict:
     elif args.dtype != "bf16":
         raise ValueError("only the bf16 FLOP/s of GPUs are known; try --dtype bf16")
     best = search(args, config, gpu)
-    peak = peak_bytes(config, best["layout"], best["micro_batch"], best["micro_batches"],
-                      args.seq_len, best["place"], attention=args.attention,
-                      backward=args.backward, dtype=DTYPES[args.dtype])
+    peak = None
+    if best["interleave"] == 1:  # tracing many stages with many micro-batches would take minutes
+        peak = peak_bytes(config, best["layout"], best["micro_batch"], best["micro_batches"],
+                          args.seq_len, best["place"], attention=args.attention,
+                          backward=args.backward, dtype=DTYPES[args.dtype])
     steps = args.steps or math.ceil(recipe.train_tokens / recipe.batch_tokens)
     mfu, flops = args.mfu or best["mfu"], flops_per_token(config, args.seq_len)
     tokens, speed = steps * args.rows * args.seq_len, mfu * args.gpus * gpu.flops / flops
     hours = tokens / speed / 3600
     mwh, tons = energy(args.gpus * hours, gpu.watts)
     return {"size": args.size, "backward": args.backward, "params": config.n_params,
-            "gpus": args.gpus, "gpu": args.gpu,
-            "gpu_gb": gpu.memory / 1e9, "flops_per_token": flops, "steps": steps, "tokens": tokens,
+            "gpus": args.gpus, "gpu": args.gpu, "gpu_gb": gpu.memory / 1e9,
+            "flops_per_token": flops, "steps": steps, "tokens": tokens,
             **best, "peak": peak, "layout": asdict(best["layout"]), "mfu": mfu,
             "mfu_as_papers": mfu * flops_per_token(config, args.seq_len, as_papers=True) / flops,
-            "memory": {backward: assess(args, config, gpu, backward, best)["memory"]
-                       for backward in BACKWARD}, "step_s": args.rows * args.seq_len / speed,
+            "memory": {backward: fullest(args, config, best["layout"], best["micro_batch"],
+                                         backward)[0] for backward in BACKWARD},
+            "step_s": args.rows * args.seq_len / speed,
             "tokens_per_s": speed, "days": hours / 24, "gpu_hours": args.gpus * hours, "mwh": mwh,
             "tco2eq": tons}
 
@@ -878,14 +869,16 @@ def plan_text(p: dict) -> str:
     rows["together"] = [sum(ways.values()) for ways in memory.values()]
     table = [f"  {part:14}" + "".join(f"{size / 1e9:<12.2f}" for size in sizes).rstrip()
              for part, sizes in rows.items()]
-    sent = ", ".join(f"{kind} parallel {size / 1e9:,.1f}" for kind, size in p["wire"].items())
+    peak = [f"  at most       {p['peak'] / 1e9:.2f} in a traced step, --backward {p['backward']}"
+            ] if p["peak"] else []
+    sent = ", ".join(f"{field} {size / 1e9:,.1f}" for field, size in p["wire"].items())
     return "\n".join([
         f"{p['size']} on {p['gpus']:,} x {p['gpu']}: {p['params']:,} parameters, "
         f"{p['steps']:,} steps, {p['tokens'] / 1e9:,.1f} billion tokens", "",
         f"layout          dp {copies * shards} x pp {p['pp']} x tp {p['tp']}, state over {shards}, "
         f"{p['micro_batches']} x {p['micro_batch']} sequences a step", *why, "",
         f"GB of {p['gpu_gb']:<10.0f}{'    '.join(f'{way:8}' for way in memory)}", *table,
-        f"  at most       {p['peak'] / 1e9:.2f} in a traced step, --backward {p['backward']}", "",
+        *peak, "",
         f"GB sent a step  {sent}",
         f"step            {p['step_s']:.3g} s, pipeline's bubble {p['bubble']:.1%}",
         f"speed           {p['tokens_per_s']:,.0f} tokens/s, {p['tokens_per_s'] / p['gpus']:,.0f} "
@@ -911,16 +904,15 @@ class Trace(TorchDispatchMode):
     def hold(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self.held:
-            self.held[key] = 0, weakref.ref(storage, lambda _: self.resize(key, 0, None))
-        if self.held[key][0] != storage.nbytes():
-            self.resize(key, storage.nbytes(), self.held[key][1])
+            weakref.finalize(storage, self.resize, key, None)
+        self.resize(key, storage.nbytes())
 
-    def resize(self, key: int, size: int, reference) -> None:
-        """The storage now has `size` bytes; without a reference, it is gone."""
-        self.live += size - self.held.pop(key)[0]
+    def resize(self, key: int, size: int | None) -> None:
+        """The storage now has `size` bytes; None: it is gone."""
+        self.live += (size or 0) - self.held.pop(key, 0)
         self.peak = max(self.peak, self.live)
-        if reference is not None:
-            self.held[key] = size, reference
+        if size is not None:
+            self.held[key] = size
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
@@ -1009,32 +1001,29 @@ def peak_bytes(config: LlamaConfig, layout: Layout, micro_batch: int, passes: in
 
 
 def simulate_world(args, config: LlamaConfig, recipe: Recipe) -> str:
-    """What `simulate` tells of the ranks of --simulate-world, beside what --plan says: of those at
-    the first, second and last place of the pipeline; the others are like the second."""
-    n, rows = args.simulate_world, args.batch_tokens // args.seq_len
+    """What `simulate` tells of the ranks of --simulate-world at each of the pipeline's places that
+    differ, beside what --plan says."""
+    n, micro, dtype = args.simulate_world, args.micro_batch or 1, DTYPES[args.dtype]
     layout = arrange(args, config, World(0, n, 0, min(n, NODE)))
-    micro, dtype = args.micro_batch or 1, DTYPES[args.dtype]
-    passes = -(-rows // (layout.dp * micro))
+    rows = args.batch_tokens // args.seq_len
+    passes = layout.passes(rows, micro)
     lines = [f"{args.size} on {n:,} ranks: {layout}, {passes} micro-batches of {micro} x "
              f"{args.seq_len} tokens on each"]
-    for place in sorted({0, min(1, layout.pp - 1), layout.pp - 1}):
+    for place in layout.places:
         found = simulate(config, layout, place * layout.tp, micro, rows, args.seq_len, recipe,
                          attention=args.attention, backward=args.backward, dtype=dtype)
         planned = memory_needed(config, micro, args.seq_len, dtype, args.attention, args.backward,
                                 layout, passes, place)
-        held = sum(math.prod(shape) for shape in found["shards"].values())
-        lines += ["", f"place {place} of the pipeline (rank {place * layout.tp} and its like): "
-                  f"{held:,} parameters (planned {rank_params(config, layout, place):,})"]
-        kinds = Counter((re.sub(r"layers\.\d+", "layer", name), shape)
+        state, total = planned["weights"] + planned["AdamW"], sum(planned.values())
+        kinds = Counter((re.sub(r"layers\.\d+", "layer", name), " x ".join(map(str, shape)))
                         for name, shape in found["shards"].items())
-        lines += [f"  {count:4} x {name:30} {' x '.join(map(str, shape))}"
-                  for (name, shape), count in kinds.items()]
-        state = planned["weights"] + planned["AdamW"]
-        lines += [f"  bytes: weights and AdamW {found['state']:,} (planned {state:,}), alive after "
-                  f"the step {found['live']:,}, at most {found['peak']:,} "
-                  f"(planned {sum(planned.values()):,})"]
-        lines += [f"  {count:6} x {name:24} {ranks:6} ranks {size:16,} bytes" for
-                  (name, ranks, size), count in sorted(found["collectives"].items())]
+        lines += [
+            f"\nplace {place} of the pipeline (rank {place * layout.tp} and its like)",
+            *(f"  {count:4} x {name:30} {shape}" for (name, shape), count in kinds.items()),
+            f"  bytes: weights and AdamW {found['state']:,} (planned {state:,}), alive after the "
+            f"step {found['live']:,}, at most {found['peak']:,} (planned {total:,})",
+            *(f"  {count:6} x {name:24} {ranks:6} ranks {size:16,} bytes"
+              for (name, ranks, size), count in sorted(found["collectives"].items()))]
     return "\n".join(lines)
 
 
@@ -1876,6 +1865,8 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> int | None:
     device, args = best_device(), parser().parse_args(argv)
+    if args.json and not args.plan:
+        raise ValueError("--json is for --plan; try it without")
     if args.plan or args.simulate_world:
         args.dtype = "bf16" if args.gpu != "cpu" and args.dtype == "auto" else args.dtype
         shape = resolve(args, device)
@@ -2007,8 +1998,7 @@ def run_rank(args, device: str, world: World) -> None:
     say(f"{args.size}: {config.n_params:,} parameters, {run['steps']} steps of {batches.rows} x "
         f"{args.seq_len} tokens, {args.dtype}, on {device}")
     if world.size > 1:
-        layout = engine.layout
-        passes = engine.passes(torch.empty(batches.rows, 1))
+        passes = layout.passes(batches.rows, args.micro_batch)
         say(f"{world.size} processes: {layout.replicas} replicas of the state x {layout.shards} "
             f"shards x pp {layout.pp} x tp {layout.tp}; gradients of {passes} micro-batches of "
             f"{args.micro_batch} add up on each")
