@@ -2951,8 +2951,7 @@ class TestArrange:
         ("--pp 4", 4, 4, {"pp": 4}), ("--tp 4", 32, 8, {"tp": 4, "shards": 8}),
         ("--dp hybrid", 8, 4, {"replicas": 2, "shards": 4}),  # the state within a machine
         ("--dp hybrid --tp 2", 8, 4, {"replicas": 2, "shards": 2, "tp": 2}),
-        ("--dp hybrid", 6, 4, {"replicas": 3, "shards": 2}),
-        ("--dp hybrid --tp 4", 8, 2, {"replicas": 2, "tp": 4})])
+        ("--dp hybrid", 6, 4, {"replicas": 3, "shards": 2})])
     def test_possible(self, options, size, near, layout):
         assert self.arrange(options, size, near) == train.Layout(**layout)
 
@@ -2968,6 +2967,7 @@ class TestArrange:
         ("--tp 2 --pp 4", 4, {}, "4 processes .* --tp 2 x --pp 4; try .* is one of 1, 2, 4"),
         ("", 9, {}, "9 data-parallel ranks .* 8 sequences of a step; try at most 8 processes, or"),
         ("--tp 2 --dp ddp", 18, {}, "9 data-parallel .*; try at most 16 processes, or a larger"),
+        ("--dp hybrid --tp 4", 8, {}, "--dp hybrid .* 4 processes .* takes 4; try --dp fsdp"),
         ("--dp none --tp 2", 4, {}, "--dp none .* 2 x 2 .*--dp ddp or --dp fsdp, or 2 processes")])
     def test_impossible(self, options, size, change, message):
         with pytest.raises(ValueError, match=message) as error:
@@ -3167,20 +3167,20 @@ class TestPlan:
         config, wire = SIZES["7b"][0], partial(train.wire_bytes, SIZES["7b"][0], 4, 2048,
                                                 torch.bfloat16)
         P, root, x = config.n_params, (2 * 32000 + 1) * 4096, 4 * 2048 * 4096 * 2
-        nothing = {"data": 0, "tensor": 0, "pipeline": 0}
+        nothing = {"replicas": 0, "shards": 0, "pp": 0, "tp": 0}
         assert wire("manual", train.Layout(), 3, 0) == nothing
         ddp = wire("manual", train.Layout(8), 3, 0)  # one all-reduce, in fp32
-        assert ddp == {**nothing, "data": 2 * 4 * P * 7 // 8}
-        fsdp = wire("manual", train.Layout(1, 8), 3, 0)["data"]
+        assert ddp == {**nothing, "replicas": 2 * 4 * P * 7 // 8}
+        fsdp = wire("manual", train.Layout(1, 8), 3, 0)["shards"]
         assert fsdp == 3 * (2 * P + 2 * (P - root) + 4 * P) * 7 // 8
-        hybrid = wire("manual", train.Layout(2, 8), 3, 0)["data"]
-        assert hybrid == fsdp + 2 * 4 * P // 8 // 2
-        once = wire("manual", train.Layout(1, 8, pp=2), 3, 1)["data"]
+        hybrid = wire("manual", train.Layout(2, 8), 3, 0)
+        assert hybrid == {**nothing, "shards": fsdp, "replicas": 2 * 4 * P // 8 // 2}
+        once = wire("manual", train.Layout(1, 8, pp=2), 3, 1)["shards"]
         assert once == 6 * train.rank_params(config, train.Layout(pp=2), 1) * 7 // 8
         for backward, exchanges in (("manual", 10), ("autograd", 8), ("recompute", 12)):
             tensor = wire(backward, train.Layout(tp=8), 3, 0)
-            assert tensor == {**nothing, "tensor": 3 * (32 * exchanges + 4) * x * 7 // 8}
-        crossings = [wire("manual", train.Layout(tp=2, pp=4, interleave=2), 8, place)["pipeline"]
+            assert tensor == {**nothing, "tp": 3 * (32 * exchanges + 4) * x * 7 // 8}
+        crossings = [wire("manual", train.Layout(tp=2, pp=4, interleave=2), 8, place)["pp"]
                      for place in range(4)]
         assert crossings == [8 * n * x // 2 for n in (3, 4, 4, 3)]
 
@@ -4403,6 +4403,15 @@ def two_ranks(tmp_path_factory, whole_run, text):
             go(world, "ddp", "--dp", "ddp", "--spike")
             Path(f"read-{rank}").write_text(repr(read))
             go(world, "none", "--bench", "2")
+            engine = train.Engine(train.LlamaConfig(32, 2, 2, 2, 64, 50, 16),
+                                  train.Layout(replicas=2), "cpu", 1)
+            batch = torch.arange(34).view(2, 17)
+            with torch.no_grad():
+                engine.loss(batch)  # and leaves gathered weights
+                for p in engine.parameters.values():
+                    p.to_local().mul_(3)
+            engine.forget_gathered()
+            Path(f"set-{rank}").write_text(repr([engine.loss(batch) for _ in range(2)]))
             train.time = type("", (), vars(time))
             if rank == 1:  # whose clock is three times as fast
                 train.time.perf_counter = lambda: 3 * time.perf_counter()
@@ -4593,6 +4602,11 @@ class TestTraining:
             with pytest.raises(ValueError, match="jumped 5 times before a state after step 18"):
                 train.main([*options, "--spike"])
         assert [row["step"] for row in log_of(out) if "event" in row] == [18] * 5
+
+    def test_weights_that_were_set_are_used_at_once(self, two_ranks):
+        for rank in range(2):
+            first, second = json.loads((two_ranks[2] / f"set-{rank}").read_text())
+            assert first == second
 
     def test_not_a_number_on_one_rank(self, two_ranks):
         rows = log_of(two_ranks[2] / "fsdp")

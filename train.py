@@ -1332,7 +1332,7 @@ def supervise(n: int, command: list[str], states: Path) -> int:
     """Runs the command as n ranks on this machine (Linux, macOS) and stays: the exit status. A rank
     that dies takes all with it, and they start again from the newest state; dying twice without a
     new one is the end. A user's mistake, and a stop that was asked for, are not tried again."""
-    stops, reached, began, run = [], None, time.time(), states.with_name("run.json")
+    stops, reached, began, run = [], None, time.time(), states.parent / "run.json"
     for number in STOPS:
         signal.signal(number, lambda number, frame: stops.append(number))
     for start in itertools.count():
