@@ -2955,6 +2955,10 @@ class TestArrange:
     def test_possible(self, options, size, near, layout):
         assert self.arrange(options, size, near) == train.Layout(**layout)
 
+    def test_hybrid_wants_ranks_of_one_machine(self):
+        with pytest.raises(ValueError, match="over the 2 processes .* takes 4; try --dp fsdp"):
+            self.arrange("--dp hybrid --tp 4", 8, 2)
+
     @pytest.mark.parametrize("options, size, change, message", [
         ("--tp 3", 3, {}, "--tp 3 does not divide n_kv_heads=4; try --tp with one of 1, 2, 4"),
         ("--tp 4", 4, {"hidden_dim": 38}, "--tp 4 .* hidden_dim=38; try --tp with one of 1, 2$"),
@@ -2967,7 +2971,6 @@ class TestArrange:
         ("--tp 2 --pp 4", 4, {}, "4 processes .* --tp 2 x --pp 4; try .* is one of 1, 2, 4"),
         ("", 9, {}, "9 data-parallel ranks .* 8 sequences of a step; try at most 8 processes, or"),
         ("--tp 2 --dp ddp", 18, {}, "9 data-parallel .*; try at most 16 processes, or a larger"),
-        ("--dp hybrid --tp 4", 8, {}, "--dp hybrid .* 4 processes .* takes 4; try --dp fsdp"),
         ("--dp none --tp 2", 4, {}, "--dp none .* 2 x 2 .*--dp ddp or --dp fsdp, or 2 processes")])
     def test_impossible(self, options, size, change, message):
         with pytest.raises(ValueError, match=message) as error:
