@@ -2724,7 +2724,7 @@ def as_rank(layout, config, bos_id, steps, options):
     with torch.no_grad():
         found["nll"], = engine.add_up(engine.loss(held_out_batch()))
     return found | {"place": engine.pp_rank, "rows": len(engine.rows(step_batch(0))),
-                    "micro_batches": engine.passes(step_batch(0))}
+                    "micro_batches": engine.layout.passes(len(step_batch(0)), engine.micro_batch)}
 
 
 @functools.cache
@@ -3021,7 +3021,8 @@ class TestCost:
             assert again["activations"] == inputs + found["activations"] // 2
 
     @pytest.mark.parametrize("there, options, advice", [
-        (25e9, ["--size", "7b"], "7b needs about 115 GB .*has 25 GB free for it; try --size llama3.2-1b"),
+        (25e9, ["--size", "7b"],
+         "7b needs about 115 GB .*has 25 GB free for it; try --size llama3.2-1b"),
         (25e9, ["--size", "llama3.1-405b"], "405b needs about .*; try --size"),
         (2e8, ["--set", "max_seq_len=65536", "--batch-tokens", "65536"], "try .*--seq-len 32768")])
     def test_what_does_not_fit_is_said_at_once(self, there, options, advice, monkeypatch):
@@ -3094,7 +3095,8 @@ class TestPlan:
 
     @pytest.mark.parametrize("fixed", [[], ["--tp", 8, "--pp", 16, "--dp", "fsdp"]])
     def test_405b_as_it_was_trained(self, fixed, capsys):
-        found = planned(capsys, "--size", "llama3.1-405b", "--gpus", 16384, "--seq-len", 8192, *fixed)
+        found = planned(capsys, "--size", "llama3.1-405b", "--gpus", 16384, "--seq-len", 8192,
+                        *fixed)
         assert {"replicas": 1, "shards": 128, "tp": 8, "pp": 16}.items() <= found["layout"].items()
         assert sum(found["memory"]["manual"].values()) < 72e9
         assert found["bubble"] == 15 / 16 / found["interleave"]
@@ -3198,7 +3200,8 @@ class TestPlan:
         (["--size", "stories110m"], {"replicas": 8, "shards": 1}),  # the simplest that is as fast
         (["--size", "7b"], {"replicas": 1, "shards": 8}),
         (["--size", "7b", "--dp", "ddp"], {"shards": 1}),
-        (["--size", "7b", "--tp", "2", "--gpus", "16", "--dp", "hybrid"], {"replicas": 2, "shards": 4}),
+        (["--size", "7b", "--tp", "2", "--gpus", "16", "--dp", "hybrid"],
+         {"replicas": 2, "shards": 4}),
         (["--size", "7b", "--pp", "4", "--interleave", "4"], {"pp": 4, "interleave": 4})])
     def test_search(self, options, layout, capsys):
         found = planned(capsys, *options)
@@ -3322,7 +3325,8 @@ class TestTrace:
                 train_step(engine, optimizer, torch.randint(16000, (16, 257)), 1e-4, 1.0)
             real = 1024 * (kb("VmHWM") - start)
             print(real, peak_bytes(config, layout, 8, 2, 256, **options))"""
-        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True,
+                              text=True)
         real, planned = map(int, done.stdout.split())
         assert real == pytest.approx(planned, rel=0.1)
 
