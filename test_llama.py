@@ -3093,6 +3093,15 @@ class TestPlan:
         assert found["gpu_hours"] == pytest.approx(1022362, rel=0.005)
         assert found["tco2eq"] == pytest.approx(173, rel=0.005)
 
+    def test_the_peak_of_many_layers_from_few(self):
+        """What is traced with few layers and drawn out is what all of them need, traced."""
+        config, options = replace(SIZES["65b"][0], n_layers=10), {"dtype": torch.bfloat16}
+        for layout in (train.Layout(shards=64), train.Layout(pp=2, shards=4)):
+            whole = train.simulate(config, layout, 0, 1, 2 * layout.size, 512,
+                                   Recipe(1.0, 1, 1, eps=1.0), **options)["peak"]
+            drawn_out = train.peak_bytes(config, layout, 1, 2 * layout.pp, 512, **options)
+            assert drawn_out - train.KERNELS == pytest.approx(whole, rel=0.02)
+
     @pytest.mark.parametrize("fixed", [[], ["--tp", 8, "--pp", 16, "--dp", "fsdp"]])
     def test_405b_as_it_was_trained(self, fixed, capsys):
         found = planned(capsys, "--size", "llama3.1-405b", "--gpus", 16384, "--seq-len", 8192,

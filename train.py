@@ -987,12 +987,13 @@ def simulate(config: LlamaConfig, layout: Layout, rank: int, micro_batch: int, r
 
 def peak_bytes(config: LlamaConfig, layout: Layout, micro_batch: int, passes: int, seq_len: int,
                place: int = 0, **options) -> int:
-    """The most that the rank at that place of the pipeline holds in a step: traced with two and
-    with three layers (a pipeline: one and two in each stage); further ones add as much as the last.
+    """The most that the rank at that place of the pipeline holds in a step: traced with three and
+    with four layers, all that FSDP gathers at a time (a pipeline gathers all: one and two in each
+    stage); further ones add as much as the last.
     A CPU adds KERNELS, if malloc gives back what is freed; else its gaps, up to a third more."""
     stages, recipe = layout.pp * layout.interleave, Recipe(1.0, 1, 1, eps=1.0)
     rows = min(passes, 2 * layout.pp) * micro_batch * layout.dp  # more add nothing
-    few = 2 if layout.pp == 1 else 1
+    few = 3 if layout.pp == 1 else 1
     low, high = (simulate(replace(config, n_layers=n * stages), layout, place * layout.tp,
                           micro_batch, rows, seq_len, recipe, **options)["peak"]
                  for n in (few, few + 1))
