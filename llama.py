@@ -494,9 +494,9 @@ class Alone:
 
 
 class TensorParallel(Alone):
-    """t ranks share each layer: columns of Wq, Wk, Wv, W1, W3 (heads, hidden units), rows of Wo,
-    W2. What those put out is a sum over ranks. Korthikanti's four exchanges, each the other's
-    backward:
+    """t ranks share each layer: rows of Wq, Wk, Wv, W1, W3 (heads, hidden units), columns of Wo and
+    W2, W being (out, in). What Wo and W2 put out is a sum over ranks. Korthikanti's exchanges, each
+    pair the other's backward:
 
                forward                  backward                between
         f      identity                 all-reduce              tensor parallelism alone
@@ -505,8 +505,10 @@ class TensorParallel(Alone):
         g_bar  reduce-scatter           all-gather of tokens
 
     An all-reduce is a reduce-scatter and an all-gather. So with g and g_bar in place of f and f_bar
-    no more bytes travel, and norms, residual stream and what is saved of them are split too: the
-    B T tokens, laid end to end, into t stretches of N/t. f_bar is left in the loss, over V.
+    no more bytes travel (but for the inputs of products, which LayerByHand gathers again instead of
+    saving them whole), and norms, residual stream and what is saved of them are split too: the
+    B T tokens, laid end to end, into t stretches of N/t. What f does for the weights of norms, of
+    which each rank saw its own tokens alone, is done once a step (train.py, Engine.complete).
 
     gather (N/t, ...) -> (N/T, T, ...) and scatter_sum (B, T, ...) -> (N/t, ...) begin at once
     and return a function that waits for the result: the backward multiplies meanwhile.
@@ -972,8 +974,8 @@ def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor, wanted=(False, Fa
     With tensor parallelism h is (N/t, D) and W this rank's (V/t, D): of each token ranks tell each
     other the logsumexp of their part of z and z_target, 0 where another has it.
     """
-    w, rows, h = weight.to(h.dtype), rows_at_once(*weight.shape), tp.gather(h, 1)().view(
-        -1, h.shape[-1])
+    w, rows = weight.to(h.dtype), rows_at_once(*weight.shape)
+    h = tp.gather(h, 1)().view(-1, h.shape[-1])
     asked, targets = (targets >= 0)[:, None], targets - tp.rank * len(w)
     nll = torch.empty(len(h), dtype=fp32(h[:0]).dtype, device=h.device)
     dh = torch.empty_like(h) if wanted[0] else None
