@@ -3,7 +3,6 @@ import ctypes
 import json
 import math
 import mmap
-import pickle
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from llama import SIZES, Llama, LlamaConfig, rope_frequencies, rope_table
 from tokenizer import one_line_errors, read_json, write_aside, write_json
 
 # ---------------------------------------------------------------------------------------------
-# Files that hold weights: Meta's folders, transformers', GGUF, llama2.c's
+# Files that hold weights
 
 
 class Weight(NamedTuple):
@@ -44,11 +43,10 @@ class Weight(NamedTuple):
     def drop_pages(self) -> None:
         """Takes the file's pages out of this process's memory; their next use reads them again."""
         for part in self.parts:
-            start = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-            length = part.data_ptr() + part.nbytes - start
+            before = part.data_ptr() % mmap.PAGESIZE
             if hasattr(mmap, "MADV_DONTNEED"):  # Linux and macOS
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length),
-                                          mmap.MADV_DONTNEED)
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(part.data_ptr() - before),
+                                          ctypes.c_size_t(part.nbytes + before), mmap.MADV_DONTNEED)
 
     def permuted_for_rope(self, n: int, m: int) -> "Weight":
         """wq or wk with the rows of each head, (n, m), transposed to (m, n). Meta's heads hold the
@@ -59,20 +57,37 @@ class Weight(NamedTuple):
         return self._replace(decode=decode)
 
 
-def tensor_at(data: mmap.mmap, name: str, dtype: torch.dtype, shape: tuple[int, ...], start: int
-              ) -> Tensor:
-    """The tensor at a byte of a mapped file; ValueError if it does not lie in it."""
-    if len(shape) not in (1, 2):
-        raise ValueError(f"{name:.99} has {len(shape)} axes, not 1 or 2; try a plain Llama")
-    count = math.prod(shape)
-    if count == 0:
-        raise ValueError(f"{name:.99} is empty; try to gather all ranks' parts before saving")
-    if not 0 <= start <= start + count * dtype.itemsize <= len(data):
-        raise ValueError(f"{name:.99} lies beyond the end of the file: cut short; try to fetch it "
-                         "again")
-    if start % dtype.itemsize:
-        raise ValueError(f"{name:.99} is not aligned; try to save it with a newer safetensors")
-    return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(shape)
+Checkpoint = tuple[LlamaConfig, dict[str, Weight]]  # weights by Meta's names
+DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
+NAMES = {  # Meta's: (transformers', GGUF's), in the order of llama2.c's version 0
+    "tok_embeddings": ("model.embed_tokens", "token_embd"),
+    "layers.{}.attention_norm": ("model.layers.{}.input_layernorm", "blk.{}.attn_norm"),
+    "layers.{}.attention.wq": ("model.layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
+    "layers.{}.attention.wk": ("model.layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
+    "layers.{}.attention.wv": ("model.layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
+    "layers.{}.attention.wo": ("model.layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
+    "layers.{}.ffn_norm": ("model.layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
+    "layers.{}.feed_forward.w1": ("model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
+    "layers.{}.feed_forward.w2": ("model.layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
+    "layers.{}.feed_forward.w3": ("model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
+    "norm": ("model.norm", "output_norm"), "output": ("lm_head", "output")}
+PERMUTED = ("wq.weight", "wk.weight")  # their rows have another order in transformers
+IGNORED = ("rope.freqs", "rotary_emb.inv_freq", "rope_freqs.weight", "cos", "sin")  # computed here
+
+
+def meta_names(config: LlamaConfig, column: int) -> dict[str, str]:
+    """{name in a column of NAMES: Meta's name} of every weight, each kind over all layers."""
+    names = {}
+    for ours, theirs in NAMES.items():
+        for i in range(config.n_layers):
+            names[f"{theirs[column].format(i)}.weight"] = f"{ours.format(i)}.weight"
+    return names
+
+
+def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight by its name, in the order of the model."""
+    with torch.device("meta"):  # takes no memory
+        return {name: tuple(w.shape) for name, w in Llama(config).named_parameters()}
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -81,13 +96,14 @@ def map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
-def first_bytes(path: Path) -> bytes:
-    """What tells formats apart; ValueError for a file that only stands in for another."""
-    with open(path, "rb") as file:
-        head = file.read(9)
-    if head == b"version h":  # ttps://git-lfs.github.com
-        raise ValueError(f"{path.name} is a git-lfs pointer, not the file; try git lfs pull")
-    return head
+def tensor_at(data: mmap.mmap, name: str, dtype: torch.dtype, shape, start: int) -> Tensor:
+    """The tensor at a byte of a mapped file; ValueError if it does not lie in it."""
+    count = math.prod(shape[:3])
+    if len(shape) > 2 or count == 0:
+        raise ValueError(f"{name:.99} is empty or has over 2 axes; try a Llama saved in one piece")
+    if not start <= start + count * dtype.itemsize <= len(data):
+        raise ValueError(f"{name:.99} lies beyond the file's end: cut short; try to fetch it again")
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(shape)
 
 
 def add_once(table: dict, name: str, value) -> None:
@@ -105,68 +121,23 @@ def refuse_unless(values: dict, accepted: dict[str, tuple]) -> None:
                              f"{allowed[-1]!r}; try a plain Llama")
 
 
-def empty(config: LlamaConfig) -> Llama:
-    """The model without values, which takes no memory."""
-    with torch.device("meta"):
-        return Llama(config)
-
-
-def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight by its name, in the order of the model."""
-    return {name: tuple(w.shape) for name, w in empty(config).named_parameters()}
-
-
-NAMES = {  # Meta's: (transformers', GGUF's), in the order of llama2.c's version 0
-    "tok_embeddings": ("model.embed_tokens", "token_embd"),
-    "layers.{}.attention_norm": ("model.layers.{}.input_layernorm", "blk.{}.attn_norm"),
-    "layers.{}.attention.wq": ("model.layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
-    "layers.{}.attention.wk": ("model.layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
-    "layers.{}.attention.wv": ("model.layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
-    "layers.{}.attention.wo": ("model.layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
-    "layers.{}.ffn_norm": ("model.layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
-    "layers.{}.feed_forward.w1": ("model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
-    "layers.{}.feed_forward.w2": ("model.layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
-    "layers.{}.feed_forward.w3": ("model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
-    "norm": ("model.norm", "output_norm"),
-    "output": ("lm_head", "output")}
-PERMUTED = ("wq.weight", "wk.weight")  # their rows have another order in transformers
-
-
-def their_names(config: LlamaConfig, column: int) -> dict[str, str]:
-    """{Meta's name: the name in a column of NAMES} of every weight, each kind over all layers."""
-    names = {}
-    for ours, theirs in NAMES.items():
-        for i in range(config.n_layers):
-            names[f"{ours.format(i)}.weight"] = f"{theirs[column].format(i)}.weight"
-    return names
-
-
-def renamed(config: LlamaConfig, weights: dict[str, Weight], column: int) -> dict[str, Weight]:
-    """Weights by Meta's names, from the names in a column of NAMES."""
-    ours = {theirs: name for name, theirs in their_names(config, column).items()}
-    return {ours.get(name, f"unknown {name}"): weight for name, weight in weights.items()}
-
-
 def read_pickle(path: Path) -> dict:
     """The dictionary in a file of torch.save, its tensors mapped; nothing in it is executed."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path.name} holds more than tensors, which could run code, and was not "
-                         "opened; try a file of weights alone") from None
     except Exception as error:  # a damaged pickle raises anything
-        raise ValueError(f"{path.name}: {error!r:.99}") from None
+        raise ValueError(f"{path.name} is damaged, or holds more than tensors, which could run "
+                         f"code ({error!r:.99}); try a file of weights alone") from None
 
 
-def weights_of(table: dict) -> dict[str, Weight]:
+def weights_of(table: dict[str, Tensor]) -> dict[str, Weight]:
     """The weights in a table of mapped tensors; ValueError for any other entry."""
     weights = {}
     for name, w in table.items():
-        name = str(name).removeprefix("_orig_mod.").removeprefix("module.")  # torch.compile, DDP
-        if not isinstance(w, Tensor) or w.dtype not in SAFE_TYPES.values():
-            raise ValueError(f"{name:.99} is no weight of type {', '.join(SAFE_TYPES)}")
-        if w.layout is not torch.strided or w.device.type != "cpu" or not w.is_contiguous():
-            raise ValueError(f"{name:.99} is not contiguous; try to save weight.contiguous()")
+        if not (w.dtype in DTYPES.values() and w.layout is torch.strided
+                and w.device.type == "cpu" and w.is_contiguous()):
+            raise ValueError(f"{name:.99} is of {w.dtype}, or not contiguous; try to save floats")
+        name = name.removeprefix("_orig_mod.").removeprefix("module.")  # torch.compile's, DDP's
         add_once(weights, name, Weight.of(w.detach()))
     return weights
 
@@ -183,25 +154,19 @@ def write_params(config: LlamaConfig) -> dict:
 
 
 def read_params(params: dict, weights: dict[str, Weight]) -> LlamaConfig:
-    """The config of a Meta folder from its params.json and its weights, of which an output that is
-    equal to the embedding is taken out.
-
-    F = the next multiple of multiple_of from int(ffn_dim_multiplier * int(8 D / 3)); 7B: D = 4096
-    and 256 give int(10922.7) -> 11008. What params.json does not say (context, factor of the
-    frequencies) is that of the size in SIZES that has this shape.
-    """
+    """The config from Meta's params.json and the weights, of which an output that is equal to the
+    embedding is taken out. F = the next multiple of multiple_of from int(ffn_dim_multiplier *
+    int(8 D / 3)); 7B: D = 4096 and multiple_of = 256 give 10922 -> 11008. What params.json does not
+    say (context, factor of the frequencies) is that of the size in SIZES with this shape."""
     values = {"n_kv_heads": params["n_heads"], "max_seq_len": 2048, "ffn_dim_multiplier": 1}
     values |= {name: value for name, value in params.items() if value is not None}
-    hidden, multiple_of = int(8 * values["dim"] / 3), values.pop("multiple_of")
-    hidden = int(values.pop("ffn_dim_multiplier") * hidden)
+    hidden = int(values.pop("ffn_dim_multiplier") * int(8 * values["dim"] / 3))
+    multiple_of = values.pop("multiple_of")
     values.setdefault("hidden_dim", -(-hidden // multiple_of) * multiple_of)
     embedding, output = weights["tok_embeddings.weight"], weights.get("output.weight")
-    if values.get("vocab_size", -1) == -1:
-        values["vocab_size"] = embedding.shape[0]
-    values["tie_embeddings"] = output is None
-    if output and output.shape == embedding.shape:
-        values["tie_embeddings"] = torch.equal(output.read(), embedding.read(dtype=output.dtype))
-        output.drop_pages()
+    values["vocab_size"] = embedding.shape[0]  # params.json of LLaMA 1 and 2 says -1
+    values["tie_embeddings"] = output is None or output.shape == embedding.shape and torch.equal(
+        output.read(), embedding.read(dtype=output.dtype))
     if values["tie_embeddings"]:
         weights.pop("output.weight", None)
     scaled, factor = values.pop("use_scaled_rope", False), values.pop("rope_scaling_factor", None)
@@ -218,7 +183,7 @@ def read_params(params: dict, weights: dict[str, Weight]) -> LlamaConfig:
     return config
 
 
-def merged(name: str, parts: list[Tensor], params: dict) -> Weight:
+def merged(name: str, parts: tuple[Tensor, ...], params: dict) -> Weight:
     """One weight of its parts in all shards: rows below each other, but columns side by side for
     wo, w2 and the embedding of LLaMA 1 and 2. Norms are equal in all shards, and so are the wk and
     wv of neighbours where there are more shards than key/value heads."""
@@ -231,29 +196,25 @@ def merged(name: str, parts: list[Tensor], params: dict) -> Weight:
         raise ValueError(f"the shards hold {name} in different shapes")
     axis = int(kind in ("wo", "w2") or kind == "tok_embeddings" and shape[1] < params["dim"])
     shape[axis] *= len(parts)
-    return Weight(tuple(shape), parts[0].dtype, tuple(parts), lambda *parts: torch.cat(parts, axis))
+    return Weight(tuple(shape), parts[0].dtype, parts, lambda *parts: torch.cat(parts, axis))
 
 
-def read_meta(folder: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
+def read_meta(folder: Path) -> Checkpoint:
     """Meta's folder (LLaMA 1, 2, 3 and our own runs), any number of shards."""
     params, shards, weights = read_json((folder / "params.json").read_bytes()), [], {}
     while (file := folder / f"consolidated.{len(shards):02}.pth").is_file():
         shards.append(weights_of(read_pickle(file)))
-    wanted = len(list(folder.glob("consolidated.[0-9][0-9].pth"))) or 1
+    wanted = 1
     if shards:  # the columns of wo are split over all shards that there were
         width = params["n_heads"] * params.get("head_size", params["dim"] // params["n_heads"])
-        wanted = max(wanted, width // shards[0]["layers.0.attention.wo.weight"].shape[1])
+        wanted = width // shards[0]["layers.0.attention.wo.weight"].shape[1]
     if len(shards) < wanted:
         raise ValueError(f"{file.name} is missing; try to fetch it")
     for name in list(shards[0]):
-        weights[name] = merged(name, [shard.pop(name).parts[0] for shard in shards], params)
+        weights[name] = merged(name, tuple(shard.pop(name).parts[0] for shard in shards), params)
     if any(shards):
         raise ValueError("the shards hold different tensors")
     return read_params(params, weights), weights
-
-
-SAFE_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-              "BF16": torch.bfloat16}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -261,17 +222,17 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     {name: {"dtype", "shape", "data_offsets": [begin, end]}}, and the bytes that it describes."""
     data, tensors, last = map_file(path), {}, 0
     size, = struct.unpack_from("<Q", data)
-    if size > min(len(data) - 8, 10**8):  # its own library's limit, too
-        raise ValueError(f"the header of {path.name} lies beyond the end of the file: cut short")
+    if size > min(len(data) - 8, 10**8):  # the limit of its own library
+        raise ValueError(f"the header of {path.name} lies beyond the file's end: cut short")
     header = read_json(data[8:8 + size])
     header.pop("__metadata__", None)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if dtype not in SAFE_TYPES:
-            raise ValueError(f"{name} is of type {dtype}; try one of {', '.join(SAFE_TYPES)}")
+        if dtype not in DTYPES:
+            raise ValueError(f"{name} is of type {dtype}; try one of {', '.join(DTYPES)}")
         if begin < last or not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
             raise ValueError(f"{name:.99} overlaps another tensor, or its shape is no shape")
-        tensors[name] = tensor_at(data, name, SAFE_TYPES[dtype], shape, 8 + size + begin)
+        tensors[name] = tensor_at(data, name, DTYPES[dtype], shape, 8 + size + begin)
         if end - begin != tensors[name].nbytes:
             raise ValueError(f"{name:.99} has not the size of its shape")
         last = end
@@ -316,33 +277,33 @@ def hf_files(folder: Path) -> list[Path]:
         if index.is_file():
             names = read_json(index.read_bytes())["weight_map"].values()
             return sorted({folder / Path(name).name for name in names})
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError("it is an adapter, not a model; try the model that it was trained on")
     return []
 
 
-def read_hf(folder: Path, files: list[Path]) -> tuple[LlamaConfig, dict[str, Weight]]:
-    """A model of transformers, in its folder's config.json and these files."""
-    if not files:
-        raise ValueError("there is no checkpoint; try a folder of Meta's or transformers', a GGUF "
-                         "file or llama2.c's .bin")
+def read_hf(folder: Path, file: Path | None = None) -> Checkpoint:
+    """A folder of transformers, or one file of it, which may be part of a model."""
     config, table = read_hf_config(read_json((folder / "config.json").read_bytes())), {}
+    files = hf_files(folder)
+    if file and file not in files:
+        files = [file]
     for path in files:
-        read = read_pickle if first_bytes(path)[:2] == b"PK" else read_safetensors
+        read = read_pickle if map_file(path)[:2] == b"PK" else read_safetensors
         for name, tensor in read(path).items():
             add_once(table, name, tensor)
     if config.tie_embeddings:
         table.pop("lm_head.weight", None)  # transformers does not look at it either
-    weights = renamed(config, weights_of(table), 0)
-    for name in weights:
+    weights, ours = {}, meta_names(config, 0)
+    for name, weight in weights_of(table).items():
+        name = ours.get(name, f"unknown {name}")
         if name.endswith(PERMUTED):
-            weights[name] = weights[name].permuted_for_rope(2, config.head_dim // 2)
+            weight = weight.permuted_for_rope(2, config.head_dim // 2)
+        weights[name] = weight
     return config, weights
 
 
-GGUF_NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # struct's codes
-GGUF_FLOAT, GGUF_TEXT, GGUF_ARRAY = 6, 8, 9
-GGUF_TYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+GGUF_TEXT, GGUF_ARRAY = 8, 9  # types of values
+GGUF_NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # types: struct's codes
+GGUF_DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 GGUF_FIELDS = {"embedding_length": "dim", "block_count": "n_layers",
                "attention.head_count": "n_heads", "attention.head_count_kv": "n_kv_heads",
                "feed_forward_length": "hidden_dim", "context_length": "max_seq_len",
@@ -354,7 +315,7 @@ def take(data: mmap.mmap, form: str) -> tuple:
     """The next values of a header, by struct's codes; ValueError beyond the end of the file."""
     size = struct.calcsize("<" + form)
     if size > len(data) - data.tell():
-        raise ValueError("the header lies beyond the end of the file: cut short")
+        raise ValueError("the header lies beyond the file's end: cut short; try to fetch it again")
     return struct.unpack("<" + form, data.read(size))
 
 
@@ -368,7 +329,7 @@ def take_value(data: mmap.mmap, kind: int):
             return list(take(data, f"{n}{GGUF_NUMBERS[kind]}"))
         return [take_value(data, kind) for _ in range(n)]
     number, = take(data, GGUF_NUMBERS[kind])
-    return float(str(np.float32(number))) if kind == GGUF_FLOAT else number  # 1e-5, not 9.99e-6
+    return float(str(np.float32(number))) if kind == 6 else number  # fp32's 1e-5, not 9.99e-6
 
 
 def read_gguf_header(data: mmap.mmap) -> tuple[dict, dict[str, tuple]]:
@@ -391,11 +352,15 @@ def read_gguf_header(data: mmap.mmap) -> tuple[dict, dict[str, tuple]]:
 def gguf_fields(path: Path) -> dict | None:
     """What a GGUF file says by key, its vocabulary too; None for any other file."""
     with one_line_errors(path):
-        return read_gguf_header(map_file(path))[0] if first_bytes(path)[:4] == b"GGUF" else None
+        data = map_file(path)
+        return read_gguf_header(data)[0] if data[:4] == b"GGUF" else None
 
 
-def quantised(data: mmap.mmap, name: str, shape: tuple[int, ...], kind: int, start: int) -> Weight:
-    """A tensor in blocks of one of ggml's types, which the package gguf decodes to fp32."""
+def gguf_weight(data: mmap.mmap, name: str, shape, kind: int, start: int) -> Weight:
+    """A tensor of one of ggml's types: F32, F16 and BF16 are mapped, the others are in blocks that
+    the package gguf decodes to fp32."""
+    if kind in GGUF_DTYPES:
+        return Weight.of(tensor_at(data, name, GGUF_DTYPES[kind], shape, start))
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
         kind = GGMLQuantizationType(kind)
@@ -404,36 +369,23 @@ def quantised(data: mmap.mmap, name: str, shape: tuple[int, ...], kind: int, sta
     except (ImportError, ValueError, NotImplementedError):
         raise ValueError(f"tensors of ggml's type {int(kind)} need the package gguf, if it knows "
                          "them; try pip install -U gguf") from None
-    if not shape or shape[-1] % block:
+    if shape[-1] % block:
         raise ValueError(f"{name:.99} has no whole blocks of {kind.name}")
     raw = tensor_at(data, name, torch.uint8, (*shape[:-1], shape[-1] // block * size), start)
     return Weight(shape, torch.float32, (raw,),
                   lambda raw: torch.from_numpy(quants.dequantize(raw.numpy(), kind)))
 
 
-def scaled_frequencies(config: LlamaConfig, divisors: Tensor) -> LlamaConfig:
-    """The config with Llama 3.1's factor, from the numbers by which a GGUF divides frequencies."""
-    scaled = replace(config, rope_scaling=float(divisors.max()))
-    wanted = rope_frequencies(config) / rope_frequencies(scaled)
-    if wanted.shape != divisors.shape or not torch.allclose(wanted, divisors, rtol=1e-3):
-        raise ValueError("rope_freqs.weight is not Llama 3.1's scaling; try a Llama of Meta's")
-    return scaled
-
-
-def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
-    """GGUF, of llama.cpp, whose wq and wk have Meta's order: F32, F16 and BF16 are mapped, other
-    types decoded."""
-    data, weights = map_file(path), {}
+def read_gguf(path: Path) -> Checkpoint:
+    """GGUF, of llama.cpp, whose wq and wk have Meta's order. Llama 3.1's frequencies are in it as
+    the numbers by which they are divided."""
+    data = map_file(path)
     keys, tensors = read_gguf_header(data)
     refuse_unless(keys, {"general.architecture": ("llama",), "split.count": (None, 0, 1)})
     alignment = keys.get("general.alignment", 32)
     end = -(-data.tell() // alignment) * alignment
-    for name, (shape, kind, offset) in tensors.items():
-        if kind in GGUF_TYPES:
-            x = tensor_at(data, name, GGUF_TYPES[kind], shape, end + offset)
-            weights[name] = Weight.of(x)
-        else:
-            weights[name] = quantised(data, name, shape, kind, end + offset)
+    weights = {name: gguf_weight(data, name, shape, kind, end + offset)
+               for name, (shape, kind, offset) in tensors.items()}
     keys = {name[6:]: value for name, value in keys.items() if name.startswith("llama.")}
     values = {"n_kv_heads": keys["attention.head_count"],
               "vocab_size": weights["token_embd.weight"].shape[0],
@@ -446,13 +398,19 @@ def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
              "tensor_data_layout": "Meta AI original pth"}
     refuse_unless(keys, {name: (0, 1, plain.get(name)) for name in keys})
     if "rope_freqs.weight" in weights:
-        config = scaled_frequencies(config, weights["rope_freqs.weight"].read(dtype=torch.float32))
-    return config, renamed(config, weights, 1)
+        divisors = weights["rope_freqs.weight"].read(dtype=torch.float32)
+        scaled = replace(config, rope_scaling=float(divisors.max()))
+        wanted = rope_frequencies(config) / rope_frequencies(scaled)
+        if wanted.shape != divisors.shape or not torch.allclose(wanted, divisors, rtol=1e-3):
+            raise ValueError("rope_freqs.weight is not Llama 3.1's scaling; try a Llama of Meta's")
+        config = scaled
+    ours = meta_names(config, 1)
+    return config, {ours.get(name, f"unknown {name}"): w for name, w in weights.items()}
 
 
 def llama2c_order(config: LlamaConfig, version: int) -> list[str]:
     """The tensors in the order of the file, each kind over all layers; 1 and 2 have norms first."""
-    names = list(their_names(config, 0))
+    names = list(meta_names(config, 0).values())
     if config.tie_embeddings:
         names.remove("output.weight")
     if version:
@@ -461,7 +419,7 @@ def llama2c_order(config: LlamaConfig, version: int) -> list[str]:
     return [*names[:end], "cos", "sin", *names[end:]]
 
 
-def read_llama2c(path: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
+def read_llama2c(path: Path) -> Checkpoint:
     """llama2.c's .bin. Version 0 begins with D, F, L, H, K, V (negative: the output is not tied)
     and the context as int32; 1 and 2 with a magic number, the version, the same seven, whether
     the output is tied, and in 2 how many int8 share a scale, in 256 bytes."""
@@ -471,22 +429,17 @@ def read_llama2c(path: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
         refuse_unless({"llama2.c's version": version}, {"llama2.c's version": (1, 2)})
     dim, hidden, layers, heads, kv_heads, vocab, context, shared, group = struct.unpack_from(
         "<7iBi", data, 8 if version else 0)
+    tied = bool(shared) if version else vocab > 0
     config = LlamaConfig(dim, layers, heads, kv_heads, hidden, abs(vocab), context,
-                         tie_embeddings=bool(shared) if version else vocab > 0)
-
-    def scaled(int8: Tensor, scales: Tensor) -> Tensor:
-        return int8.float().view(-1, group).mul_(scales[:, None])
-
+                         tie_embeddings=tied)
     wanted = shapes(config)
     for name in llama2c_order(config, version):
         shape = wanted.get(name, (context, config.head_dim // 2))  # the tables of cos and sin
-        n = math.prod(shape)
         if version == 2 and len(shape) == 2:
-            if group < 4 or group % 4 or n % group:
-                raise ValueError(f"{group} int8 to a scale do not divide {name}")
-            parts = (tensor_at(data, name, torch.int8, (n,), at),
-                     tensor_at(data, name, torch.float32, (n // group,), at + n))
-            weights[name] = Weight(shape, torch.float32, parts, scaled)
+            grouped = (math.prod(shape) // max(group, 1), group)
+            int8 = tensor_at(data, name, torch.int8, grouped, at)
+            scales = tensor_at(data, name, torch.float32, (grouped[0], 1), at + int8.nbytes)
+            weights[name] = Weight(shape, torch.float32, (int8, scales), torch.mul)
         else:
             weights[name] = Weight.of(tensor_at(data, name, torch.float32, shape, at))
         at += sum(part.nbytes for part in weights[name].parts)
@@ -496,41 +449,39 @@ def read_llama2c(path: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
     return config, weights
 
 
-IGNORED = ("rope.freqs", "rotary_emb.inv_freq", "rope_freqs.weight", "cos", "sin")  # computed here
-
-
-def read_any(path: Path) -> tuple[LlamaConfig, dict[str, Weight]]:
+def read_any(path: Path) -> Checkpoint:
     """Chooses the reader by content, never by name."""
     if path.is_dir():
-        if any(path.glob("consolidated.[0-9][0-9].pth")) or (path / "params.json").is_file():
+        if hf_files(path):
+            return read_hf(path)
+        if (path / "params.json").is_file():
             return read_meta(path)
-        return read_hf(path, hf_files(path))
-    head = first_bytes(path)
+        raise ValueError("there is no checkpoint (an adapter alone is none); try a folder of "
+                         "Meta's or transformers', a GGUF file or llama2.c's .bin")
+    head = map_file(path)[:9]
     if head[:4] == b"GGUF":
         return read_gguf(path)
     if head[:1] == b"{":
         return read_any(path.parent)
-    if head[:2] != b"PK" and head[8:] != b"{":
-        return read_llama2c(path)
-    table = read_pickle(path) if head[:2] == b"PK" else {}
-    if "model_args" in table:  # llama2.c's .pt
-        weights = weights_of(table["model"])
-        return read_params({"multiple_of": 256, **table["model_args"]}, weights), weights
-    if "tok_embeddings.weight" in table:
-        return read_meta(path.parent)
-    files = hf_files(path.parent)
-    return read_hf(path.parent, files if path in files else [path])
+    if head[:2] == b"PK":
+        table = read_pickle(path)
+        if "model_args" in table:  # llama2.c's .pt
+            weights = weights_of(table["model"])
+            return read_params({"multiple_of": 256, **table["model_args"]}, weights), weights
+        if "tok_embeddings.weight" in table:
+            return read_meta(path.parent)
+        return read_hf(path.parent, path)
+    if head[8:] == b"{":
+        return read_hf(path.parent, path)
+    return read_llama2c(path)
 
 
-def open_checkpoint(path: str | Path) -> tuple[LlamaConfig, dict[str, Weight]]:
-    """The config and the weights, still in their files, of any checkpoint by Meta's names.
-
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The config and the weights, still in their files, of any checkpoint, in the model's order.
     Strict: an unknown or missing tensor or a wrong shape is a ValueError that names it, as is
-    whatever is damaged or asks for what is not implemented.
-    """
-    path = Path(path)
+    whatever is damaged or asks for what is not implemented."""
     with one_line_errors(path):
-        config, found = read_any(path)
+        config, found = read_any(Path(path))
         weights = {name: w for name, w in found.items() if not name.endswith(IGNORED)}
         wanted, wrong = shapes(config), []
         for name in wanted | weights:
@@ -547,15 +498,13 @@ def read_blocks(weights: dict[str, Weight], device="cpu", dtype: torch.dtype | N
                 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yields (name of a submodule of Llama, {name of a parameter in it: tensor}): the embedding,
     each layer, the norm, the output unless it is tied.
-
     dtype None keeps each weight's type; then the tensors are views of the file. When the next block
-    is asked for, the pages of the last one leave memory, so that whoever makes something else of
-    each block (quantises it) holds the file's form of one block at a time.
-    """
+    is asked for, the pages of the last one leave memory: whoever makes something else of each block
+    (quantises it) holds one block in the file's form at a time."""
     blocks = {}
     for name, weight in weights.items():
-        block, parameter = re.fullmatch(r"(layers\.\d+|\w+)\.(.+)", name).groups()
-        blocks.setdefault(block, {})[parameter] = weight
+        block = re.match(r"layers\.\d+|\w+", name)[0]
+        blocks.setdefault(block, {})[name.removeprefix(f"{block}.")] = weight
     for block, parameters in blocks.items():
         yield block, {name: w.read(device, dtype) for name, w in parameters.items()}
         for weight in parameters.values():
@@ -563,13 +512,12 @@ def read_blocks(weights: dict[str, Weight], device="cpu", dtype: torch.dtype | N
 
 
 def load(path: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Llama:
-    """The model in any checkpoint; dtype None keeps the file's, that of its embedding.
-
-    Weights stay in the file, mapped into memory, unless they are converted.
-    """
+    """The model in any checkpoint, mapped from its file where nothing has to be converted; dtype
+    None keeps the file's, that of its embedding."""
     config, weights = open_checkpoint(path)
+    with torch.device("meta"):
+        model = Llama(config)
     dtype = dtype or weights["tok_embeddings.weight"].dtype
-    model = empty(config)
     for name, tensors in read_blocks(weights, device, dtype):
         model.get_submodule(name).load_state_dict(tensors, assign=True)
     return model.eval()
@@ -584,13 +532,13 @@ def write_tensor(file, weight: Weight, dtype: torch.dtype) -> None:
 def write_safetensors(file, weights: dict[str, Weight]) -> None:
     """A safetensors file, tensor by tensor."""
     header, at = {"__metadata__": {"format": "pt"}}, 0
-    codes = {dtype: code for code, dtype in SAFE_TYPES.items()}
+    codes = {dtype: code for code, dtype in DTYPES.items()}
     for name, w in weights.items():
         end = at + math.prod(w.shape) * w.dtype.itemsize
         header[name] = {"dtype": codes[w.dtype], "shape": w.shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned
     file.write(struct.pack("<Q", len(text)) + text)
     for w in weights.values():
         write_tensor(file, w, w.dtype)
@@ -610,42 +558,42 @@ def write_meta(config: LlamaConfig, weights: dict[str, Weight], folder: Path) ->
 
 
 def write_hf(config: LlamaConfig, weights: dict[str, Weight], folder: Path) -> None:
-    """The folder that transformers loads; its version 4 and 5 both read frequencies in this form."""
+    """The folder that transformers loads, its frequencies in the form that 4 and 5 both read."""
     folder.mkdir(parents=True, exist_ok=True)
-    names, theirs = their_names(config, 0), {}
+    theirs, table = {ours: name for name, ours in meta_names(config, 0).items()}, {}
     for name, weight in weights.items():
         if name.endswith(PERMUTED):
             weight = weight.permuted_for_rope(config.head_dim // 2, 2)
-        theirs[names[name]] = weight
-    write_aside(folder / "model.safetensors", lambda file: write_safetensors(file, theirs))
+        table[theirs[name]] = weight
+    write_aside(folder / "model.safetensors", lambda file: write_safetensors(file, table))
     values = {name: getattr(config, ours) for name, ours in HF_FIELDS.items()}
     if config.rope_scaling:
-        values["rope_scaling"] = {"rope_type": "llama3", "factor": config.rope_scaling,
-                                  **HF_SCALING}
-    write_json(folder / "config.json", {
-        **values, "architectures": ["LlamaForCausalLM"], "model_type": "llama",
-        "hidden_act": "silu", "head_dim": config.head_dim,
-        "torch_dtype": str(weights["tok_embeddings.weight"].dtype).removeprefix("torch."),
+        values["rope_scaling"] = HF_SCALING | {"rope_type": "llama3", "factor": config.rope_scaling}
+    dtype = str(weights["tok_embeddings.weight"].dtype).removeprefix("torch.")
+    write_json(folder / "config.json", values | {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "head_dim": config.head_dim, "torch_dtype": dtype,
         "bos_token_id": None, "eos_token_id": None})  # which only the tokenizer knows
 
 
 def write_llama2c(config: LlamaConfig, weights: dict[str, Weight], path: Path) -> None:
     """llama2.c's .bin of version 0, in fp32; ValueError for what it has no field for."""
-    plain = {"rope_theta": 1e4, "rope_scaling": None, "norm_eps": 1e-5, "head_size": None}
-    for name, value in plain.items():
+    for name, value in (("rope_theta", 1e4), ("rope_scaling", None), ("norm_eps", 1e-5),
+                        ("head_size", None)):
         if getattr(config, name) != value:
             raise ValueError(f"llama2.c has no {name} but {value}, and this model's is "
                              f"{getattr(config, name)}; try the format meta or hf")
-    cos, sin = rope_table(config, torch.arange(config.max_seq_len))
-    weights = weights | {"cos": Weight(cos.shape, cos.dtype, (), lambda: cos),
-                          "sin": Weight(sin.shape, sin.dtype, (), lambda: sin)}
+    tables = dict(zip(("cos", "sin"), rope_table(config, torch.arange(config.max_seq_len))))
     vocab = config.vocab_size if config.tie_embeddings else -config.vocab_size
 
     def write(file) -> None:
         file.write(struct.pack("<7i", config.dim, config.hidden_dim, config.n_layers,
                                config.n_heads, config.n_kv_heads, vocab, config.max_seq_len))
         for name in llama2c_order(config, 0):
-            write_tensor(file, weights[name], torch.float32)
+            if name in tables:
+                file.write(tables[name].numpy())
+            else:
+                write_tensor(file, weights[name], torch.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, write)
 
