@@ -84,6 +84,12 @@ def meta_names(config: LlamaConfig, column: int) -> dict[str, str]:
     return names
 
 
+def renamed(config: LlamaConfig, table: dict[str, Weight], column: int) -> dict[str, Weight]:
+    """Weights by Meta's names, from the names in a column of NAMES."""
+    ours = meta_names(config, column)
+    return {ours.get(name, f"unknown {name}"): weight for name, weight in table.items()}
+
+
 def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every weight by its name, in the order of the model."""
     with torch.device("meta"):  # takes no memory
@@ -104,13 +110,6 @@ def tensor_at(data: mmap.mmap, name: str, dtype: torch.dtype, shape, start: int)
     if not start <= start + count * dtype.itemsize <= len(data):
         raise ValueError(f"{name:.99} lies beyond the file's end: cut short; try to fetch it again")
     return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(shape)
-
-
-def add_once(table: dict, name: str, value) -> None:
-    """Adds an entry; ValueError if its name is taken, for which of the two would be meant?"""
-    if name in table:
-        raise ValueError(f"{name:.99} stands there twice")
-    table[name] = value
 
 
 def refuse_unless(values: dict, accepted: dict[str, tuple]) -> None:
@@ -138,7 +137,7 @@ def weights_of(table: dict[str, Tensor]) -> dict[str, Weight]:
                 and w.device.type == "cpu" and w.is_contiguous()):
             raise ValueError(f"{name:.99} is of {w.dtype}, or not contiguous; try to save floats")
         name = name.removeprefix("_orig_mod.").removeprefix("module.")  # torch.compile's, DDP's
-        add_once(weights, name, Weight.of(w.detach()))
+        weights[name] = Weight.of(w.detach())
     return weights
 
 
@@ -288,16 +287,13 @@ def read_hf(folder: Path, file: Path | None = None) -> Checkpoint:
         files = [file]
     for path in files:
         read = read_pickle if map_file(path)[:2] == b"PK" else read_safetensors
-        for name, tensor in read(path).items():
-            add_once(table, name, tensor)
+        table |= weights_of(read(path))
     if config.tie_embeddings:
         table.pop("lm_head.weight", None)  # transformers does not look at it either
-    weights, ours = {}, meta_names(config, 0)
-    for name, weight in weights_of(table).items():
-        name = ours.get(name, f"unknown {name}")
+    weights = renamed(config, table, 0)
+    for name in weights:
         if name.endswith(PERMUTED):
-            weight = weight.permuted_for_rope(2, config.head_dim // 2)
-        weights[name] = weight
+            weights[name] = weights[name].permuted_for_rope(2, config.head_dim // 2)
     return config, weights
 
 
@@ -341,11 +337,11 @@ def read_gguf_header(data: mmap.mmap) -> tuple[dict, dict[str, tuple]]:
                          "a little-endian one of version 3")
     for _ in range(n_keys):
         key = take_value(data, GGUF_TEXT)
-        add_once(keys, key, take_value(data, *take(data, "I")))
+        keys[key] = take_value(data, *take(data, "I"))
     for _ in range(n_tensors):
         name, (n_axes,) = take_value(data, GGUF_TEXT), take(data, "I")
         shape = take(data, f"{n_axes}Q")[::-1]  # the fastest axis stands first
-        add_once(tensors, name, (shape, *take(data, "IQ")))
+        tensors[name] = (shape, *take(data, "IQ"))
     return keys, tensors
 
 
@@ -379,13 +375,13 @@ def gguf_weight(data: mmap.mmap, name: str, shape, kind: int, start: int) -> Wei
 def read_gguf(path: Path) -> Checkpoint:
     """GGUF, of llama.cpp, whose wq and wk have Meta's order. Llama 3.1's frequencies are in it as
     the numbers by which they are divided."""
-    data = map_file(path)
+    data, weights = map_file(path), {}
     keys, tensors = read_gguf_header(data)
     refuse_unless(keys, {"general.architecture": ("llama",), "split.count": (None, 0, 1)})
     alignment = keys.get("general.alignment", 32)
     end = -(-data.tell() // alignment) * alignment
-    weights = {name: gguf_weight(data, name, shape, kind, end + offset)
-               for name, (shape, kind, offset) in tensors.items()}
+    for name, (shape, kind, offset) in tensors.items():
+        weights[name] = gguf_weight(data, name, shape, kind, end + offset)
     keys = {name[6:]: value for name, value in keys.items() if name.startswith("llama.")}
     values = {"n_kv_heads": keys["attention.head_count"],
               "vocab_size": weights["token_embd.weight"].shape[0],
@@ -404,8 +400,7 @@ def read_gguf(path: Path) -> Checkpoint:
         if wanted.shape != divisors.shape or not torch.allclose(wanted, divisors, rtol=1e-3):
             raise ValueError("rope_freqs.weight is not Llama 3.1's scaling; try a Llama of Meta's")
         config = scaled
-    ours = meta_names(config, 1)
-    return config, {ours.get(name, f"unknown {name}"): w for name, w in weights.items()}
+    return config, renamed(config, weights, 1)
 
 
 def llama2c_order(config: LlamaConfig, version: int) -> list[str]:
@@ -440,9 +435,10 @@ def read_llama2c(path: Path) -> Checkpoint:
             int8 = tensor_at(data, name, torch.int8, grouped, at)
             scales = tensor_at(data, name, torch.float32, (grouped[0], 1), at + int8.nbytes)
             weights[name] = Weight(shape, torch.float32, (int8, scales), torch.mul)
+            at += int8.nbytes + scales.nbytes
         else:
             weights[name] = Weight.of(tensor_at(data, name, torch.float32, shape, at))
-        at += sum(part.nbytes for part in weights[name].parts)
+            at += 4 * math.prod(shape)
     if at != len(data):
         raise ValueError(f"it is no llama2.c file, whose header would ask for {at:,} bytes; try a "
                          "folder of Meta's or transformers', a GGUF file or llama2.c's .bin")
@@ -482,16 +478,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     whatever is damaged or asks for what is not implemented."""
     with one_line_errors(path):
         config, found = read_any(Path(path))
-        weights = {name: w for name, w in found.items() if not name.endswith(IGNORED)}
         wanted, wrong = shapes(config), []
-        for name in wanted | weights:
-            shape = weights[name].shape if name in weights else "missing"
-            if shape != wanted.get(name):
+        for name in wanted | found:
+            shape = found[name].shape if name in found else "missing"
+            if shape != wanted.get(name) and not name.endswith(IGNORED):
                 wrong.append(f"{name:.99} is {shape}, not {wanted.get(name, 'known')}")
         if wrong:
             raise ValueError(f"not the Llama of its header ({len(wrong)} tensors): "
                              f"{', '.join(wrong[:3])}; try the files as they were published")
-        return config, {name: weights[name] for name in wanted}
+        return config, {name: found[name] for name in wanted}
 
 
 def read_blocks(weights: dict[str, Weight], device="cpu", dtype: torch.dtype | None = None
@@ -560,11 +555,12 @@ def write_meta(config: LlamaConfig, weights: dict[str, Weight], folder: Path) ->
 def write_hf(config: LlamaConfig, weights: dict[str, Weight], folder: Path) -> None:
     """The folder that transformers loads, its frequencies in the form that 4 and 5 both read."""
     folder.mkdir(parents=True, exist_ok=True)
-    theirs, table = {ours: name for name, ours in meta_names(config, 0).items()}, {}
-    for name, weight in weights.items():
-        if name.endswith(PERMUTED):
-            weight = weight.permuted_for_rope(config.head_dim // 2, 2)
-        table[theirs[name]] = weight
+    table = {}
+    for theirs, ours in meta_names(config, 0).items():
+        if ours in weights:  # the output is not, if it is tied
+            table[theirs] = weights[ours]
+        if ours.endswith(PERMUTED):
+            table[theirs] = weights[ours].permuted_for_rope(config.head_dim // 2, 2)
     write_aside(folder / "model.safetensors", lambda file: write_safetensors(file, table))
     values = {name: getattr(config, ours) for name, ours in HF_FIELDS.items()}
     if config.rope_scaling:
