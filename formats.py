@@ -57,6 +57,13 @@ class Weight(NamedTuple):
         return self._replace(decode=decode)
 
 
+def equal(a: Weight, b: Weight) -> bool:
+    """Do two weights hold the same numbers?"""
+    same = a.shape == b.shape and torch.equal(a.read(), b.read(dtype=a.dtype))
+    a.drop_pages()
+    return same
+
+
 Checkpoint = tuple[LlamaConfig, dict[str, Weight]]  # weights by Meta's names
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 NAMES = {  # Meta's: (transformers', GGUF's), in the order of llama2.c's version 0
@@ -72,7 +79,7 @@ NAMES = {  # Meta's: (transformers', GGUF's), in the order of llama2.c's version
     "layers.{}.feed_forward.w3": ("model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
     "norm": ("model.norm", "output_norm"), "output": ("lm_head", "output")}
 PERMUTED = ("wq.weight", "wk.weight")  # their rows have another order in transformers
-IGNORED = ("rope.freqs", "rotary_emb.inv_freq", "rope_freqs.weight", "cos", "sin")  # computed here
+IGNORED = ("rope.freqs", "rotary_emb.inv_freq", "rope_freqs.weight", "rope.cos", "rope.sin")
 
 
 def meta_names(config: LlamaConfig, column: int) -> dict[str, str]:
@@ -153,10 +160,10 @@ def write_params(config: LlamaConfig) -> dict:
 
 
 def read_params(params: dict, weights: dict[str, Weight]) -> LlamaConfig:
-    """The config from Meta's params.json and the weights, of which an output that is equal to the
-    embedding is taken out. F = the next multiple of multiple_of from int(ffn_dim_multiplier *
-    int(8 D / 3)); 7B: D = 4096 and multiple_of = 256 give 10922 -> 11008. What params.json does not
-    say (context, factor of the frequencies) is that of the size in SIZES with this shape."""
+    """The config from Meta's params.json and the weights. F = the next multiple of multiple_of
+    from int(ffn_dim_multiplier * int(8 D / 3)); 7B: D = 4096 and multiple_of = 256 give 10922 ->
+    11008. What params.json does not say (context, factor of the frequencies) is that of the size
+    in SIZES with this shape."""
     values = {"n_kv_heads": params["n_heads"], "max_seq_len": 2048, "ffn_dim_multiplier": 1}
     values |= {name: value for name, value in params.items() if value is not None}
     hidden = int(values.pop("ffn_dim_multiplier") * int(8 * values["dim"] / 3))
@@ -164,10 +171,7 @@ def read_params(params: dict, weights: dict[str, Weight]) -> LlamaConfig:
     values.setdefault("hidden_dim", -(-hidden // multiple_of) * multiple_of)
     embedding, output = weights["tok_embeddings.weight"], weights.get("output.weight")
     values["vocab_size"] = embedding.shape[0]  # params.json of LLaMA 1 and 2 says -1
-    values["tie_embeddings"] = output is None or output.shape == embedding.shape and torch.equal(
-        output.read(), embedding.read(dtype=output.dtype))
-    if values["tie_embeddings"]:
-        weights.pop("output.weight", None)
+    values["tie_embeddings"] = output is None or equal(output, embedding)
     scaled, factor = values.pop("use_scaled_rope", False), values.pop("rope_scaling_factor", None)
     if scaled:
         values["rope_scaling"] = factor or 8.0
@@ -219,22 +223,21 @@ def read_meta(folder: Path) -> Checkpoint:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Mapped tensors by name. The file: the header's length as a uint64, the header in JSON,
     {name: {"dtype", "shape", "data_offsets": [begin, end]}}, and the bytes that it describes."""
-    data, tensors, last = map_file(path), {}, 0
+    data, tensors, begin = map_file(path), {}, 0
     size, = struct.unpack_from("<Q", data)
     if size > min(len(data) - 8, 10**8):  # the limit of its own library
         raise ValueError(f"the header of {path.name} lies beyond the file's end: cut short")
     header = read_json(data[8:8 + size])
     header.pop("__metadata__", None)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        dtype = entry["dtype"]
         if dtype not in DTYPES:
-            raise ValueError(f"{name} is of type {dtype}; try one of {', '.join(DTYPES)}")
-        if begin < last or not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
-            raise ValueError(f"{name:.99} overlaps another tensor, or its shape is no shape")
-        tensors[name] = tensor_at(data, name, DTYPES[dtype], shape, 8 + size + begin)
-        if end - begin != tensors[name].nbytes:
-            raise ValueError(f"{name:.99} has not the size of its shape")
-        last = end
+            raise ValueError(f"{name:.99} is of type {dtype}; try one of {', '.join(DTYPES)}")
+        x = tensor_at(data, name, DTYPES[dtype], entry["shape"], 8 + size + begin)
+        if entry["data_offsets"] != [begin, begin + x.nbytes]:
+            raise ValueError(f"{name:.99} does not lie where the one before it ends")
+        tensors[name] = x
+        begin += x.nbytes
     return tensors
 
 
@@ -288,8 +291,6 @@ def read_hf(folder: Path, file: Path | None = None) -> Checkpoint:
     for path in files:
         read = read_pickle if map_file(path)[:2] == b"PK" else read_safetensors
         table |= weights_of(read(path))
-    if config.tie_embeddings:
-        table.pop("lm_head.weight", None)  # transformers does not look at it either
     weights = renamed(config, table, 0)
     for name in weights:
         if name.endswith(PERMUTED):
@@ -411,7 +412,7 @@ def llama2c_order(config: LlamaConfig, version: int) -> list[str]:
     if version:
         return sorted(names, key=lambda name: "norm" not in name)
     end = names.index("norm.weight") + 1
-    return [*names[:end], "cos", "sin", *names[end:]]
+    return [*names[:end], "rope.cos", "rope.sin", *names[end:]]
 
 
 def read_llama2c(path: Path) -> Checkpoint:
@@ -431,9 +432,8 @@ def read_llama2c(path: Path) -> Checkpoint:
     for name in llama2c_order(config, version):
         shape = wanted.get(name, (context, config.head_dim // 2))  # the tables of cos and sin
         if version == 2 and len(shape) == 2:
-            grouped = (math.prod(shape) // max(group, 1), group)
-            int8 = tensor_at(data, name, torch.int8, grouped, at)
-            scales = tensor_at(data, name, torch.float32, (grouped[0], 1), at + int8.nbytes)
+            int8 = tensor_at(data, name, torch.int8, shape, at).view(-1, group)
+            scales = tensor_at(data, name, torch.float32, (len(int8), 1), at + int8.nbytes)
             weights[name] = Weight(shape, torch.float32, (int8, scales), torch.mul)
             at += int8.nbytes + scales.nbytes
         else:
@@ -478,6 +478,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     whatever is damaged or asks for what is not implemented."""
     with one_line_errors(path):
         config, found = read_any(Path(path))
+        output = found.get("output.weight") if config.tie_embeddings else None
+        if output and equal(output, found["tok_embeddings.weight"]):
+            del found["output.weight"]  # some files of tied models have it twice
         wanted, wrong = shapes(config), []
         for name in wanted | found:
             shape = found[name].shape if name in found else "missing"
@@ -574,12 +577,12 @@ def write_hf(config: LlamaConfig, weights: dict[str, Weight], folder: Path) -> N
 
 def write_llama2c(config: LlamaConfig, weights: dict[str, Weight], path: Path) -> None:
     """llama2.c's .bin of version 0, in fp32; ValueError for what it has no field for."""
-    for name, value in (("rope_theta", 1e4), ("rope_scaling", None), ("norm_eps", 1e-5),
-                        ("head_size", None)):
-        if getattr(config, name) != value:
-            raise ValueError(f"llama2.c has no {name} but {value}, and this model's is "
-                             f"{getattr(config, name)}; try the format meta or hf")
-    tables = dict(zip(("cos", "sin"), rope_table(config, torch.arange(config.max_seq_len))))
+    plain = replace(config, rope_theta=1e4, rope_scaling=None, norm_eps=1e-5, head_size=None)
+    if config != plain:
+        raise ValueError("llama2.c's header has no rope_theta, rope_scaling, norm_eps or head_size "
+                         "and takes LLaMA's; try the format meta or hf")
+    cos, sin = rope_table(config, torch.arange(config.max_seq_len))
+    tables = {"rope.cos": cos, "rope.sin": sin}
     vocab = config.vocab_size if config.tie_embeddings else -config.vocab_size
 
     def write(file) -> None:
