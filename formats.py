@@ -59,9 +59,7 @@ class Weight(NamedTuple):
 
 def equal(a: Weight, b: Weight) -> bool:
     """Do two weights hold the same numbers?"""
-    same = a.shape == b.shape and torch.equal(a.read(), b.read(dtype=a.dtype))
-    a.drop_pages()
-    return same
+    return a.shape == b.shape and torch.equal(a.read(), b.read(dtype=a.dtype))
 
 
 Checkpoint = tuple[LlamaConfig, dict[str, Weight]]  # weights by Meta's names

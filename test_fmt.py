@@ -458,19 +458,23 @@ def memory(field):
 
 def peak_memory(act, field="VmRSS", most="VmHWM"):
     """The most memory that act() held beyond what there was before, with mapped pages, in bytes."""
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not there to be used again
+    libc = ctypes.CDLL(None)
+    with contextlib.suppress(AttributeError):  # glibc: what is freed goes back to the system
+        libc.mallopt(-3, 1 << 18)
+        libc.malloc_trim(0)
     before = memory(field)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
     held = act()
+    with contextlib.suppress(AttributeError):
+        libc.mallopt(-3, 1 << 25)
     return memory(most) - before, held
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 class TestStreaming:
     """Memory is taken tensor by tensor, whatever the format."""
-    CONFIG = replace(SMALL, dim=256, n_heads=4, n_layers=12, hidden_dim=1024, vocab_size=4096)
-    LARGEST = 4 * 4096 * 256  # bytes in fp32: the embedding
+    CONFIG = replace(SMALL, dim=512, n_layers=4, hidden_dim=2048, vocab_size=2048)
+    LARGEST = 4 * 2048 * 512  # bytes in fp32
     WRITERS = {"meta": save_meta, "hf": save_hf, "F32": save_gguf, "llama2c": save_llama2c,
                "Q8_0": partial(save_gguf, kind="Q8_0"), "shards": save_shards}
 
@@ -489,8 +493,8 @@ class TestStreaming:
         generate.load(saved[kind], dtype=BF16)  # what is imported and allocated once
         used, model = peak_memory(lambda: generate.load(saved[kind], dtype=BF16))
         assert model.norm.weight.dtype == BF16
-        temporary = self.LARGEST if kind == "Q8_0" else 0  # the package gguf takes twice
-        assert used < 2 * self.CONFIG.n_params + self.LARGEST + temporary + 3e6
+        temporary = 3 * self.LARGEST if kind == "Q8_0" else self.LARGEST  # in the package gguf
+        assert used < 2 * self.CONFIG.n_params + temporary + 9e6  # a layer's pages are 16 MB
 
     @pytest.mark.parametrize("kind", ["meta", "F32", "llama2c"])
     def test_mapped(self, saved, kind):
@@ -505,8 +509,8 @@ class TestStreaming:
                 seen.append(name)
             return seen
         used, seen = peak_memory(act)
-        assert used < self.LARGEST + 8e6
-        assert seen == ["tok_embeddings", *(f"layers.{i}" for i in range(12)), "norm", "output"]
+        assert used < 16e6 + 8e6
+        assert seen == ["tok_embeddings", *(f"layers.{i}" for i in range(4)), "norm", "output"]
 
     def test_exporting_takes_one_tensor(self, saved, tmp_path):
         act = partial(generate.export, saved["meta"], "hf")
