@@ -63,6 +63,7 @@ def equal(a: Weight, b: Weight) -> bool:
 
 
 Checkpoint = tuple[LlamaConfig, dict[str, Weight]]  # weights by Meta's names
+# By the names of safetensors; tensors of other types are refused.
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 NAMES = {  # Meta's: (transformers', GGUF's), in the order of llama2.c's version 0
     "tok_embeddings": ("model.embed_tokens", "token_embd"),
@@ -77,6 +78,7 @@ NAMES = {  # Meta's: (transformers', GGUF's), in the order of llama2.c's version
     "layers.{}.feed_forward.w3": ("model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
     "norm": ("model.norm", "output_norm"), "output": ("lm_head", "output")}
 PERMUTED = ("wq.weight", "wk.weight")  # their rows have another order in transformers
+# Tables of frequencies, which llama.py computes.
 IGNORED = ("rope.freqs", "rotary_emb.inv_freq", "rope_freqs.weight", "rope.cos", "rope.sin")
 
 
@@ -194,7 +196,7 @@ def merged(name: str, parts: tuple[Tensor, ...], params: dict) -> Weight:
     if len(parts) == 1 or len(shape) == 1:
         return Weight.of(parts[0])
     if any(list(part.shape) != shape for part in parts):
-        raise ValueError(f"the shards hold {name} in different shapes")
+        raise ValueError(f"the shards hold {name} in different shapes; try to fetch them")
     axis = int(kind in ("wo", "w2") or kind == "tok_embeddings" and shape[1] < params["dim"])
     shape[axis] *= len(parts)
     return Weight(tuple(shape), parts[0].dtype, parts, lambda *parts: torch.cat(parts, axis))
@@ -214,7 +216,7 @@ def read_meta(folder: Path) -> Checkpoint:
     for name in list(shards[0]):
         weights[name] = merged(name, tuple(shard.pop(name).parts[0] for shard in shards), params)
     if any(shards):
-        raise ValueError("the shards hold different tensors")
+        raise ValueError("the shards hold different tensors; try to fetch them again")
     return read_params(params, weights), weights
 
 
@@ -245,12 +247,12 @@ HF_FIELDS = {"hidden_size": "dim", "num_hidden_layers": "n_layers",
              "max_position_embeddings": "max_seq_len", "rms_norm_eps": "norm_eps",
              "tie_word_embeddings": "tie_embeddings", "head_dim": "head_size",
              "rope_theta": "rope_theta"}
-HF_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0,
-              "original_max_position_embeddings": 8192}
 HF_ONLY = {"model_type": ("llama",), "hidden_act": (None, "silu"), "attention_bias": (None, False),
            "mlp_bias": (None, False), "sliding_window": (None,), "quantization_config": (None,),
            "num_local_experts": (None,), "partial_rotary_factor": (None, 1),
-           "rope_type": (None, "default", "llama3"), "type": (None, "default", "llama3")}
+           "rope_type": (None, "default", "llama3"), "type": (None, "default", "llama3"),
+           "low_freq_factor": (None, 1.0), "high_freq_factor": (None, 4.0),
+           "original_max_position_embeddings": (None, 8192)}
 
 
 def read_hf_config(values: dict) -> LlamaConfig:
@@ -263,7 +265,6 @@ def read_hf_config(values: dict) -> LlamaConfig:
               "max_seq_len": values.get("max_sequence_length", 2048)}
     config |= {ours: values[theirs] for theirs, ours in HF_FIELDS.items() if theirs in values}
     if "llama3" in (rope.get("rope_type"), rope.get("type")):
-        refuse_unless(rope, {name: (plain,) for name, plain in HF_SCALING.items()})
         config["rope_scaling"] = rope["factor"]
     return LlamaConfig.from_dict(config)
 
@@ -275,8 +276,8 @@ def hf_files(folder: Path) -> list[Path]:
         if whole.is_file():
             return [whole]
         if index.is_file():
-            names = read_json(index.read_bytes())["weight_map"].values()
-            return sorted({folder / Path(name).name for name in names})
+            names = set(read_json(index.read_bytes())["weight_map"].values())
+            return [folder / Path(name).name for name in sorted(names)]
     return []
 
 
@@ -565,7 +566,9 @@ def write_hf(config: LlamaConfig, weights: dict[str, Weight], folder: Path) -> N
     write_aside(folder / "model.safetensors", lambda file: write_safetensors(file, table))
     values = {name: getattr(config, ours) for name, ours in HF_FIELDS.items()}
     if config.rope_scaling:
-        values["rope_scaling"] = HF_SCALING | {"rope_type": "llama3", "factor": config.rope_scaling}
+        values["rope_scaling"] = {
+            "rope_type": "llama3", "factor": config.rope_scaling, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     dtype = str(weights["tok_embeddings.weight"].dtype).removeprefix("torch.")
     write_json(folder / "config.json", values | {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
