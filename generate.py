@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from formats import EXPORTS, export, gguf_fields, open_checkpoint, read_blocks
+from formats import EXPORTS, export, gguf_fields, load, open_checkpoint, read_blocks
 from llama import KVCache, Linear, Llama, logit_rows
 from tokenizer import (Parser, StreamDecoder, Tokenizer, command, documents, huggingface_files,
                        load_tokenizer, positive, read_json, tokenizer_from_gguf, write_aside)
@@ -55,17 +55,16 @@ def keep_freed_memory() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Products: matrices laid out to be multiplied by few rows
-#
-# A new token reads every weight once, so its speed is the rate at which bytes come from memory.
+# Products: matrices laid out for few rows. A new token reads every weight once, so its speed is
+# the rate at which bytes come from memory.
 
 MAX_GEMV_ROWS = 16  # up to so many rows of x, kernels made for one row are the faster ones
 QUANT_ROWS = 512    # rows of W quantised at a time; a multiple of the kernels' blocks of 16
 
 
 class Product(nn.Module):
-    """x W^T in place of a Linear: multiply(x, *tensors), whose tensors hold W (out, in) in a layout
-    of their own, for x (rows, in)."""
+    """x W^T in place of a Linear: multiply(x, *tensors) with x (rows, in) and tensors that hold W
+    (out, in) in a layout of their own."""
 
     def __init__(self, multiply: Callable, *tensors: Tensor):
         super().__init__()
@@ -139,8 +138,8 @@ def product(w: Tensor, dtype: torch.dtype, quantize: str | None = None,
         return Product(multiply_plain, w)
     # oneDNN's kernel wants blocks, which F.linear would make at each call: made once, few rows are
     # up to twice as fast. Those for 64 rows are the best for one too. They cannot be compiled.
-    packed, kernel = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
-    return Product(lambda x, w: kernel(x, w, None, "none", [], ""), packed(w.contiguous(), 64))
+    pack, kernel = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    return Product(lambda x, w: kernel(x, w, None, "none", [], ""), pack(w.contiguous(), 64))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -244,10 +243,10 @@ def tokenizer_beside(checkpoint: Path, vocab_size: int, given: str | None = None
     if fields is None and (path.is_dir() or not given):
         names = (f"tok{vocab_size}.bin", "tokenizer.json", "tokenizer.model", "tokenizer.bin")
         places = [Path(given)] if given else [folder, folder.resolve().parent]
-        files = [place / name for place in places for name in names if (place / name).is_file()]
-        if not files:
+        candidates = [place / name for place in places for name in names]
+        path = next(filter(Path.is_file, candidates), None)
+        if path is None:
             raise ValueError(f"there is no tokenizer in {places[0]}; try --tokenizer PATH")
-        path = files[0]
     tokenizer = tokenizer_from_gguf(fields) if fields else load_tokenizer(path)
     if tokenizer.vocab_size != vocab_size:
         raise ValueError(f"{path} has {tokenizer.vocab_size} tokens and the model {vocab_size}: "
@@ -279,22 +278,20 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p} is not in (0, 1]; try 0.9")
 
-    def numbers(self, sample: int) -> random.Random:
-        """The random numbers of one sample, a function of (seed, sample) alone. Python hashes the
-        whole text; torch keeps 32 bits of a seed, so that others would give the same numbers."""
-        return random.Random(f"{self.seed}/{sample}")
+    def generator(self, number: int) -> random.Random:
+        """Random numbers of one sample, a function of (seed, number) alone. Python hashes the whole
+        text with SHA-512; torch keeps 32 bits of a seed, so that different seeds would be one."""
+        return random.Random(f"{self.seed}/{number}")
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """The distribution of the next token: logits z (B, V) -> (B, V).
-
-            softmax(z / temperature), cut to the k likeliest, then to the smallest set of the
-            likeliest whose sum reaches p, and normalised again
-
-        With p = 0.7, probabilities 0.5, 0.3, 0.1, 0.1 become 0.625, 0.375, 0, 0.
-        """
+        """softmax(z / temperature) of logits z (B, V), cut to the k likeliest tokens, then to the
+        smallest set of the likeliest whose sum reaches p, and normalised again: with p = 0.7,
+        0.5, 0.3, 0.1, 0.1 becomes 0.625, 0.375, 0, 0."""
         if self.temperature == 0:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         z = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, 1e-6)
+        if not self.top_k and self.top_p == 1:
+            return z.softmax(-1)
         # 256 tokens nearly always reach p, and to sort all V would take as long as the model.
         best, order = z.topk(min(self.top_k or 256, z.shape[-1]))
         total = (best if self.top_k else z).logsumexp(-1, keepdim=True)
@@ -306,7 +303,7 @@ class Sampling:
         p[p_before >= self.top_p] = 0
         return torch.zeros_like(z).scatter(-1, order, p / p.sum(-1, keepdim=True))
 
-    def draw(self, logits: Tensor, numbers: list[random.Random]) -> list[tuple[int, float]]:
+    def draw(self, logits: Tensor, generators: list[random.Random]) -> list[tuple[int, float]]:
         """A token for each row of logits (B, V), with its log-probability before any cut."""
         total = logits.logsumexp(-1)
         if not total.isfinite().all():
@@ -316,7 +313,7 @@ class Sampling:
         else:
             # Token i where P(< i) <= u < P(<= i): torch.multinomial takes 20 times as long.
             ends = self.probabilities(logits).cumsum(-1)
-            u = torch.tensor([row.random() for row in numbers])[:, None] * ends[:, -1:]
+            u = torch.tensor([row.random() for row in generators])[:, None] * ends[:, -1:]
             u = u.minimum(ends[:, -1:].nextafter(torch.zeros(())))  # below P, however rounded
             ids = torch.searchsorted(ends, u, right=True)[:, 0]
         logprobs = logits.gather(-1, ids[:, None])[:, 0] - total
@@ -369,7 +366,7 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampli
     if longest >= context:
         raise ValueError(f"a prompt of {longest} tokens leaves no room in the context of "
                          f"{context}; try a shorter one")
-    random_of = [sampling.numbers(number) for number in numbers or [0] * len(prompts)]
+    generators = [sampling.generator(number) for number in numbers or [0] * len(prompts)]
     left = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
     newest = torch.zeros(len(prompts), 1, dtype=torch.long)
     if cache is None:
@@ -380,7 +377,7 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampli
     running = list(range(len(prompts)))
     while True:
         logits = model.logits(h)[running, 0].cpu()
-        drawn = sampling.draw(logits, [random_of[row] for row in running])
+        drawn = sampling.draw(logits, [generators[row] for row in running])
         yield [(row, token, logprob) for row, (token, logprob) in zip(running, drawn)]
         for row, (token, _) in zip(running, drawn):
             newest[row] = token
@@ -402,8 +399,7 @@ class Sample:
     def __init__(self, tokenizer: Tokenizer, prompt: str, stop_texts: list[str] = ()):
         self.prompt, self.stop_ids, self.stop_texts = prompt, tokenizer.stop_ids, stop_texts
         self.decoder = StreamDecoder(tokenizer, start=not prompt)
-        self.ids, self.logprobs, self.text = [], [], ""
-        self.finish_reason = None
+        self.ids, self.logprobs, self.text, self.finish_reason = [], [], "", None
         self.shown = 0  # characters of text that were handed out
 
     def push(self, token: int, logprob: float) -> str:
@@ -414,16 +410,15 @@ class Sample:
         self.ids.append(token)
         self.logprobs.append(logprob)
         self.text += self.decoder.push(token)
+        ends = [self.text.index(stop) for stop in self.stop_texts if stop in self.text]
+        if ends:
+            self.text = self.text[:min(ends)]
+            return self.end("stop")
         held_back = 0
         for stop in self.stop_texts:
-            if stop in self.text:
-                self.text = self.text[:self.text.index(stop)]
-                self.finish_reason = "stop"
             for n in range(1, len(stop)):
                 if self.text.endswith(stop[:n]):
                     held_back = max(held_back, n)
-        if self.finish_reason:
-            return self.end("stop")
         return self.show(len(self.text) - held_back)
 
     def end(self, reason: str) -> str:
@@ -514,30 +509,26 @@ def turn(tokenizer: Tokenizer, text: str, system: str = "", first: bool = True) 
 
     Special tokens come from here alone: in what a user types they are ordinary characters.
     """
-    name, text, system = chat_format(tokenizer), text.strip(), system.strip()
+    name, ids, system = chat_format(tokenizer), [], system * first
     if name == "llama2":
         for mark in LLAMA2_MARKS:
             if mark in text + system:
                 raise ValueError(f"{mark} is a mark of this chat format; try a text without it")
-        if first and system:
+        if system:
             text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{text}"
-        ids = tokenizer.encode(f"[INST] {text} [/INST]", bos=True)
+        ids = tokenizer.encode(f"[INST] {text.strip()} [/INST]", bos=True)
         return ids if first else [tokenizer.eos_id, *ids]
     begin, end = CHATS[name]
-    ids, parts = [], end + begin
-    if first:
-        ids, parts = [tokenizer.bos_id] * tokenizer.adds_bos, begin
-    messages = [("user", text), ("assistant", "")]
-    if first and system:
-        messages.insert(0, ("system", system))
-    for role, content in messages:
-        for part in parts:
+    if first and tokenizer.adds_bos:
+        ids.append(tokenizer.bos_id)
+    messages = [("system", system)] * bool(system) + [("user", text), ("assistant", "")]
+    for number, (role, content) in enumerate(messages):
+        for part in begin if first and number == 0 else end + begin:
             if part.startswith("<|"):
                 ids.append(tokenizer.special[part])
             else:
-                plain = part.replace("{role}", role).replace("{text}", content)
+                plain = part.replace("{role}", role).replace("{text}", content.strip())
                 ids += tokenizer.encode(plain, continues=True)
-        parts = end + begin
     return ids
 
 
@@ -579,10 +570,8 @@ def chat(model: Llama, tokenizer: Tokenizer, max_new_tokens: int, sampling: Samp
 @torch.inference_mode()
 def token_nll(model: Llama, ids: list[int]) -> Tensor:
     """-log p(id | all before it in its window) of every id but the first, in nats: (len(ids) - 1,).
-
     A text longer than the context is read in windows that overlap by half: each token is scored
-    once, with at least half a context before it where the text has that much.
-    """
+    once, with at least half a context before it where the text has that much."""
     context, device = model.config.max_seq_len, model.tok_embeddings.weight.device
     rows = logit_rows(model.config.vocab_size, model.config.dim)
     done, parts = 0, []
@@ -704,13 +693,14 @@ def export_all(checkpoint: Path, format: str, out: str, given: str | None) -> No
     except ValueError as error:
         return print(f"{out} is written, without a tokenizer: {error}", file=sys.stderr)
     if format == "hf":
-        files = huggingface_files(tokenizer)
         ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids)}
-        files["generation_config.json"] = json.dumps(ends).encode()
+        ends = json.dumps(ends).encode()
+        files = {**huggingface_files(tokenizer), "generation_config.json": ends}
     else:
         is_json = tokenizer.data.startswith(b"{")
         files = {"tokenizer.json" if is_json else "tokenizer.model": tokenizer.data}
-    for path, data in [(folder / name, data) for name, data in files.items()]:
+    for name, data in files.items():
+        path = folder / name
         if path.exists() and path.read_bytes() != data:
             print(f"{path} is another tokenizer and stays; {out} needs its own", file=sys.stderr)
         else:
@@ -741,10 +731,10 @@ def main(argv: list[str]) -> None:
     checkpoint = Path(args.checkpoint or newest_run())
     if args.export:
         return export_all(checkpoint, *args.export, args.tokenizer)
-    keep_freed_memory()
     start = time.perf_counter()
     model = open_model(checkpoint, DTYPES[args.dtype], args.quantize, args.compile)
     load_s = time.perf_counter() - start
+    keep_freed_memory()  # only now: what loading freed has gone back to the system
     if args.bench:
         return print(json.dumps({**bench(model, args.bench, load_s), "quantize": args.quantize}))
     tokenizer = tokenizer_beside(checkpoint, model.config.vocab_size, args.tokenizer)
