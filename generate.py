@@ -149,7 +149,8 @@ def product(w: Tensor, dtype: torch.dtype, quantize: str | None = None,
 class CompiledLlama(Llama):
     """A Llama whose layers are compiled for one new token of one text. Prompts run as usual: each
     has another length, for which all would be compiled again. Layers are called in groups of n with
-    their tensors as inputs: one piece of code serves all groups, however deep the model."""
+    their tensors as inputs, so that one piece of code serves every group and a deep model compiles
+    as fast as a shallow one."""
 
     def compile_layers(self, most: int = 16) -> None:
         """Once all weights are in place. n is the largest divisor of L up to `most`."""
@@ -166,6 +167,7 @@ class CompiledLlama(Llama):
         S = len(seen)
         for own, (keys, values) in zip(tensors, held):
             def attend(q: Tensor, k: Tensor, v: Tensor, keys=keys, values=values):
+                # KVCache.write cannot serve: it reads lengths, which would become constants.
                 keys[:, :, S - 1:S] = k
                 values[:, :, S - 1:S] = v
                 o, lse = self.attend(q.to(keys.dtype), keys[:, :, :S], values[:, :, :S], position)
@@ -204,10 +206,11 @@ def open_model(path: Path, dtype: torch.dtype | None = None, quantize: str | Non
     layer is read: a model that is quantised never needs the memory of the whole."""
     config, weights = open_checkpoint(path)
     dtype = dtype or (torch.bfloat16 if quantize else weights["tok_embeddings.weight"].dtype)
+    kind = Llama
     if compiled:
         check_compiler()
+        kind = CompiledLlama
     with torch.device("meta"):
-        kind = CompiledLlama if compiled else Llama
         model = kind(config, backward="autograd", dtype=dtype)
     # What is to be quantised comes in the file's own type.
     for block, tensors in read_blocks(weights, best_device(), None if quantize else dtype):
@@ -215,8 +218,8 @@ def open_model(path: Path, dtype: torch.dtype | None = None, quantize: str | Non
             name = f"{block}.{parameter}".removesuffix(".weight")
             module = model.get_submodule(name)
             if isinstance(module, Linear):
-                of_layer = name != "output"
-                model.set_submodule(name, product(tensor, dtype, quantize, compiled and of_layer))
+                in_group = compiled and name != "output"
+                model.set_submodule(name, product(tensor, dtype, quantize, in_group))
             else:
                 module.load_state_dict({"weight": tensor.to(dtype)}, assign=True)
     if model.output is None:
@@ -354,11 +357,9 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampli
              stop_ids: frozenset[int] = frozenset(), numbers: list[int] | None = None,
              cache: KVCache | None = None) -> Iterator[list[tuple[int, int, float]]]:
     """Continues each prompt; yields, step by step, (row, id, log-probability) of every row that is
-    still running. A row ends with a stop id, after max_new_tokens or when the context is full.
-
-    One batch, prompts of any lengths: each row is what it would be alone. numbers[row] tells the
-    samples of one prompt apart. A cache, of one row, holds the beginning of its prompt.
-    """
+    still running. A row ends with a stop id, after max_new_tokens or when the context is full, and
+    is what it would be alone. numbers[row] tells the samples of one prompt apart. A cache, of one
+    row, holds the beginning of its prompt."""
     context, device = model.config.max_seq_len, model.tok_embeddings.weight.device
     longest = max(map(len, prompts))
     if not min(map(len, prompts)):
@@ -381,7 +382,9 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampli
         yield [(row, token, logprob) for row, (token, logprob) in zip(running, drawn)]
         for row, (token, _) in zip(running, drawn):
             newest[row] = token
-            left[row] = (left[row] - 1) * (token not in stop_ids)
+            left[row] -= 1
+            if token in stop_ids:
+                left[row] = 0
         running = [row for row in running if left[row]]
         if not running:
             return
@@ -466,8 +469,10 @@ def sample_texts(model: Llama, tokenizer: Tokenizer, prompts: list[str], max_new
             ids.append(encoded)
             numbers.append(number)
     for n, (row, text) in enumerate(grow(samples, model, ids, max_new_tokens, sampling, numbers)):
+        if show and n == 0:
+            show(prompts[0])
         if show and row == 0:
-            show(prompts[0] * (n == 0) + text)
+            show(text)
     return samples
 
 
@@ -482,8 +487,8 @@ LLAMA2_MARKS = ("<<SYS>>", "<</SYS>>", "[INST]", "[/INST]")  # these are no spec
 
 
 def chat_format(tokenizer: Tokenizer) -> str:
-    """The format that a model was tuned for: its template names the marks or, where there is no
-    template, the tokenizer has them."""
+    """The format that a model was tuned for, by the marks in its template or, where there is none,
+    by its special tokens."""
     template = tokenizer.chat_template
     marks = tokenizer.special if template is None else template
     for name, (begin, end) in CHATS.items():
@@ -509,7 +514,9 @@ def turn(tokenizer: Tokenizer, text: str, system: str = "", first: bool = True) 
 
     Special tokens come from here alone: in what a user types they are ordinary characters.
     """
-    name, ids, system = chat_format(tokenizer), [], system * first
+    name, ids = chat_format(tokenizer), []
+    if not first:
+        system = ""
     if name == "llama2":
         for mark in LLAMA2_MARKS:
             if mark in text + system:
@@ -521,7 +528,9 @@ def turn(tokenizer: Tokenizer, text: str, system: str = "", first: bool = True) 
     begin, end = CHATS[name]
     if first and tokenizer.adds_bos:
         ids.append(tokenizer.bos_id)
-    messages = [("system", system)] * bool(system) + [("user", text), ("assistant", "")]
+    messages = [("user", text), ("assistant", "")]
+    if system:
+        messages.insert(0, ("system", system))
     for number, (role, content) in enumerate(messages):
         for part in begin if first and number == 0 else end + begin:
             if part.startswith("<|"):
