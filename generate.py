@@ -63,8 +63,8 @@ QUANT_ROWS = 512    # rows of W quantised at a time; a multiple of the kernels' 
 
 
 class Product(nn.Module):
-    """x W^T in place of a Linear: multiply(x, *tensors) with x (rows, in) and tensors that hold W
-    (out, in) in a layout of their own."""
+    """x W^T in place of a Linear, (..., in) -> (..., out): multiply(x, *tensors) with tensors that
+    hold W (out, in) in a layout of their own."""
 
     def __init__(self, multiply: Callable, *tensors: Tensor):
         super().__init__()
@@ -73,16 +73,16 @@ class Product(nn.Module):
             self.register_buffer(f"w{i}", tensor)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.multiply(x.flatten(0, -2), *self.buffers())
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        return self.multiply(x, *self._buffers.values())  # buffers() takes as long as a product
 
 
 def multiply_plain(x: Tensor, w: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() and len(x) == 1:
+    n_rows = x.numel() // x.shape[-1]
+    if torch.compiler.is_compiling() and n_rows == 1:
         # The loops that the compiler writes for one row outrun the matrix kernels.
-        return (x.float() * w.float()).sum(-1)[None]
-    if w.dtype == torch.float16 and w.device.type == "cpu" and len(x) > MAX_GEMV_ROWS:
-        return F.linear(x.float(), w.float())  # the kernel for fp16 is slow
+        return (x[..., None, :].float() * w.float()).sum(-1).to(x.dtype)
+    if w.dtype == torch.float16 and w.device.type == "cpu" and n_rows > MAX_GEMV_ROWS:
+        return F.linear(x.float(), w.float()).to(x.dtype)  # the kernel for fp16 is slow
     return F.linear(x, w)
 
 
@@ -98,11 +98,13 @@ def quantise_int8(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def multiply_int8(x: Tensor, q: Tensor, s: Tensor) -> Tensor:
-    x = x.bfloat16()
+    y = x.flatten(0, -2).bfloat16()
     # The kernel for few rows reads past the end of rows of x that are no multiple of 16.
-    if x.device.type == "cpu" and len(x) <= MAX_GEMV_ROWS and x.shape[1] % 16 == 0:
-        return torch._weight_int8pack_mm(x, q, s)
-    return F.linear(x, q.bfloat16()) * s
+    if x.device.type == "cpu" and len(y) <= MAX_GEMV_ROWS and x.shape[-1] % 16 == 0:
+        y = torch._weight_int8pack_mm(y, q, s)
+    else:
+        y = F.linear(y, q.bfloat16()) * s
+    return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 
 def quantise_int4(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,14 +123,19 @@ def quantise_int4(w: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(packed), torch.cat(scales).transpose(0, 1).contiguous()
 
 
+def multiply_int4(x: Tensor, q: Tensor, scales: Tensor) -> Tensor:
+    y = x.flatten(0, -2).bfloat16()
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(y, q, 32, scales)
+    return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
 def product(w: Tensor, dtype: torch.dtype, quantize: str | None = None,
             compiled: bool = False) -> Product:
     """The fastest Product for W on its device. int8 stands in for int4 where the shape or the
     device does not allow it."""
     (n_out, n_in), on_cpu = w.shape, w.device.type == "cpu"
     if quantize == "int4" and on_cpu and n_in % 32 == 0 and n_out % 16 == 0:
-        kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
-        return Product(lambda x, q, s: kernel(x.bfloat16(), q, 32, s), *quantise_int4(w))
+        return Product(multiply_int4, *quantise_int4(w))
     if quantize:
         return Product(multiply_int8, *quantise_int8(w))
     w, can_pack = w.to(dtype), on_cpu and torch.backends.mkldnn.is_available()
