@@ -1,0 +1,430 @@
+"""State, and the processes of a run: the sections of train.py."""
+import contextlib
+import io
+import itertools
+import json
+import logging
+import os
+import pickle
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import cached_property, partial
+from pathlib import Path, PurePath
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing import (DefaultLogsSpecs, SignalException,
+                                                       start_processes)
+
+from cost import memory_there
+from generate import Weight, shapes, write_meta
+from llama import LlamaConfig, local_shard, shard_offset
+from tokenizer import cores
+
+# ---------------------------------------------------------------------------------------------
+# State: torch.distributed.checkpoint's folder, tensors only; everything else is JSON
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Reads a checkpoint's metadata with the classes that metadata needs and no others. Entries
+    that are not tensors, which would be unpickled when loaded, are refused by the same rule."""
+    NEEDED = {"torch.distributed.checkpoint.metadata": (
+                  "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+                  "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+              "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+              "torch.serialization": ("_get_layout",),
+              "torch": ("Size", "float32", "bfloat16", "float16", "float64", "uint8", "int64")}
+
+    def find_class(self, module: str, name: str):
+        if name in self.NEEDED.get(module, ()):
+            return super().find_class(module, name)
+        if module.split(".")[0] == "pathlib":
+            return PurePath  # the folder it was written to; not used
+        raise pickle.UnpicklingError(f"its metadata names {module}.{name}")
+
+
+class SafeReader(dcp.FileSystemReader):
+    """Of one state; its metadata, which may be long, is read once, by SafeUnpickler."""
+
+    @cached_property
+    def metadata(self):
+        return SafeUnpickler(io.BytesIO((self.path / ".metadata").read_bytes())).load()
+
+    def read_metadata(self, *args, **kwargs):
+        self.metadata.storage_meta.load_id = self.load_id
+        return self.metadata
+
+
+class Writer(dcp.FileSystemWriter):
+    """Writes a state aside; when all ranks have written, the one that coordinates renames it: a
+    state is there wholly or not at all. The last two up to this step are kept."""
+
+    def __init__(self, folder: Path, facts: dict):
+        super().__init__(folder / "saving")
+        self.facts, self.done = facts, folder / f"step-{facts['step']:09d}"
+
+    def prepare_global_plan(self, plans):
+        shutil.rmtree(self.path)  # of a save that was cut short
+        self.path.mkdir()
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan, planner):
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:  # torch's, in place of the system's
+            raise error.__context__ or error from None
+
+    def finish(self, metadata, results):
+        super().finish(metadata, results)
+        checksum = checksum_of(self.path, self.facts)
+        text = json.dumps({**self.facts, "checksum": checksum})
+        (self.path / "facts.json").write_text(text, encoding="utf-8")
+        shutil.rmtree(self.done, ignore_errors=True)
+        os.replace(self.path, self.done)
+        states = sorted(self.done.parent.glob("step-*"))
+        at = states.index(self.done)
+        for other in states[:max(0, at - 1)] + states[at + 1:]:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def checksum_of(state: Path, facts: dict) -> int:
+    """CRC-32 of the two files of a state that are not zip archives."""
+    return zlib.crc32((state / ".metadata").read_bytes() + json.dumps(facts).encode())
+
+
+class Saving:
+    """A state that is being written, while training goes on."""
+
+    def __init__(self, writer: Writer, group, write: Callable):
+        self.writer, self.group, self.write = writer, group, write
+
+    def wait(self) -> None:
+        """Until the state is there; OSError, on every rank, if it could not be written."""
+        write, self.write = self.write, None
+        try:
+            if write is not None:
+                write()
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+            if self.group is None or dist.get_rank() == 0:
+                shutil.rmtree(self.writer.path, ignore_errors=True)
+            raise OSError(f"the state of step {self.writer.facts['step']} could not be written "
+                          f"({last_line(cause_of(error))}); older states are untouched; try to "
+                          "free space, then the same command") from None
+
+
+def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict,
+               before: Saving | None = None) -> Saving:
+    """Begins to write folder/step-N, N being facts["step"], when the save `before` is done: from a
+    copy, while training goes on, or where memory is short without one, while training waits. All
+    ranks call this. Its collectives have a group of their own."""
+    group = None
+    if before:
+        before.wait()
+        group = before.group
+    elif dist.is_initialized():
+        group = patient_group()
+    writer = Writer(folder, facts)
+    tensors = {**tensors, "random": torch.get_rng_state()}
+    options = {"storage_writer": writer, "process_group": group, "no_dist": group is None}
+    size = sum(local_shard(t).nbytes for t in tensors.values())
+    if memory_there("cpu") > 2 * size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        return Saving(writer, group, dcp.async_save(tensors, **options).result)
+    saving = Saving(writer, group, partial(dcp.save, tensors, **options))
+    saving.wait()
+    return saving
+
+
+def load_state(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
+    """Fills the tensors, and torch's random generator, from the newest state that is good on every
+    rank, whatever layout it was saved in, and returns its facts; None if there is none. A damaged
+    state is named and passed over."""
+    states = together(lambda: sorted(folder.glob("step-*")))
+    for state in reversed(states):
+        try:
+            return together(partial(read_state, state, tensors), everywhere=True)
+        except ValueError as error:
+            print_rank0(f"{state} is damaged and passed over: {error}")
+    if states:
+        raise ValueError(f"no state in {folder} is good; try --fresh to start over")
+    return None
+
+
+def read_state(state: Path, tensors: dict[str, Tensor]) -> dict:
+    """The facts of a state, after the tensors were filled; ValueError if bytes are not as written.
+    torch.save's files are zip archives, which hold a CRC-32 of every tensor: torch does not look at
+    it, Python's zipfile does. Each rank checks its share of them."""
+    rank, size = 0, 1
+    if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+    try:
+        facts = json.loads((state / "facts.json").read_text(encoding="utf-8"))
+        if facts.pop("checksum") != checksum_of(state, facts):
+            raise ValueError("facts.json or .metadata is not what was written")
+        reader, random = SafeReader(state), torch.get_rng_state()
+        for part in list(reader.read_metadata().storage_data.values())[rank::size]:
+            with open(state / part.relative_path, "rb") as file:
+                bad = zipfile.ZipFile(reader._slice_file(file, part)).testzip()
+            if bad:
+                raise ValueError(f"{part.relative_path} is not what was written")
+        dcp.load({**tensors, "random": random}, storage_reader=reader, no_dist=True)
+        torch.set_rng_state(random)
+        return facts
+    except (Exception, dcp.api.CheckpointException) as error:  # whatever damaged bytes lead to
+        cause = cause_of(error)
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        raise ValueError(last_line(cause)) from None
+
+
+def export_state(state: Path, config: LlamaConfig, folder: Path) -> None:
+    """Meta's folder from the state in step-N, a tensor at a time, whatever layout wrote it."""
+    reader, weights = SafeReader(state), {}
+
+    def read(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensors = {name: torch.empty(shape, dtype=dtype)}
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        return tensors[name]
+
+    for name, shape in shapes(config).items():
+        dtype = reader.metadata.state_dict_metadata[f"model.{name}"].properties.dtype
+        weights[name] = Weight(shape, dtype, (), partial(read, f"model.{name}", shape, dtype))
+    write_meta(config, weights, folder)
+
+
+def state_tensors(parameters: dict[str, Tensor], optimizer) -> dict[str, Tensor]:
+    """Everything that training goes on from: weights and AdamW's moments, by name."""
+    state = {f"model.{name}": p.detach() for name, p in parameters.items()}
+    for name, p in parameters.items():
+        for key, value in optimizer.state[p].items():
+            state[f"{key}.{name}"] = value
+    return state
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What happened on the first rank that failed."""
+    while isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return error
+
+
+def last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+
+
+# ---------------------------------------------------------------------------------------------
+# Many processes
+
+PATIENCE = timedelta(days=7)  # for what takes its time on rank 0, such as text to prepare
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+         if hasattr(signal, name)]  # a terminal, a system, a dropped ssh, SLURM
+
+
+class World(NamedTuple):
+    rank: int = 0        # of this process among all
+    size: int = 1        # processes in all
+    local_rank: int = 0  # among those of this machine
+    local_size: int = 1
+
+
+def print_rank0(text: str) -> None:
+    """On stderr, once for all ranks."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def join(device: str, timeout: float) -> Iterator[World]:
+    """This process's place among those that torchrun or `start` made; alone without. A collective
+    that takes `timeout` seconds is an error. A mistake that all ranks meet is said once."""
+    env = os.environ
+    rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    world = World(rank, size, int(env.get("LOCAL_RANK", rank)),
+                  int(env.get("LOCAL_WORLD_SIZE", size)))
+    if size == 1:
+        yield world
+        return
+    if "PARENT_PID" in env:
+        parent = int(env["PARENT_PID"])
+        threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
+    if device == "cuda":
+        torch.cuda.set_device(world.local_rank)
+    else:
+        torch.set_num_threads(max(1, cores() // world.local_size))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+                            timeout=timedelta(seconds=timeout))
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        yield world
+        dist.destroy_process_group()
+    except (ValueError, OSError) as error:
+        if rank == 0:
+            store.set("mistake", str(error))
+            raise
+        with contextlib.suppress(RuntimeError):  # the store may have ended with rank 0
+            store.wait(["mistake"], timedelta(seconds=5))
+            if store.get("mistake") == str(error).encode():
+                sys.exit(2)
+        raise ValueError(f"rank {rank}: {error}") from None
+    except Exception:
+        time.sleep(3)  # if another rank's end led to this, this one is ended before it speaks
+        raise
+
+
+def end_with_parent(parent: int) -> None:
+    """Ends a rank and the processes that it started when the one that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+
+def patient_group():
+    """All ranks, for collectives on a CPU in which some may come late."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def together(work: Callable, everywhere: bool = False):
+    """Rank 0 does the work, or with `everywhere` all ranks: what rank 0 made of it is every rank's
+    result, and the first ValueError or OSError is raised on all."""
+    if not dist.is_initialized():
+        return work()
+    group, result, error = patient_group(), None, None
+    try:
+        if everywhere or dist.get_rank() == 0:
+            result = work()
+    except (ValueError, OSError) as caught:
+        error = caught
+    errors, results = [None] * dist.get_world_size(), [result]
+    dist.all_gather_object(errors, error, group)
+    for error in errors:
+        if error is not None:
+            raise error
+    dist.broadcast_object_list(results, 0, group)
+    return results[0]
+
+
+def start(n: int, command: list[str], states: Path) -> int:
+    """Runs the command as n ranks on this machine (Linux, macOS): the exit status. If a rank dies,
+    all start again from the newest state; dying twice without a new one is the end. A mistake (2)
+    and a stop that was asked for (128 and more) are not tried again."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    heard = [number.name for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(heard)
+    reached = None
+    for again in itertools.count():
+        try:
+            rank, status = run_ranks(n, command, again)
+        except SignalException as stop:
+            return 128 + stop.sigval
+        if status in (0, 2) or status > 128:
+            return status
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        newest = max(states.glob("step-*"), default=None)
+        if again and newest == reached:
+            print_rank0(f"error: rank {rank} {how}, again before a new state was saved; try "
+                        "--save-every with fewer steps, or the same command, which goes on from "
+                        "the last good state")
+            return 1
+        print_rank0(f"rank {rank} {how}; going on from the last good state")
+        reached = newest
+
+
+def run_ranks(n: int, command: list[str], again: int) -> tuple[int, int]:
+    """(rank, status) of the first rank that died or met an error, else of rank 0 when all ended.
+    Each rank has a session of its own: a terminal's Ctrl-C comes here, and from here to them."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
+           "TORCHELASTIC_RESTART_COUNT": again, "PARENT_PID": os.getpid()}
+    envs, args = {}, {}
+    for rank in range(n):
+        own = {**env, "RANK": rank, "LOCAL_RANK": rank}
+        envs[rank] = {name: str(value) for name, value in own.items()}
+        args[rank] = tuple(command[1:])
+    with tempfile.TemporaryDirectory() as logs:
+        ranks = start_processes("train", command[0], args, envs, DefaultLogsSpecs(logs))
+        try:
+            return first_end(ranks)
+        except SignalException as stop:
+            with contextlib.suppress(SignalException):  # a second one: at once
+                ranks.close(stop.sigval, timeout=600)
+            raise
+        finally:
+            ranks.close(signal.SIGKILL)
+
+
+def first_end(ranks) -> tuple[int, int]:
+    """What run_ranks gives. Above 128 a rank was asked to stop, and others may still save."""
+    while True:
+        statuses = {rank: handler.proc.poll()
+                    for rank, handler in ranks.subprocess_handlers.items()}
+        failed = [(status, rank) for rank, status in statuses.items() if status and status <= 128]
+        if failed:  # of several, a signal is more likely the cause
+            return min(failed)[::-1]
+        if None not in statuses.values():
+            return 0, statuses[0]
+        time.sleep(0.05)
+
+
+def replicas_agree(tensors: dict[str, Tensor]) -> None:
+    """Ends all ranks with status 1 where the copies of a tensor on several ranks are not the same
+    bits. To be called before a save, so that the last state stays good. Ranks compare one checksum
+    a tensor, the exclusive or of its elements, which any one wrong bit changes."""
+    if not dist.is_initialized():
+        return
+    checksums, wrong = {}, []
+    for name, tensor in tensors.items():
+        for dim, placement in enumerate(getattr(tensor, "placements", ())):
+            if placement.is_replicate() and tensor.device_mesh.size(dim) > 1:
+                mine = checksums.setdefault(tensor.device_mesh.get_group(dim), {})
+                mine[name] = torch.hash_tensor(tensor.to_local()).item()
+    for group, mine in checksums.items():
+        every = [None] * dist.get_world_size(group)
+        dist.all_gather_object(every, mine, group)
+        for name in mine:
+            column = [theirs[name] for theirs in every]
+            common = statistics.mode(column)
+            odd = [str(rank) for rank, value in zip(dist.get_process_group_ranks(group), column)
+                   if value != common or len(column) == 2]
+            if len(set(column)) > 1:
+                wrong.append(f"{name} of rank {' or '.join(odd)}")
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, wrong)
+    wrong = sorted(set().union(*found))
+    if wrong:
+        print_rank0(f"error: {wrong[0]} is not what the other copies are ({len(wrong)} such "
+                    "tensors): a memory or processor failed in silence; nothing was saved since; "
+                    "try without that one")
+        dist.barrier()
+        sys.exit(1)
+
+
+class Stopper:
+    """STOPS, unless they are ignored (nohup), end the run after the step, with its state saved; the
+    same one again at once. `signal` is its number, else 0: the sum over ranks stops all alike."""
+
+    def __init__(self):
+        self.signal, self.before = 0, {}
+        for number in STOPS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self.stop)
+
+    def close(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def stop(self, number: int, frame) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        print_rank0("\nstopping after this step; the same command goes on from there")
