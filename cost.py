@@ -294,63 +294,58 @@ def plan(run: "Run", gpus: int, name: str, mfu: float | None) -> dict:
         gpu = Device("cpu", memory_there("cpu"), 100, matmul_flops("cpu", dtype))
     elif run.dtype != "bf16":
         raise ValueError("only the bf16 FLOP/s of GPUs are known; try --dtype bf16")
-    step = run.rows, run.seq_len, dtype, run.attention, run.backward, run.micro_batch or 1
-    passes, memory = layout.passes(run.rows, step[-1]), fullest(config, layout, *step)
-    nearest = None
-    if sum(memory.values()) > ROOM * gpu.memory:
-        nearest = nearest_that_fits(config, gpus, gpu.memory, *step)
-    wire = {}
-    for place in range(layout.pp):
-        sent = wire_bytes(config, layout, step[-1], run.seq_len, dtype, run.backward, passes, place)
-        wire = {field: max(size, wire.get(field, 0)) for field, size in sent.items()}
-    flops, bubble = flops_per_token(config, run.seq_len), layout.bubble(passes)
+    micro_batch = run.micro_batch or 1
+    step = run.rows, run.seq_len, dtype, run.attention, run.backward, micro_batch
+    memory, passes = fullest(config, layout, *step), layout.passes(run.rows, micro_batch)
+    total, fits = sum(memory.values()), "yes"
+    if total > ROOM * gpu.memory:
+        fits = f"no; try {nearest_that_fits(config, layout, gpu.memory, *step)}"
+    sent = wire_bytes(config, layout, micro_batch, run.seq_len, dtype, run.backward, passes,
+                      layout.pp // 2)  # a rank in the middle
     if mfu is None:
-        mfu = MFU / (1 + bubble)
-        mfu *= 0.75 if run.backward == "recompute" else 1
+        mfu = MFU / (1 + layout.bubble(passes))
+        if run.backward == "recompute":  # the forward twice
+            mfu *= 3 / 4
+    flops, as_papers = (flops_per_token(config, run.seq_len, papers) for papers in (False, True))
     steps = run.steps or math.ceil(run.recipe.train_tokens / run.recipe.batch_tokens)
     tokens, speed = steps * run.rows * run.seq_len, mfu * gpus * gpu.flops / flops
     hours = tokens / speed / 3600
     mwh, tons = energy(gpus * hours, gpu.watts)
     return {"size": run.size, "params": config.n_params, "flops_per_token": flops, "gpus": gpus,
-            "gpu": name, "layout": asdict(layout), "micro_batch": step[-1],
-            "micro_batches": passes, "backward": run.backward, "memory": memory,
-            "total": sum(memory.values()), "there": gpu.memory, "nearest": nearest, "wire": wire,
-            "bubble": bubble, "mfu": mfu,
-            "mfu_as_papers": mfu * flops_per_token(config, run.seq_len, as_papers=True) / flops,
-            "steps": steps, "tokens": tokens, "step_s": run.rows * run.seq_len / speed,
-            "tokens_per_s": speed, "days": hours / 24, "gpu_hours": gpus * hours, "mwh": mwh,
-            "tco2eq": tons}
+            "gpu": name, **asdict(layout), "micro_batch": micro_batch, "micro_batches": passes,
+            "backward": run.backward, "memory": memory, "each": {"needs": total, "has": gpu.memory},
+            "fits": fits, "sends": sent, "bubble": layout.bubble(passes), "mfu": mfu,
+            "mfu_as_papers": mfu * as_papers / flops, "steps": steps, "tokens": tokens,
+            "tokens_per_s": speed, "step_s": run.rows * run.seq_len / speed, "days": hours / 24,
+            "gpu_hours": gpus * hours, "mwh": mwh, "tco2eq": tons}
 
 
-def nearest_that_fits(config: LlamaConfig, gpus: int, there: float, rows: int, seq_len: int,
+def nearest_that_fits(config: LlamaConfig, layout: Layout, there: float, rows: int, seq_len: int,
                       *options) -> str:
-    """What to try where the memory does not hold a plan: the least --pp, then the least --tp."""
-    for pp in (1, 2, 4, 8, 16, 32, 64, 128):
-        for tp in (1, 2, 4, 8):
-            with contextlib.suppress(ValueError):  # there is no such layout
-                layout = arrange(config, rows, seq_len, gpus, NODE, "fsdp", tp, pp)
-                need = fullest(config, layout, rows, seq_len, *options)
-                if sum(need.values()) < ROOM * there:
-                    return f"--dp fsdp --tp {tp} --pp {pp}"
-    return f"--gpus {2 * gpus}, --micro-batch 1 or --backward recompute"
+    """What to try where the memory does not hold a layout: FSDP with the fewest doublings and
+    halvings of --tp and --pp."""
+    splits = [(2**i, 2**j) for i in range(4) for j in range(8)]
+    splits.sort(key=lambda split: abs(math.log2(split[0] / layout.tp))
+                + abs(math.log2(split[1] / layout.pp)))
+    for tp, pp in splits:
+        with contextlib.suppress(ValueError):  # there is no such layout
+            near = arrange(config, rows, seq_len, layout.size, NODE, "fsdp", tp, pp)
+            if sum(fullest(config, near, rows, seq_len, *options).values()) < ROOM * there:
+                return f"--dp fsdp --tp {tp} --pp {pp}"
+    return f"--gpus {2 * layout.size} or --backward recompute"
 
 
-def plan_text(p: dict) -> str:
-    """A plan to be read, in GB of 1e9 bytes."""
-    def gigabytes(sizes: dict) -> str:
-        return ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in sizes.items())
-
-    layout = " x ".join(f"{name} {size}" for name, size in p["layout"].items())
-    verdict = f"does not fit; try {p['nearest']}" if p["nearest"] else "fits"
-    return "\n".join([
-        f"{p['size']} on {p['gpus']:,} x {p['gpu']}: {p['params']:,} parameters, "
-        f"{p['flops_per_token']:.4g} FLOPs a token",
-        f"layout    {layout}; {p['micro_batches']} x {p['micro_batch']} sequences a step each",
-        f"GB each   {gigabytes(p['memory'])}:",
-        f"          {p['total'] / 1e9:,.2f} of {p['there'] / 1e9:,.0f}: {verdict}",
-        f"GB sent   {gigabytes(p['wire'])} a step",
-        f"speed     {p['tokens_per_s']:,.0f} tokens/s, {p['tokens_per_s'] / p['gpus']:,.0f} each; "
-        f"MFU {p['mfu']:.1%}, as the papers count {p['mfu_as_papers']:.1%}, bubble {p['bubble']:.1%}",
-        f"training  {p['steps']:,} steps of {p['step_s']:.3g} s, {p['tokens'] / 1e9:,.1f} billion "
-        f"tokens, {p['days']:,.1f} days,",
-        f"          {p['gpu_hours']:,.0f} GPU-hours, {p['mwh']:,.2f} MWh, {p['tco2eq']:,.2f} tCO2eq"])
+def plan_text(planned: dict) -> str:
+    """A plan to be read, one figure a line, bytes in GB of 1e9."""
+    lines = []
+    for name, value in planned.items():
+        if isinstance(value, float) and value < 1000:
+            value = f"{value:.4g}"
+        elif isinstance(value, (int, float)):
+            value = f"{value:,.0f}"
+        elif isinstance(value, dict):
+            for part, size in value.items():
+                lines.append(f"{f'{name} {part}':22}{size / 1e9:,.2f} GB")
+            continue
+        lines.append(f"{name.replace('_', ' '):22}{value}")
+    return "\n".join(lines)

@@ -1,6 +1,6 @@
 """State, and the processes of a run: the sections of train.py."""
 import contextlib
-import io
+import functools
 import itertools
 import json
 import logging
@@ -17,7 +17,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import partial
+from io import BytesIO
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ from torch.distributed.elastic.multiprocessing import (DefaultLogsSpecs, SignalE
 
 from cost import memory_there
 from generate import Weight, shapes, write_meta
-from llama import LlamaConfig, local_shard, shard_offset
+from llama import LlamaConfig, local_shard
 from tokenizer import cores
 
 # ---------------------------------------------------------------------------------------------
@@ -38,14 +39,14 @@ from tokenizer import cores
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Reads a checkpoint's metadata with the classes that metadata needs and no others. Entries
-    that are not tensors, which would be unpickled when loaded, are refused by the same rule."""
+    """Reads a checkpoint's metadata with the classes that it needs and no others. Entries that are
+    not tensors, which would be unpickled when loaded, are refused by the same rule."""
     NEEDED = {"torch.distributed.checkpoint.metadata": (
                   "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
                   "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
               "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
               "torch.serialization": ("_get_layout",),
-              "torch": ("Size", "float32", "bfloat16", "float16", "float64", "uint8", "int64")}
+              "torch": ("Size", "float32", "bfloat16", "uint8")}
 
     def find_class(self, module: str, name: str):
         if name in self.NEEDED.get(module, ()):
@@ -56,19 +57,18 @@ class SafeUnpickler(pickle.Unpickler):
 
 
 class SafeReader(dcp.FileSystemReader):
-    """Of one state; its metadata, which may be long, is read once, by SafeUnpickler."""
+    """Of one state, whose metadata is read once, by SafeUnpickler."""
 
-    @cached_property
-    def metadata(self):
-        return SafeUnpickler(io.BytesIO((self.path / ".metadata").read_bytes())).load()
+    def __init__(self, state: Path):
+        super().__init__(state)
+        self.metadata = SafeUnpickler(BytesIO((state / ".metadata").read_bytes())).load()
 
     def read_metadata(self, *args, **kwargs):
-        self.metadata.storage_meta.load_id = self.load_id
         return self.metadata
 
 
 class Writer(dcp.FileSystemWriter):
-    """Writes a state aside; when all ranks have written, the one that coordinates renames it: a
+    """Writes a state aside. When all ranks have written, the one that coordinates renames it: a
     state is there wholly or not at all. The last two up to this step are kept."""
 
     def __init__(self, folder: Path, facts: dict):
@@ -88,62 +88,60 @@ class Writer(dcp.FileSystemWriter):
 
     def finish(self, metadata, results):
         super().finish(metadata, results)
-        checksum = checksum_of(self.path, self.facts)
-        text = json.dumps({**self.facts, "checksum": checksum})
-        (self.path / "facts.json").write_text(text, encoding="utf-8")
+        facts = {**self.facts, "crc32": checksum(self.path, self.facts)}
+        (self.path / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         shutil.rmtree(self.done, ignore_errors=True)
         os.replace(self.path, self.done)
         states = sorted(self.done.parent.glob("step-*"))
-        at = states.index(self.done)
-        for other in states[:max(0, at - 1)] + states[at + 1:]:
-            shutil.rmtree(other, ignore_errors=True)
+        before = states.index(self.done) - 1
+        for state in states[:max(0, before)] + states[before + 2:]:
+            shutil.rmtree(state, ignore_errors=True)
 
 
-def checksum_of(state: Path, facts: dict) -> int:
-    """CRC-32 of the two files of a state that are not zip archives."""
+def checksum(state: Path, facts: dict) -> int:
+    """Of the two files of a state that are not zip archives."""
     return zlib.crc32((state / ".metadata").read_bytes() + json.dumps(facts).encode())
 
 
-class Saving:
-    """A state that is being written, while training goes on."""
-
-    def __init__(self, writer: Writer, group, write: Callable):
-        self.writer, self.group, self.write = writer, group, write
-
-    def wait(self) -> None:
-        """Until the state is there; OSError, on every rank, if it could not be written."""
-        write, self.write = self.write, None
-        try:
-            if write is not None:
-                write()
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-            if self.group is None or dist.get_rank() == 0:
-                shutil.rmtree(self.writer.path, ignore_errors=True)
-            raise OSError(f"the state of step {self.writer.facts['step']} could not be written "
-                          f"({last_line(cause_of(error))}); older states are untouched; try to "
-                          "free space, then the same command") from None
+class Saving(NamedTuple):
+    """A state that is being written. wait() ends when it is there; OSError, on every rank, if it
+    could not be written. group: its collectives run beside those of training."""
+    group: dist.ProcessGroup | None
+    wait: Callable[[], None]
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict,
                before: Saving | None = None) -> Saving:
-    """Begins to write folder/step-N, N being facts["step"], when the save `before` is done: from a
-    copy, while training goes on, or where memory is short without one, while training waits. All
-    ranks call this. Its collectives have a group of their own."""
+    """Begins to write folder/step-N, N = facts["step"], once the save `before` is done: a copy,
+    while training goes on, or where memory for one is short, while training waits. Of all ranks."""
     group = None
     if before:
         before.wait()
         group = before.group
     elif dist.is_initialized():
         group = patient_group()
-    writer = Writer(folder, facts)
-    tensors = {**tensors, "random": torch.get_rng_state()}
-    options = {"storage_writer": writer, "process_group": group, "no_dist": group is None}
-    size = sum(local_shard(t).nbytes for t in tensors.values())
-    if memory_there("cpu") > 2 * size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        return Saving(writer, group, dcp.async_save(tensors, **options).result)
-    saving = Saving(writer, group, partial(dcp.save, tensors, **options))
-    saving.wait()
-    return saving
+    tensors, writer = {**tensors, "random": torch.get_rng_state()}, Writer(folder, facts)
+    size = sum(local_shard(x).nbytes for x in tensors.values())
+    copied = memory_there("cpu") > 2 * size * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    write = partial(dcp.async_save if copied else dcp.save, tensors, storage_writer=writer,
+                    process_group=group, no_dist=group is None)
+    if copied:
+        write = write().result
+
+    @functools.cache  # once
+    def wait() -> None:
+        try:
+            write()
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+            if group is None or dist.get_rank() == 0:
+                shutil.rmtree(writer.path, ignore_errors=True)
+            raise OSError(f"the state of step {facts['step']} could not be written "
+                          f"({cause_of(error)}); older states are untouched; try to free space, "
+                          "then the same command") from None
+
+    if not copied:
+        wait()
+    return Saving(group, wait)
 
 
 def load_state(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
@@ -162,30 +160,37 @@ def load_state(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
 
 
 def read_state(state: Path, tensors: dict[str, Tensor]) -> dict:
-    """The facts of a state, after the tensors were filled; ValueError if bytes are not as written.
-    torch.save's files are zip archives, which hold a CRC-32 of every tensor: torch does not look at
-    it, Python's zipfile does. Each rank checks its share of them."""
+    """Fills the tensors and returns the facts; ValueError if bytes are not as they were written.
+    torch.save's files are zip archives, with a CRC-32 of every tensor: torch does not look at it,
+    Python's zipfile does. Each rank checks its share."""
     rank, size = 0, 1
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
     try:
         facts = json.loads((state / "facts.json").read_text(encoding="utf-8"))
-        if facts.pop("checksum") != checksum_of(state, facts):
+        if facts.pop("crc32") != checksum(state, facts):
             raise ValueError("facts.json or .metadata is not what was written")
         reader, random = SafeReader(state), torch.get_rng_state()
-        for part in list(reader.read_metadata().storage_data.values())[rank::size]:
+        for part in list(reader.metadata.storage_data.values())[rank::size]:
             with open(state / part.relative_path, "rb") as file:
-                bad = zipfile.ZipFile(reader._slice_file(file, part)).testzip()
-            if bad:
+                file.seek(part.offset)
+                archive = BytesIO(file.read(part.length))
+            if zipfile.ZipFile(archive).testzip():
                 raise ValueError(f"{part.relative_path} is not what was written")
         dcp.load({**tensors, "random": random}, storage_reader=reader, no_dist=True)
         torch.set_rng_state(random)
         return facts
     except (Exception, dcp.api.CheckpointException) as error:  # whatever damaged bytes lead to
-        cause = cause_of(error)
-        if isinstance(cause, KeyboardInterrupt):
-            raise cause from None
-        raise ValueError(last_line(cause)) from None
+        raise ValueError(cause_of(error)) from None
+
+
+def cause_of(error: BaseException) -> str:
+    """The last line of what happened on the first rank that failed; Ctrl-C stays Ctrl-C."""
+    while isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
 
 
 def export_state(state: Path, config: LlamaConfig, folder: Path) -> None:
@@ -207,28 +212,15 @@ def state_tensors(parameters: dict[str, Tensor], optimizer) -> dict[str, Tensor]
     """Everything that training goes on from: weights and AdamW's moments, by name."""
     state = {f"model.{name}": p.detach() for name, p in parameters.items()}
     for name, p in parameters.items():
-        for key, value in optimizer.state[p].items():
-            state[f"{key}.{name}"] = value
+        state |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
     return state
 
 
-def cause_of(error: BaseException) -> BaseException:
-    """What happened on the first rank that failed."""
-    while isinstance(error, dcp.api.CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return error
-
-
-def last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
-
-
 # ---------------------------------------------------------------------------------------------
-# Many processes
+# Many processes: how they start, and how a run survives one that ends
 
-PATIENCE = timedelta(days=7)  # for what takes its time on rank 0, such as text to prepare
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-         if hasattr(signal, name)]  # a terminal, a system, a dropped ssh, SLURM
+         if hasattr(signal, name)]  # of a terminal, a system, a dropped ssh, SLURM
 
 
 class World(NamedTuple):
@@ -247,65 +239,60 @@ def print_rank0(text: str) -> None:
 @contextlib.contextmanager
 def join(device: str, timeout: float) -> Iterator[World]:
     """This process's place among those that torchrun or `start` made; alone without. A collective
-    that takes `timeout` seconds is an error. A mistake that all ranks meet is said once."""
+    that takes `timeout` seconds is an error. Rank 0 speaks first of an error: as it ends, whoever
+    started the ranks ends the others, so that what all meet is said once."""
     env = os.environ
     rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    world = World(rank, size, int(env.get("LOCAL_RANK", rank)),
-                  int(env.get("LOCAL_WORLD_SIZE", size)))
+    world = World(rank, size, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", size)))
     if size == 1:
         yield world
         return
     if "PARENT_PID" in env:
-        parent = int(env["PARENT_PID"])
-        threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
+        watch = partial(end_with_parent, int(env["PARENT_PID"]))
+        threading.Thread(target=watch, daemon=True).start()
     if device == "cuda":
         torch.cuda.set_device(world.local_rank)
     else:
         torch.set_num_threads(max(1, cores() // world.local_size))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-                            timeout=timedelta(seconds=timeout))
-    store = dist.distributed_c10d._get_default_store()
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
         yield world
         dist.destroy_process_group()
     except (ValueError, OSError) as error:
         if rank == 0:
-            store.set("mistake", str(error))
             raise
-        with contextlib.suppress(RuntimeError):  # the store may have ended with rank 0
-            store.wait(["mistake"], timedelta(seconds=5))
-            if store.get("mistake") == str(error).encode():
-                sys.exit(2)
+        time.sleep(5)
         raise ValueError(f"rank {rank}: {error}") from None
     except Exception:
-        time.sleep(3)  # if another rank's end led to this, this one is ended before it speaks
+        time.sleep(3)  # more likely another rank ended: this one shall be ended before it speaks
         raise
 
 
 def end_with_parent(parent: int) -> None:
-    """Ends a rank and the processes that it started when the one that started it is gone."""
+    """Ends a rank, and the processes that it started, when its parent is gone."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.killpg(0, signal.SIGKILL)
 
 
-def patient_group():
-    """All ranks, for collectives on a CPU in which some may come late."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+def patient_group() -> dist.ProcessGroup:
+    """All ranks, for collectives on a CPU that may wait for one rank, its text or its disk."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
 def together(work: Callable, everywhere: bool = False):
-    """Rank 0 does the work, or with `everywhere` all ranks: what rank 0 made of it is every rank's
-    result, and the first ValueError or OSError is raised on all."""
+    """work() of rank 0, or with `everywhere` of all ranks. All get what it gave on rank 0, or the
+    first ValueError or OSError of any rank."""
     if not dist.is_initialized():
         return work()
-    group, result, error = patient_group(), None, None
+    group, error, results = patient_group(), None, [None]
     try:
         if everywhere or dist.get_rank() == 0:
-            result = work()
+            results = [work()]
     except (ValueError, OSError) as caught:
         error = caught
-    errors, results = [None] * dist.get_world_size(), [result]
+    errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error, group)
     for error in errors:
         if error is not None:
@@ -315,9 +302,9 @@ def together(work: Callable, everywhere: bool = False):
 
 
 def start(n: int, command: list[str], states: Path) -> int:
-    """Runs the command as n ranks on this machine (Linux, macOS): the exit status. If a rank dies,
-    all start again from the newest state; dying twice without a new one is the end. A mistake (2)
-    and a stop that was asked for (128 and more) are not tried again."""
+    """Runs the command as n ranks on this machine (Linux, macOS): the exit status. When a rank
+    dies, all start again from the newest state; dying twice without a new one is the end. A mistake
+    (2) and a stop that was asked for (over 128) are not tried again."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     heard = [number.name for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(heard)
@@ -341,21 +328,31 @@ def start(n: int, command: list[str], states: Path) -> int:
 
 
 def run_ranks(n: int, command: list[str], again: int) -> tuple[int, int]:
-    """(rank, status) of the first rank that died or met an error, else of rank 0 when all ended.
-    Each rank has a session of its own: a terminal's Ctrl-C comes here, and from here to them."""
+    """(rank, status as Popen has it) of the first that died or met an error, else of rank 0 when
+    all have ended. Each is in a session of its own: a terminal's Ctrl-C comes to this process, and
+    from here to them, once."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    env = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
-           "TORCHELASTIC_RESTART_COUNT": again, "PARENT_PID": os.getpid()}
-    envs, args = {}, {}
-    for rank in range(n):
-        own = {**env, "RANK": rank, "LOCAL_RANK": rank}
-        envs[rank] = {name: str(value) for name, value in own.items()}
-        args[rank] = tuple(command[1:])
+    shared = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
+              "TORCHELASTIC_RESTART_COUNT": again, "PARENT_PID": os.getpid()}
+    envs, args = {}, dict.fromkeys(range(n), tuple(command[1:]))
+    for rank in args:
+        env = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+        envs[rank] = {name: str(value) for name, value in env.items()}
     with tempfile.TemporaryDirectory() as logs:
         ranks = start_processes("train", command[0], args, envs, DefaultLogsSpecs(logs))
+        processes = [handler.proc for handler in ranks.subprocess_handlers.values()]
         try:
-            return first_end(ranks)
+            while True:  # not ranks.wait(): of ranks that were asked to stop one may end first
+                ended = [(process.poll(), rank) for rank, process in enumerate(processes)]
+                failed = [end for end in ended if end[0] and end[0] <= 128]
+                if failed:  # of several, a signal is more likely the cause
+                    status, rank = min(failed)
+                    return rank, status
+                if None not in dict(ended):
+                    status, rank = max(ended)
+                    return rank, status
+                time.sleep(0.05)
         except SignalException as stop:
             with contextlib.suppress(SignalException):  # a second one: at once
                 ranks.close(stop.sigval, timeout=600)
@@ -364,44 +361,29 @@ def run_ranks(n: int, command: list[str], again: int) -> tuple[int, int]:
             ranks.close(signal.SIGKILL)
 
 
-def first_end(ranks) -> tuple[int, int]:
-    """What run_ranks gives. Above 128 a rank was asked to stop, and others may still save."""
-    while True:
-        statuses = {rank: handler.proc.poll()
-                    for rank, handler in ranks.subprocess_handlers.items()}
-        failed = [(status, rank) for rank, status in statuses.items() if status and status <= 128]
-        if failed:  # of several, a signal is more likely the cause
-            return min(failed)[::-1]
-        if None not in statuses.values():
-            return 0, statuses[0]
-        time.sleep(0.05)
-
-
 def replicas_agree(tensors: dict[str, Tensor]) -> None:
     """Ends all ranks with status 1 where the copies of a tensor on several ranks are not the same
     bits. To be called before a save, so that the last state stays good. Ranks compare one checksum
     a tensor, the exclusive or of its elements, which any one wrong bit changes."""
     if not dist.is_initialized():
         return
-    checksums, wrong = {}, []
+    checksums, wrong, found = {}, [], [None] * dist.get_world_size()
     for name, tensor in tensors.items():
         for dim, placement in enumerate(getattr(tensor, "placements", ())):
             if placement.is_replicate() and tensor.device_mesh.size(dim) > 1:
                 mine = checksums.setdefault(tensor.device_mesh.get_group(dim), {})
                 mine[name] = torch.hash_tensor(tensor.to_local()).item()
     for group, mine in checksums.items():
-        every = [None] * dist.get_world_size(group)
+        ranks = dist.get_process_group_ranks(group)
+        every = [None] * len(ranks)
         dist.all_gather_object(every, mine, group)
         for name in mine:
-            column = [theirs[name] for theirs in every]
-            common = statistics.mode(column)
-            odd = [str(rank) for rank, value in zip(dist.get_process_group_ranks(group), column)
-                   if value != common or len(column) == 2]
-            if len(set(column)) > 1:
-                wrong.append(f"{name} of rank {' or '.join(odd)}")
-    found = [None] * dist.get_world_size()
+            common = statistics.mode(theirs[name] for theirs in every)
+            odd = [rank for rank, theirs in zip(ranks, every) if theirs[name] != common]
+            if odd:  # of two nobody knows which
+                wrong.append(f"{name} of rank {odd[0] if len(ranks) > 2 else ranks}")
     dist.all_gather_object(found, wrong)
-    wrong = sorted(set().union(*found))
+    wrong = sorted(set(itertools.chain(*found)))
     if wrong:
         print_rank0(f"error: {wrong[0]} is not what the other copies are ({len(wrong)} such "
                     "tensors): a memory or processor failed in silence; nothing was saved since; "
@@ -411,8 +393,8 @@ def replicas_agree(tensors: dict[str, Tensor]) -> None:
 
 
 class Stopper:
-    """STOPS, unless they are ignored (nohup), end the run after the step, with its state saved; the
-    same one again at once. `signal` is its number, else 0: the sum over ranks stops all alike."""
+    """A signal of STOPS, unless it is ignored (nohup), ends the run after the step, with its state
+    saved; the same one again at once. `signal` is its number, else 0."""
 
     def __init__(self):
         self.signal, self.before = 0, {}
