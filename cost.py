@@ -15,7 +15,6 @@ from llama import SIZES, LlamaConfig, logit_rows
 
 NODE = 8     # GPUs of a machine
 MFU = 0.5   # of a GPU's FLOP/s, where no pipeline idles; LLaMA's 65B had 0.48
-ROOM = 0.9  # of a memory; a tenth is left for what is not counted
 
 
 class Device(NamedTuple):
@@ -249,34 +248,39 @@ def memory_there(device: str) -> int:
     return min(limits)
 
 
-def fullest(config: LlamaConfig, layout: Layout, rows: int, seq_len: int, dtype: torch.dtype,
-            attention: str, backward: str, micro_batch: int) -> dict[str, int]:
-    """memory_needed by the rank that needs most, in steps of `rows` sequences."""
-    passes = layout.passes(rows, micro_batch)
-    needs = [memory_needed(config, layout, micro_batch, seq_len, dtype, attention, backward, passes,
-                           place) for place in range(layout.pp)]
-    return max(needs, key=lambda need: sum(need.values()))
-
-
-def fit_memory(config: LlamaConfig, layout: Layout, rows: int, seq_len: int, dtype: torch.dtype,
-               attention: str, backward: str, device: str, local_size: int,
-               micro_batch: int | None, name: str) -> tuple[int, bool]:
-    """Sequences to compute at once: micro_batch, else up to 8192 tokens as far as they fit and, in
-    a pipeline, a quarter of what would fill it. And whether freed memory may be kept, whose gaps
-    take up to a third more. ValueError, before anything large is allocated, if nothing fits."""
-    there = memory_there(device) // (local_size if device == "cpu" else 1)
+def fit_micro_batch(config: LlamaConfig, layout: Layout, rows: int, seq_len: int,
+                    dtype: torch.dtype, attention: str, backward: str, micro_batch: int | None,
+                    there: float) -> tuple[int, dict[str, int], bool]:
+    """(sequences to compute at once, memory_needed by the fullest rank, whether it is there but for
+    a tenth, which is left for what is not counted). Without micro_batch, up to 8192 tokens as far
+    as they fit and, in a pipeline, a quarter of what would fill it."""
     each = rows // layout.dp
     if layout.pp > 1:
         each //= 4 * layout.pp
     size = micro_batch or max(1, min(8192 // seq_len, each))
     while True:
-        need = fullest(config, layout, rows, seq_len, dtype, attention, backward, size)
-        total = sum(need.values())
-        if total < ROOM * there:
-            return size, total < 0.6 * there
-        if micro_batch or size == 1:
-            break
+        passes = layout.passes(rows, size)
+        needs = [memory_needed(config, layout, size, seq_len, dtype, attention, backward, passes,
+                               place) for place in range(layout.pp)]
+        need = max(needs, key=lambda need: sum(need.values()))
+        fits = sum(need.values()) < 0.9 * there
+        if fits or micro_batch or size == 1:
+            return size, need, fits
         size //= 2
+
+
+def fit_memory(config: LlamaConfig, layout: Layout, rows: int, seq_len: int, dtype: torch.dtype,
+               attention: str, backward: str, device: str, local_size: int,
+               micro_batch: int | None, name: str) -> tuple[int, bool]:
+    """Sequences to compute at once on this machine, and whether freed memory may be kept, whose
+    gaps take up to a third more. ValueError, before anything large is allocated, if nothing fits.
+    """
+    there = memory_there(device) // (local_size if device == "cpu" else 1)
+    size, need, fits = fit_micro_batch(config, layout, rows, seq_len, dtype, attention, backward,
+                                       micro_batch, there)
+    total = sum(need.values())
+    if fits:
+        return size, total < 0.6 * there
     advice, least = f"--micro-batch 1 or --seq-len {seq_len // 2}", need["weights"] + need["AdamW"]
     if 1.5 * least > there:
         smaller = [(c.n_params, size) for size, (c, _) in SIZES.items() if 20 * c.n_params < there]
@@ -287,19 +291,18 @@ def fit_memory(config: LlamaConfig, layout: Layout, rows: int, seq_len: int, dty
 
 
 def plan(run: "Run", gpus: int, name: str, mfu: float | None) -> dict:
-    """What the run takes on `gpus` GPUs of that name in its layout, one sequence at once unless it
-    says more. Allocates nothing. mfu: of the whole step, if it was measured."""
+    """What the run takes on `gpus` GPUs of that name in its layout. Allocates nothing. mfu: of the
+    whole step, if it was measured."""
     gpu, layout, config, dtype = GPUS.get(name), run.layout, run.config, DTYPES[run.dtype]
     if gpu is None:  # machines like this one, whose watts are a guess
         gpu = Device("cpu", memory_there("cpu"), 100, matmul_flops("cpu", dtype))
     elif run.dtype != "bf16":
         raise ValueError("only the bf16 FLOP/s of GPUs are known; try --dtype bf16")
-    micro_batch = run.micro_batch or 1
-    step = run.rows, run.seq_len, dtype, run.attention, run.backward, micro_batch
-    memory, passes = fullest(config, layout, *step), layout.passes(run.rows, micro_batch)
-    total, fits = sum(memory.values()), "yes"
-    if total > ROOM * gpu.memory:
-        fits = f"no; try {nearest_that_fits(config, layout, gpu.memory, *step)}"
+    step = run.rows, run.seq_len, dtype, run.attention, run.backward
+    micro_batch, memory, fits = fit_micro_batch(config, layout, *step, run.micro_batch, gpu.memory)
+    passes, verdict = layout.passes(run.rows, micro_batch), "yes"
+    if not fits:
+        verdict = f"no; try {nearest_that_fits(config, layout, gpu.memory, *step)}"
     sent = wire_bytes(config, layout, micro_batch, run.seq_len, dtype, run.backward, passes,
                       layout.pp // 2)  # a rank in the middle
     if mfu is None:
@@ -313,8 +316,9 @@ def plan(run: "Run", gpus: int, name: str, mfu: float | None) -> dict:
     mwh, tons = energy(gpus * hours, gpu.watts)
     return {"size": run.size, "params": config.n_params, "flops_per_token": flops, "gpus": gpus,
             "gpu": name, **asdict(layout), "micro_batch": micro_batch, "micro_batches": passes,
-            "backward": run.backward, "memory": memory, "each": {"needs": total, "has": gpu.memory},
-            "fits": fits, "sends": sent, "bubble": layout.bubble(passes), "mfu": mfu,
+            "backward": run.backward, "memory": memory,
+            "each": {"needs": sum(memory.values()), "has": gpu.memory}, "fits": verdict,
+            "sends": sent, "bubble": layout.bubble(passes), "mfu": mfu,
             "mfu_as_papers": mfu * as_papers / flops, "steps": steps, "tokens": tokens,
             "tokens_per_s": speed, "step_s": run.rows * run.seq_len / speed, "days": hours / 24,
             "gpu_hours": gpus * hours, "mwh": mwh, "tco2eq": tons}
@@ -330,7 +334,7 @@ def nearest_that_fits(config: LlamaConfig, layout: Layout, there: float, rows: i
     for tp, pp in splits:
         with contextlib.suppress(ValueError):  # there is no such layout
             near = arrange(config, rows, seq_len, layout.size, NODE, "fsdp", tp, pp)
-            if sum(fullest(config, near, rows, seq_len, *options).values()) < ROOM * there:
+            if fit_micro_batch(config, near, rows, seq_len, *options, None, there)[2]:
                 return f"--dp fsdp --tp {tp} --pp {pp}"
     return f"--gpus {2 * layout.size} or --backward recompute"
 

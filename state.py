@@ -132,7 +132,7 @@ def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict,
     def wait() -> None:
         try:
             write()
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        except (OSError, dcp.api.CheckpointException) as error:
             if group is None or dist.get_rank() == 0:
                 shutil.rmtree(writer.path, ignore_errors=True)
             raise OSError(f"the state of step {facts['step']} could not be written "

@@ -483,3 +483,311 @@ def full_disk(size):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def sharded_tensors(rank, mesh, split, seed=100):
+    """What a state holds of a model of other values on each rank, cut over the ranks of `split` as
+    tensor parallelism does, then over those of `mesh` by fully_shard."""
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    model = Llama.create(SMALL_EVEN, seed + rank)
+    if split is not None:
+        for name, p in list(model.named_parameters()):
+            placement = Replicate() if p.dim() == 1 else Shard(int(name.endswith("wo.weight")))
+            owner, _, key = name.rpartition(".")
+            part = nn.Parameter(distribute_tensor(p.detach(), split, [placement]))
+            model.get_submodule(owner).register_parameter(key, part)
+    if mesh is not None:
+        for part in (*model.layers, model):
+            fully_shard(part, mesh=mesh)
+    return tensors_of(model)
+
+
+SMALL_EVEN = replace(SMALL, n_layers=2, vocab_size=96)
+
+
+def rank_states(folder):
+    """One of four ranks: states through every layout, disks that are full, damage, wrong bits."""
+    folder, report = Path(folder), {}
+    with train.join("cpu", 60) as world:
+        rank, grid = world.rank, dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        torch.manual_seed(rank)
+        layouts = {"one": None, "grid": (grid["dp"], grid["tp"]), "four": (
+            dist.init_device_mesh("cpu", (4,)), None), "ddp": (grid, None)}
+        plain, saving = sharded_tensors(rank, None, None), None
+        for source, name in zip(layouts, [*layouts][1:]):
+            tensors = sharded_tensors(rank, *layouts[name])
+            facts = train.load_state(folder / source, tensors)
+            saving = train.save_state(folder / name, tensors, facts, saving)
+            saving.wait()
+            report[name] = facts
+        stage = {name: x for i, (name, x) in enumerate(plain.items()) if i % 2 == rank}
+        train.load_state(folder / "one", stage)  # ranks 2 and 3 hold nothing
+        save_now(folder / "stages", stage, 1, saving)
+        with full_disk(2_000 if rank == 2 else 2**40):
+            try:
+                save_now(folder / "ddp", tensors, 2, saving)
+            except OSError as error:
+                dist.barrier()
+                report["full"] = str(error), files(folder / "ddp")
+            dist.barrier()
+        save_now(folder / "ddp", tensors, 2, saving)
+        if rank == 0:
+            (folder / "ddp" / "step-000000002" / "__3_0.distcp").write_bytes(b"")
+        dist.barrier()
+        report["damaged"] = train.load_state(folder / "ddp", tensors)
+        train.replicas_agree(tensors)
+        if rank == 1:
+            tensors["model.norm.weight"].to_local().view(torch.int32)[3] ^= 1
+        try:
+            train.replicas_agree(tensors)
+        except SystemExit as end:
+            report["wrong"] = end.code
+        (folder / f"report-{rank}").write_text(json.dumps(report))
+        dist.barrier()
+        Path(folder / f"pid-{rank}").write_text(str(os.getpid()))
+        time.sleep(60)  # until the test ends the parent
+
+
+def rank_world(folder):
+    """One of two ranks. At first one is killed while it writes; then all meet a mistake."""
+    with train.join("cpu", 60) as world:
+        rank, state, x = world.rank, Path(folder, "state"), {"x": torch.ones(4)}
+        facts = train.load_state(state, x)
+        if facts is None:  # the first time
+            save_now(state, x, 1)
+            write = train.Writer.write_data
+
+            def killed(*args):
+                if rank == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return write(*args)
+            train.Writer.write_data = killed
+        save_now(state, x, 2)
+        made = train.together(lambda: {"made by": rank})
+        everywhere = train.together(lambda: rank + 5, everywhere=True)
+        Path(folder, f"world-{rank}").write_text(
+            repr([*world, torch.get_num_threads(), facts, made, everywhere]))
+
+        def fail_on_1():
+            if rank == 1:
+                raise OSError(28, "No space left on device", "shards")
+        try:
+            train.together(fail_on_1, everywhere=True)
+        except OSError as error:
+            Path(folder, f"error-{rank}").write_text(str(error))
+        raise ValueError("there is no such corpus; try --data")
+
+
+def rank_start(folder, case, n):
+    """The process that starts n ranks."""
+    command = [sys.executable, "-W", "ignore", __file__, "rank", case, folder]
+    sys.exit(train.start(int(n), command, Path(folder) / "state"))
+
+
+def start_ranks(folder, case, n):
+    """Starts a process that starts n ranks; what they say comes into folder/err."""
+    command = [sys.executable, "-W", "ignore", __file__, "rank", "start", str(folder), case, str(n)]
+    with open(folder / "err", "w") as err:
+        return subprocess.Popen(command, stderr=err, cwd=HERE)
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def alive(pid):
+    """Neither gone nor only waiting to be asked for its status."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """What four ranks made of a state of one process: the folder, that state, their reports and
+    what they said. Then the process that started them is killed, while they sleep."""
+    folder = tmp_path_factory.mktemp("four")
+    torch.manual_seed(7)
+    wanted = tensors_of(random_model(SMALL_EVEN))
+    save_now(folder / "one", wanted, 1)
+    parent, pids = start_ranks(folder, "states", 4), [folder / f"pid-{rank}" for rank in range(4)]
+    until(lambda: all(pid.exists() for pid in pids) or parent.poll() is not None)
+    assert parent.poll() is None, (folder / "err").read_text()
+    pids = [int(pid.read_text()) for pid in pids]
+    assert all(map(alive, pids))
+    parent.kill()
+    parent.wait()
+    until(lambda: not any(map(alive, pids)), 10)
+    reports = [json.loads((folder / f"report-{rank}").read_text()) for rank in range(4)]
+    return folder, wanted, reports, (folder / "err").read_text()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder of rank_world, the status and what was said."""
+    folder = tmp_path_factory.mktemp("two")
+    status = start_ranks(folder, "world", 2).wait(60)
+    return folder, status, (folder / "err").read_text().splitlines()
+
+
+class TestStatesOfRanks:
+    @pytest.mark.parametrize("layout", ["grid", "four", "ddp", "stages"])
+    def test_there_and_back_through_every_layout(self, four, layout):
+        folder, wanted, reports, _ = four
+        tensors = {name: torch.full_like(t, -1) for name, t in wanted.items()}
+        torch.manual_seed(8)
+        assert train.load_state(folder / layout, tensors) == {"step": 1, "skipped": 7}
+        assert all(torch.equal(t, wanted[name]) for name, t in tensors.items())
+        assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(7).get_state())
+        written = {file.name for file in (folder / layout / "step-000000001").glob("*.distcp")}
+        assert written == {f"__{rank}_0.distcp" for rank in range(4)}
+
+    def test_one_full_disk_is_told_to_all(self, four):
+        for report in four[2]:
+            message, there = report["full"]
+            assert re.match(r"the state of step 2 could not be written \(.*File too large.*"
+                            "try to free space", message)
+            assert there == ["step-000000001"]
+
+    def test_damage_is_seen_by_all(self, four):
+        assert [report["damaged"] for report in four[2]] == 4 * [{"step": 1, "skipped": 7}]
+        said = [line for line in four[3].splitlines() if "damaged" in line]
+        assert len(said) == 1 and "step-000000002 is damaged and passed over" in said[0]
+
+    def test_a_rank_killed_while_it_writes(self, two):
+        folder, _, said = two
+        assert files(folder / "state") == ["step-000000001", "step-000000002"]
+        assert said[0] == "rank 1 was killed by signal 9; going on from the last good state"
+
+
+class TestReplicasAgree:
+    def test_a_wrong_bit_ends_all_ranks(self, four):
+        assert [report["wrong"] for report in four[2]] == 4 * [1]
+        said = re.findall("error: (.*) is not what the other copies are (.*):", four[3])
+        assert said == [("model.norm.weight of rank [1, 3]", "(1 such tensors)")]
+
+
+class TestJoin:
+    def test_place_and_threads(self, two):
+        from tokenizer import cores
+        for rank in range(2):
+            found = eval((two[0] / f"world-{rank}").read_text())
+            assert found[:5] == [rank, 2, rank, 2, max(1, cores() // 2)]
+            assert found[5] == {"step": 1, "skipped": 7}  # of the state that was good
+
+    def test_a_mistake_of_all_is_one_line(self, two):
+        _, status, said = two
+        assert status == 2 and said[1:] == ["error: there is no such corpus; try --data"]
+
+    def test_alone_nothing_is_started(self):
+        with train.join("cpu", 60) as world:
+            assert world == (0, 1, 0, 1) and not dist.is_initialized()
+
+
+class TestTogether:
+    def test_result_is_everyones(self, two):
+        for rank in range(2):
+            assert eval((two[0] / f"world-{rank}").read_text())[6:] == [{"made by": 0}, 5]
+
+    def test_error_is_everyones(self, two):
+        for rank in range(2):
+            assert "No space left on device" in (two[0] / f"error-{rank}").read_text()
+
+    def test_alone(self):
+        assert train.together(lambda: 7) == train.together(lambda: 7, everywhere=True) == 7
+
+
+@pytest.fixture
+def handlers():
+    """Puts pytest's handlers of signals back."""
+    kept = {number: signal.getsignal(number) for number in train.STOPS}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+class TestStopper:
+    @pytest.mark.parametrize("number", train.STOPS)
+    def test_first_it_is_noted_then_it_acts(self, number, handlers, capsys):
+        before, stopper = signal.getsignal(number), train.Stopper()
+        os.kill(os.getpid(), number)
+        assert stopper.signal == number and signal.getsignal(number) == signal.SIG_DFL
+        assert "stopping after this step" in capsys.readouterr().err
+        stopper.close()
+        assert signal.getsignal(number) == before
+
+    def test_what_is_ignored_stays_ignored(self, handlers):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        stopper = train.Stopper()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stopper.signal == 0
+        stopper.close()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("handlers")
+class TestStart:
+    """The ranks are lines for a shell; $AGAIN starts came before."""
+
+    def start(self, folder, line):
+        (folder / "state").mkdir(exist_ok=True)
+        line = f"cd {folder}; AGAIN=$TORCHELASTIC_RESTART_COUNT; touch $AGAIN-$RANK; {line}"
+        return train.start(2, ["sh", "-c", line], folder / "state")
+
+    def test_a_dead_rank_is_started_again_with_the_others(self, tmp_path, capfd):
+        status = self.start(tmp_path, "[ $AGAIN = 3 ] && exit; [ $RANK = 0 ] && sleep 60;"
+                            "mkdir state/step-$AGAIN; [ $AGAIN = 0 ] && exit 1; kill -9 $$")
+        assert status == 0 and files(tmp_path)[-3:] == ["3-0", "3-1", "state"]
+        lines = capfd.readouterr().err.splitlines()
+        assert lines[0] == "rank 1 ended with status 1; going on from the last good state"
+        assert lines[1:] == 2 * ["rank 1 was killed by signal 9; going on from the last good state"]
+
+    @pytest.mark.parametrize("state", ["state/step-1", "state"])
+    def test_twice_without_a_new_state_is_the_end(self, tmp_path, capfd, state):
+        line = f"mkdir -p {state}; [ $RANK = 1 ] && kill -9 $$; sleep 60"
+        assert self.start(tmp_path, line) == 1
+        first, last = capfd.readouterr().err.splitlines()
+        assert "going on" in first
+        assert last.startswith("error: rank 1 was killed by signal 9, again")
+        assert "1-0" in files(tmp_path) and "2-0" not in files(tmp_path)
+
+    @pytest.mark.parametrize("status", [2, 143, 130, 129, 0])
+    def test_what_was_meant_is_not_tried_again(self, tmp_path, status, capfd):
+        """Asked to stop, others may still save; after a mistake they may wait for ever."""
+        line = f"[ $RANK = 0 ] && sleep 0.4; touch saved-$RANK; exit {status}"
+        assert self.start(tmp_path, line) == status
+        assert ("saved-0" in files(tmp_path)) == (status != 2)
+        assert capfd.readouterr().err == "" and "1-0" not in files(tmp_path)
+
+    @pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
+    def test_a_signal_is_passed_on_once_and_ranks_may_save(self, tmp_path, name):
+        line = (f"trap 'echo got >> got-$RANK' {name}; touch ready-$RANK; while [ ! -e got-$RANK ];"
+                "do sleep 0.02; done; sleep 0.3; touch saved-$RANK; exit 77")
+        number = signal.Signals[f"SIG{name}"]
+
+        def send():
+            until(lambda: {"ready-0", "ready-1"} <= set(files(tmp_path)))
+            os.kill(os.getpid(), number)
+        thread = threading.Thread(target=send)
+        thread.start()
+        assert self.start(tmp_path, line) == 128 + number
+        thread.join()
+        for rank in range(2):
+            assert (tmp_path / f"got-{rank}").read_text() == "got\n"
+            assert (tmp_path / f"saved-{rank}").exists()
+
+    def test_ignored_hangups_stay_ignored(self, tmp_path):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert self.start(tmp_path, "kill -HUP $PARENT_PID; sleep 0.1") == 0
+
+    def test_without_the_parent_no_rank_lives(self, four):
+        """As the fixture saw."""
+
+
+if __name__ == "__main__":
+    from tokenizer import command
+    command(lambda words: globals()["rank_" + words[1]](*words[2:]))
