@@ -41,15 +41,15 @@ from tokenizer import cores
 class SafeUnpickler(pickle.Unpickler):
     """Reads a checkpoint's metadata with the classes that it needs and no others. Entries that are
     not tensors, which would be unpickled when loaded, are refused by the same rule."""
-    NEEDED = {"torch.distributed.checkpoint.metadata": (
-                  "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
-                  "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-              "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-              "torch.serialization": ("_get_layout",),
-              "torch": ("Size", "float32", "bfloat16", "uint8")}
+    NEEDED = {"torch.distributed.checkpoint.metadata":
+              "Metadata TensorStorageMetadata TensorProperties ChunkStorageMetadata MetadataIndex "
+              "StorageMeta _MEM_FORMAT_ENCODING",
+              "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+              "torch.serialization": "_get_layout", 
+              "torch": "Size float32 float16 bfloat16 float64 uint8 int64"}
 
     def find_class(self, module: str, name: str):
-        if name in self.NEEDED.get(module, ()):
+        if name in self.NEEDED.get(module, "").split():
             return super().find_class(module, name)
         if module.split(".")[0] == "pathlib":
             return PurePath  # the folder it was written to; not used
@@ -80,12 +80,6 @@ class Writer(dcp.FileSystemWriter):
         self.path.mkdir()
         return super().prepare_global_plan(plans)
 
-    def write_data(self, plan, planner):
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:  # torch's, in place of the system's
-            raise error.__context__ or error from None
-
     def finish(self, metadata, results):
         super().finish(metadata, results)
         facts = {**self.facts, "crc32": checksum(self.path, self.facts)}
@@ -104,10 +98,9 @@ def checksum(state: Path, facts: dict) -> int:
 
 
 class Saving(NamedTuple):
-    """A state that is being written. wait() ends when it is there; OSError, on every rank, if it
-    could not be written. group: its collectives run beside those of training."""
-    group: dist.ProcessGroup | None
-    wait: Callable[[], None]
+    """A state that is being written."""
+    group: dist.ProcessGroup | None  # of its collectives, which run beside those of training
+    wait: Callable[[], None]         # until it is there; OSError on every rank if that failed
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict,
