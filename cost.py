@@ -13,8 +13,8 @@ import torch
 from generate import DTYPES
 from llama import SIZES, LlamaConfig, logit_rows
 
-NODE = 8     # GPUs of a machine
-MFU = 0.5   # of a GPU's FLOP/s, where no pipeline idles; LLaMA's 65B had 0.48
+NODE = 8   # GPUs of a machine
+MFU = 0.5  # of a GPU's FLOP/s, where no pipeline idles: LLaMA's 65B had 0.48
 
 
 class Device(NamedTuple):
@@ -336,7 +336,7 @@ def nearest_that_fits(config: LlamaConfig, layout: Layout, there: float, rows: i
             near = arrange(config, rows, seq_len, layout.size, NODE, "fsdp", tp, pp)
             if fit_micro_batch(config, near, rows, seq_len, *options, None, there)[2]:
                 return f"--dp fsdp --tp {tp} --pp {pp}"
-    return f"--gpus {2 * layout.size} or --backward recompute"
+    return "more --gpus or --backward recompute"
 
 
 def plan_text(planned: dict) -> str:

@@ -45,7 +45,7 @@ class SafeUnpickler(pickle.Unpickler):
               "Metadata TensorStorageMetadata TensorProperties ChunkStorageMetadata MetadataIndex "
               "StorageMeta _MEM_FORMAT_ENCODING",
               "torch.distributed.checkpoint.filesystem": "_StorageInfo",
-              "torch.serialization": "_get_layout", 
+              "torch.serialization": "_get_layout",
               "torch": "Size float32 float16 bfloat16 float64 uint8 int64"}
 
     def find_class(self, module: str, name: str):
@@ -105,8 +105,9 @@ class Saving(NamedTuple):
 
 def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict,
                before: Saving | None = None) -> Saving:
-    """Begins to write folder/step-N, N = facts["step"], once the save `before` is done: a copy,
-    while training goes on, or where memory for one is short, while training waits. Of all ranks."""
+    """Begins to write folder/step-N, N being facts["step"], when the save `before` is done. What is
+    written is a copy, so that training goes on meanwhile; where memory for a copy is short,
+    training waits. Every rank calls this."""
     group = None
     if before:
         before.wait()
@@ -115,13 +116,15 @@ def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict,
         group = patient_group()
     tensors, writer = {**tensors, "random": torch.get_rng_state()}, Writer(folder, facts)
     size = sum(local_shard(x).nbytes for x in tensors.values())
-    copied = memory_there("cpu") > 2 * size * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    write = partial(dcp.async_save if copied else dcp.save, tensors, storage_writer=writer,
-                    process_group=group, no_dist=group is None)
-    if copied:
-        write = write().result
+    size *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of all ranks on this machine
+    roomy = memory_there("cpu") > 2 * size
+    options = {"storage_writer": writer, "process_group": group, "no_dist": group is None}
+    if roomy:
+        write = dcp.async_save(tensors, **options).result
+    else:
+        write = partial(dcp.save, tensors, **options)
 
-    @functools.cache  # once
+    @functools.cache  # so that dcp.save runs once
     def wait() -> None:
         try:
             write()
@@ -132,7 +135,7 @@ def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict,
                           f"({cause_of(error)}); older states are untouched; try to free space, "
                           "then the same command") from None
 
-    if not copied:
+    if not roomy:
         wait()
     return Saving(group, wait)
 
@@ -154,8 +157,8 @@ def load_state(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
 
 def read_state(state: Path, tensors: dict[str, Tensor]) -> dict:
     """Fills the tensors and returns the facts; ValueError if bytes are not as they were written.
-    torch.save's files are zip archives, with a CRC-32 of every tensor: torch does not look at it,
-    Python's zipfile does. Each rank checks its share."""
+    Each tensor is stored as a zip archive (torch.save) with a CRC-32, which torch ignores and
+    Python's zipfile checks. Each rank checks its share of the archives."""
     rank, size = 0, 1
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
@@ -231,9 +234,10 @@ def print_rank0(text: str) -> None:
 
 @contextlib.contextmanager
 def join(device: str, timeout: float) -> Iterator[World]:
-    """This process's place among those that torchrun or `start` made; alone without. A collective
-    that takes `timeout` seconds is an error. Rank 0 speaks first of an error: as it ends, whoever
-    started the ranks ends the others, so that what all meet is said once."""
+    """This process's place among the ranks that torchrun or `start` made; without them it is alone.
+    A collective that takes `timeout` seconds is an error. Rank 0 reports an error at once, others
+    after seconds: by then whoever started the ranks has ended them, so that an error that all ranks
+    meet is said once."""
     env = os.environ
     rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     world = World(rank, size, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", size)))
@@ -258,7 +262,7 @@ def join(device: str, timeout: float) -> Iterator[World]:
         time.sleep(5)
         raise ValueError(f"rank {rank}: {error}") from None
     except Exception:
-        time.sleep(3)  # more likely another rank ended: this one shall be ended before it speaks
+        time.sleep(3)  # often the end of another rank is the cause, and that one is reported
         raise
 
 
@@ -270,13 +274,14 @@ def end_with_parent(parent: int) -> None:
 
 
 def patient_group() -> dist.ProcessGroup:
-    """All ranks, for collectives on a CPU that may wait for one rank, its text or its disk."""
+    """A group of all ranks for collectives that wait longer than --timeout: for text that rank 0
+    prepares, or for a slow disk."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
 def together(work: Callable, everywhere: bool = False):
-    """work() of rank 0, or with `everywhere` of all ranks. All get what it gave on rank 0, or the
-    first ValueError or OSError of any rank."""
+    """Runs work() on rank 0, or with `everywhere` on all ranks. Every rank gets rank 0's result or
+    raises the first ValueError or OSError of any rank."""
     if not dist.is_initialized():
         return work()
     group, error, results = patient_group(), None, [None]
@@ -295,9 +300,9 @@ def together(work: Callable, everywhere: bool = False):
 
 
 def start(n: int, command: list[str], states: Path) -> int:
-    """Runs the command as n ranks on this machine (Linux, macOS): the exit status. When a rank
-    dies, all start again from the newest state; dying twice without a new one is the end. A mistake
-    (2) and a stop that was asked for (over 128) are not tried again."""
+    """Runs the command as n ranks on this machine (Linux, macOS) and returns its exit status. When
+    a rank dies, all start again from the newest state; a second death without a new state is the
+    end. A user's mistake (2) and a stop by a signal (over 128) are not tried again."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     heard = [number.name for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(heard)
@@ -321,9 +326,9 @@ def start(n: int, command: list[str], states: Path) -> int:
 
 
 def run_ranks(n: int, command: list[str], again: int) -> tuple[int, int]:
-    """(rank, status as Popen has it) of the first that died or met an error, else of rank 0 when
-    all have ended. Each is in a session of its own: a terminal's Ctrl-C comes to this process, and
-    from here to them, once."""
+    """Starts the ranks and waits: (rank, exit status or minus the signal) of the first that died or
+    met an error, else of one when all have ended. Each rank has a session of its own, so that a
+    terminal's Ctrl-C reaches this process alone, which passes it on, once."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
@@ -336,7 +341,7 @@ def run_ranks(n: int, command: list[str], again: int) -> tuple[int, int]:
         ranks = start_processes("train", command[0], args, envs, DefaultLogsSpecs(logs))
         processes = [handler.proc for handler in ranks.subprocess_handlers.values()]
         try:
-            while True:  # not ranks.wait(): of ranks that were asked to stop one may end first
+            while True:  # ranks.wait() would end all when the first has stopped, while others save
                 ended = [(process.poll(), rank) for rank, process in enumerate(processes)]
                 failed = [end for end in ended if end[0] and end[0] <= 128]
                 if failed:  # of several, a signal is more likely the cause
@@ -373,8 +378,10 @@ def replicas_agree(tensors: dict[str, Tensor]) -> None:
         for name in mine:
             common = statistics.mode(theirs[name] for theirs in every)
             odd = [rank for rank, theirs in zip(ranks, every) if theirs[name] != common]
-            if odd:  # of two nobody knows which
-                wrong.append(f"{name} of rank {odd[0] if len(ranks) > 2 else ranks}")
+            if odd:
+                if len(ranks) == 2:  # either may be the wrong one
+                    odd = ranks
+                wrong.append(f"{name} of rank {' or '.join(map(str, odd))}")
     dist.all_gather_object(found, wrong)
     wrong = sorted(set(itertools.chain(*found)))
     if wrong:

@@ -243,7 +243,7 @@ class TestPlan:
 
     @pytest.mark.parametrize("options, nearest", [
         ({"gpus": 8, "dp": "ddp"}, "--dp fsdp --tp 1 --pp 1"),
-        ({"gpus": 1}, "--gpus 2 or --backward recompute"),
+        ({"gpus": 1}, "more --gpus or --backward recompute"),
         ({"size": "llama3-70b", "gpus": 64, "pp": 8, "dp": "ddp"}, "--dp fsdp --tp 4 --pp 8")])
     def test_what_does_not_fit_says_what_does(self, options, nearest):
         found = planned(**options)
@@ -290,7 +290,7 @@ def files(folder):
 class TestState:
     @pytest.fixture
     def states(self, tmp_path):
-        """A folder with states of three steps, of which two are kept, and the last one's tensors."""
+        """A folder with states of steps 1 to 3, of which two are kept, and the last tensors."""
         tensors, saving = tensors_of(random_model(SMALL).named_parameters()), None
         for step in (1, 2, 3):
             tensors["model.norm.weight"].fill_(step)
@@ -620,7 +620,7 @@ class TestReplicasAgree:
     def test_a_wrong_bit_ends_all_ranks(self, four):
         assert [report["wrong"] for report in four[2]] == 4 * [1]
         said = re.findall("error: (.*) is not what the other copies are (.*):", four[3])
-        assert said == [("model.norm.weight of rank [1, 3]", "(1 such tensors)")]
+        assert said == [("model.norm.weight of rank 1 or 3", "(1 such tensors)")]
 
 
 class TestJoin:
@@ -634,6 +634,21 @@ class TestJoin:
     def test_a_mistake_of_all_is_one_line(self, two):
         _, status, said = two
         assert status == 2 and said[1:] == ["error: there is no such corpus; try --data"]
+
+    def test_the_mistake_of_one_rank_has_its_number(self, monkeypatch):
+        begin = partial(dist.init_process_group, store=dist.HashStore(), rank=0, world_size=1)
+        monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: begin("gloo"))
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        threads = torch.get_num_threads()
+        try:
+            with pytest.raises(ValueError, match="^rank 1: no disk here; try another"):
+                with train.join("cpu", 60):
+                    raise ValueError("no disk here; try another")
+        finally:
+            dist.destroy_process_group()
+            torch.set_num_threads(threads)
 
     def test_alone_nothing_is_started(self):
         with train.join("cpu", 60) as world:
