@@ -114,16 +114,47 @@ def command(main: Callable[[list[str]], int | None]):
 
 
 @contextlib.contextmanager
-def blamed(source):
-    """Whatever a file that lies makes of the code inside is a ValueError that names the file."""
+def one_line_errors(source):
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        reason, mark, advice = " ".join(str(error).split()).rpartition("; try")
-        if not mark or not isinstance(error, ValueError):
-            reason = f"damaged ({type(error).__name__}: {reason or advice})"
-            advice = " another copy"
-        raise ValueError(f"{source}: {reason[:300]}; try{advice[:99]}") from None
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError,
+            struct.error) as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, ValueError) or "; try" not in text:
+            text = f"damaged ({type(error).__name__}: {text[:300]}); try another copy"
+        raise ValueError(f"{source}: {text[:500]}") from None
+
+
+def unique_keys(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice in it")
+    return dict(pairs)
+
+
+def read_json(data):
+    values = json.loads(data, object_pairs_hook=unique_keys)
+    if not isinstance(values, dict):
+        raise ValueError("no JSON object")
+    return values
+
+
+def write_aside(path, write):
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{path} could not be written ({str(error)[:100]}) and is as it was before; "
+                      "try to free space on the disk, or another place") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path, values):
+    write_aside(path, lambda file: file.write(json.dumps(values, indent=1).encode()))
 
 
 class Tokenizer:
@@ -529,7 +560,7 @@ class HuggingFace(BytePair):
 def from_gguf(fields: dict) -> HuggingFace:
     """The tokenizer in a GGUF file's metadata: "llama" (pieces with scores) or "gpt2" (merges; an
     unnamed or "default" split is GPT-2's), as a tokenizer.json. ValueError where they lie."""
-    with blamed("the vocabulary"):
+    with one_line_errors("the vocabulary"):
         field = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
         tokens, spaced = field["tokens"], known("model", field["model"], "llama", "gpt2") == "llama"
         types = field.get("token_type", [1] * len(tokens))  # 1 normal, 2 unknown, 3 control, 4 user
@@ -617,7 +648,7 @@ def beside(path):
                           "chat_template.jinja": lambda data: {"chat_template": data.decode()}}
     for name, reader in readers.items():
         file = Path(path).with_name(name)
-        with blamed(file):
+        with one_line_errors(file):
             found |= reader(read_bounded(file)) if file.is_file() else {}
     return found
 
@@ -627,7 +658,7 @@ def load_tokenizer(path: str | Path, names: str = "3.1") -> Tokenizer:
     tokenizer.json or llama2.c's .bin, told apart by content, never by name; a tokenizer_config.json
     and a chat_template.jinja beside it count. `names` are the special tokens of a tiktoken file."""
     data, config = read_bounded(path), beside(path)
-    with blamed(path):
+    with one_line_errors(path):
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
             tokenizer = BytePair(data, names)
         elif re.match(rb'\s*\{\s*"', data):
@@ -906,6 +937,23 @@ def main(arguments):
     if wrong := re.search(r"[^0-9\s]\S*", text):
         raise ValueError(f"{wrong[0]} is no id; try numbers separated by spaces")
     print(tokenizer.decode(map(int, text.split())))
+
+
+
+def positive(kind):
+    import argparse, contextlib
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if 0 < kind(text) < float("inf"):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive {kind.__name__}")
+    return parse
+tokenizer_from_gguf = from_gguf
+def huggingface_files(t):
+    if isinstance(t, SentencePiece):
+        t = t.as_json()
+    config = {k: v for k, v in t.config.items() if v is not None}
+    return {"tokenizer.json": t.data, "tokenizer_config.json": json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}).encode()}
 
 
 if __name__ == "__main__":
