@@ -35,7 +35,7 @@ class TestSizes:
 
     def test_successors(self):
         eps = {name: c.norm_eps for name, (c, _) in SIZES.items()}
-        assert eps["33b"] == 1e-6 and eps["65b"] == 1e-5 and eps["llama2-7b"] == 1e-5
+        assert eps["7b"] == eps["13b"] == eps["33b"] == 1e-6 and eps["65b"] == 1e-5 and eps["llama2-7b"] == 1e-5
         theta = {name: c.rope_theta for name, (c, _) in SIZES.items()}
         assert theta["llama2-70b"] == 1e4 and theta["llama3-8b"] == 5e5
         scaling = {name: c.rope_scaling for name, (c, _) in SIZES.items() if c.rope_scaling}
@@ -309,10 +309,12 @@ class TestLlama:
         {"rope_theta": 1e5, "rope_scaling": 32.0, "tie_embeddings": True, "max_seq_len": 131072}])
     def test_logits_loss_and_gradients_of_transformers(self, change, hf):
         model = random_model(replace(SMALL, **change))
+        plain = random_model(replace(SMALL, **change), backward="autograd")  # Layer.forward alone
         oracle = oracle_of(model)
         x, y = tokens(2, 40), tokens(2, 40, seed=1)
         theirs = oracle(input_ids=x).logits
         close(model(x), theirs, atol=1e-4)
+        close(plain(x), theirs, atol=1e-4)
         loss, wanted = model.loss(x, y), F.cross_entropy(theirs.flatten(0, 1), y.flatten())
         close(loss, wanted, atol=1e-4)
         loss.backward()
@@ -561,6 +563,8 @@ class TestLoss:
         assert [x.dtype for x in half] == [torch.float32, dtype, torch.float32]
         for mine, theirs in zip(half, exact):
             assert (mine - theirs).norm() < 0.02 * theirs.norm()
+        logits = F.linear(h.to(dtype), w.to(dtype)).float()  # from there on all is in fp32
+        close(half[0], F.cross_entropy(logits, targets, reduction="none"))
 
     def test_a_second_backward_is_refused(self):
         h, w, targets = self.inputs()
@@ -630,12 +634,14 @@ class TestKVCache:
     def test_written_in_its_own_type(self):
         model, x = random_model(SMALL, dtype=torch.bfloat16), tokens(2, 9)
         wanted = random_model(SMALL)(x)
-        cache = KVCache(SMALL, 2, 9, torch.float32)  # as for fp16 on a CPU
+        cache, kinds = KVCache(SMALL, 2, 9, torch.float32), set()  # as for fp16 on a CPU
+        model.layers[0].register_forward_hook(lambda m, i, o: kinds.add(o.dtype))
         found = torch.cat([model(x[:, :5], cache), model(x[:, 5:6], cache)], 1)
         cache.lengths = [6, 4]
         model(x[:, 6:8], cache)
         assert (found - wanted[:, :6]).abs().mean() < 0.05 * wanted.abs().mean()
         assert {x.dtype for pair in cache.held for x in pair} == {torch.float32}
+        assert kinds == {torch.bfloat16}
 
     def test_takes_rows_of_another(self):
         model, x = random_model(SMALL), tokens(2, 9)
