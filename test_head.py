@@ -68,6 +68,12 @@ def hf_order(w, n_heads):
     return w.view(n_heads, rows // n_heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
+@pytest.fixture
+def hf():
+    """transformers' Llama, the oracle of many pieces."""
+    return pytest.importorskip("transformers.models.llama.modeling_llama")
+
+
 def hf_config(config):
     from transformers import LlamaConfig as HFConfig
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -111,6 +117,22 @@ def oracle_of(model):
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     oracle.load_state_dict(state)
     return oracle
+
+
+def check_pair(forward, backward, *shapes):
+    """backward(dy, *x, *forward(*x)) against numerical derivatives in float64."""
+    class Pair(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *x):
+            y, *rest = forward(*x)
+            ctx.known = (*x, y.detach(), *rest)
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            return backward(dy, *ctx.known)
+    x = [noise(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(Pair.apply, [z.requires_grad_() for z in x])
 
 
 class Calls(TorchDispatchMode):

@@ -905,6 +905,9 @@ def train_run(run: Run, engine: Engine, batches: Batches, log: Log | None) -> No
     engine.forget_gathered()
     if log:
         log.go_on_from(progress.step)
+    if progress.step >= run.steps:
+        print_rank0(f"{run.out} is finished at step {progress.step}; --steps N goes on, --fresh "
+                    "starts over")
     stopper, saving, bad = Stopper(), None, 0
     while progress.step < run.steps:
         begin = time.perf_counter()
@@ -933,6 +936,7 @@ def train_run(run: Run, engine: Engine, batches: Batches, log: Log | None) -> No
     if saving:
         saving.wait()
     stopper.close()
+    together(partial(finish, run, progress, log))
 
 
 def held_out_tokens(run: Run, last: bool) -> int:
@@ -944,8 +948,22 @@ def held_out_tokens(run: Run, last: bool) -> int:
 
 def finish(run: Run, progress: Progress, log: Log) -> None:
     """The weights in Meta's layout, and the picture."""
-    export_state(run.out / "state" / f"step-{run.steps:09d}", run.config, run.out)
+    export_state(run.out / "state" / f"step-{progress.step:09d}", run.config, run.out)
     draw_loss(log.rows, run.out / "loss.svg", f"{run.size}, {run.config.n_params:,} parameters")
+    elapsed = log.elapsed()
+    print_rank0(f"{progress.useful_s / elapsed:.0%} of {elapsed / 60:.1f} minutes went into "
+                "training steps that were kept")
+
+
+def sample(run: Run, tokenizer: Tokenizer) -> None:
+    """Prints what the trained model writes, where the machine holds it whole."""
+    dtype = DTYPES[run.dtype]
+    if run.config.n_params * dtype.itemsize > 0.8 * memory_there(run.device):
+        return
+    model = load(run.out, run.device, dtype)
+    prompt = "" if run.data or run.mixture else "class"  # the default text is Python
+    text = sample_texts(model, tokenizer, [prompt], 120, Sampling(seed=run.seed))[0].text
+    print(f"--- a sample of {run.out}\n{prompt}{text}")
 
 
 def announce(run: Run, batches: Batches) -> None:
@@ -1041,14 +1059,16 @@ def train_rank(args, device: str, world: World, began: float) -> None:
     peak = matmul_flops(device, DTYPES[run.dtype])
     if args.bench:
         run, roomy = together(partial(fit, run, world.local_size))
-        keep_freed_memory(roomy)
+        if roomy:
+            keep_freed_memory()
         result = bench(run, args.bench, peak)
         if world.rank == 0:
             print(json.dumps(result))
         return
     run, roomy, tokenizer, sources = together(
         partial(prepare_run, run, args.fresh, world.local_size))
-    keep_freed_memory(roomy)
+    if roomy:
+        keep_freed_memory()
     if run.threads:
         torch.set_num_threads(run.threads)
     bos_id = tokenizer.bos_id if run.recipe.document_mask else None
@@ -1061,7 +1081,8 @@ def train_rank(args, device: str, world: World, began: float) -> None:
     log = Log(run, engine, peak, began) if world.rank == 0 else None
     train_run(run, engine, batches, log)
     del engine
-    together(partial(finish, run, tokenizer, log))
+    if world.rank == 0:
+        sample(run, tokenizer)
 
 
 def main(argv: list[str]) -> int | None:
