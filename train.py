@@ -155,7 +155,7 @@ class Source(NamedTuple):
     read: Callable        # a tokenizer.Reader
 
 
-def data_sources(data: tuple[str, ...], mixture: tuple[str, str] | None) -> list[Source]:
+def data_sources(data: list[str], mixture: list[str] | None) -> list[Source]:
     """What --data and --mixture ask for; the standard library where they ask for nothing."""
     asked = []
     if mixture:
@@ -364,12 +364,16 @@ class Engine:
             if hasattr(module, "reshard"):
                 module.reshard()
 
-    def rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The rows of a batch that this rank computes, as many on every rank. Missing rows are
-        filled up with rows without targets: a pipeline wants a multiple of pp micro-batches."""
+    def rows_each(self, count: int) -> int:
+        """Of `count` rows in all, those that each rank computes: a pipeline wants a multiple of pp
+        micro-batches."""
         unit = self.layout.pp * self.micro_batch if self.layout.pp > 1 else 1
+        return -(-count // (self.layout.dp * unit)) * unit
+
+    def rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The rows of a batch that this rank computes; those that are missing have no targets."""
         count = len(batch["targets"])
-        each = -(-count // (self.layout.dp * unit)) * unit
+        each = self.rows_each(count)
         mine = {}
         for name, x in batch.items():
             x = F.pad(x, (0, 0, 0, each * self.layout.dp - count),
@@ -540,10 +544,10 @@ class Run:
     """Every setting of a run, resolved: from the command line, the size, this machine."""
     size: str
     config: LlamaConfig
-    recipe: Recipe                     # without gaps
-    data: tuple[str, ...]
-    mixture: tuple[str, str] | None
-    tokenizer: str | None              # None: one is trained
+    recipe: Recipe               # without gaps
+    data: list[str]
+    mixture: list[str] | None
+    tokenizer: str | None        # None: one is trained
     seq_len: int
     seed: int
     dtype: str
@@ -551,15 +555,15 @@ class Run:
     backward: str
     compile: bool
     out: Path
-    minutes: float | None              # what sets the steps, if anything does
-    steps: int | None                  # None: until the speed is known
-    eval_every: int | None             # None: a tenth of the steps, at most 1000
-    save_every: int | None             # None: as eval_every
-    micro_batch: int | None            # None: until it is known what the memory holds
+    minutes: float | None        # what sets the steps, if anything does
+    steps: int | None            # None until the speed is known
+    eval_every: int | None       # None: a tenth of the steps, at most 1000
+    save_every: int | None       # None: as eval_every
+    micro_batch: int | None      # None until it is known what the memory holds
     layout: Layout
     device: str
-    threads: int | None                # torch's; None where many processes share the cores
-    code: str                          # SHA-256 of the llama.py that the run began with
+    threads: int | None          # torch's; None where many processes share the cores
+    code: str                    # SHA-256 of the llama.py that the run began with
 
     @property
     def rows(self) -> int:
@@ -570,7 +574,7 @@ class Run:
 # What a resumed run must match; of config and recipe each field.
 MUST_MATCH = ("size", "config", "recipe", "data", "mixture", "tokenizer", "seq_len", "seed",
               "dtype", "attention", "backward", "compile")
-# What it keeps besides, unless it is asked for other values or runs on other devices.
+# What run.json holds besides, for a run that goes on in the same layout.
 KEPT = ("minutes", "steps", "micro_batch", "layout", "threads", "code")
 
 
@@ -626,10 +630,10 @@ def resolve(args, device: str, size: int, local_size: int) -> Run:
     if not minutes:
         steps = steps or math.ceil(recipe.train_tokens / recipe.batch_tokens)
     code = Path(__file__).with_name("llama.py").read_bytes()
-    return Run(args.size, config, recipe, tuple(args.data), args.mixture and tuple(args.mixture),
-               args.tokenizer, seq_len, args.seed, dtype, args.attention, args.backward,
-               args.compile, Path(args.out or f"runs/{args.size}"), minutes, steps,
-               args.eval_every, args.save_every, args.micro_batch, layout, device,
+    return Run(args.size, config, recipe, args.data, args.mixture, args.tokenizer, seq_len,
+               args.seed, dtype, args.attention, args.backward, args.compile,
+               Path(args.out or f"runs/{args.size}"), minutes, steps, args.eval_every,
+               args.save_every, args.micro_batch, layout, device,
                torch.get_num_threads() if size == 1 else None, hashlib.sha256(code).hexdigest())
 
 
@@ -662,13 +666,13 @@ def read_run_file(path: Path) -> dict:
                          ) from None
 
 
-def go_on_as_before(run: Run) -> Run:
-    """The run as its folder remembers it; ValueError if another one is there."""
+def as_remembered(run: Run) -> Run:
+    """The run with what its folder holds; ValueError if the folder is of something else."""
     file = run.out / "run.json"
     if not file.exists() and run.out.exists() and any(run.out.iterdir()):
-        raise ValueError(f"{run.out} holds files of something else; try another --out")
+        raise ValueError(f"{run.out} holds files that are no run's; try another --out")
     if not (run.out / "tokens" / "sources.json").exists():
-        return run  # there is nothing to go on from
+        return run  # nothing to go on from
     old = read_run_file(file)
     for name, value in settings_of(run, MUST_MATCH).items():
         if old.get(name, value) != value:  # a run may be of before a setting existed
@@ -676,14 +680,14 @@ def go_on_as_before(run: Run) -> Run:
                              "try --out DIR or --fresh")
     if old.get("code") != run.code:
         print_rank0("warning: llama.py is not what this run began with; its losses may differ")
-    run = replace(run, code=old.get("code"))
+    kept = {"code": old.get("code")}
     if run.steps is None and old.get("minutes") == run.minutes:  # the clock sets them once
-        run = replace(run, steps=old.get("steps"))
+        kept["steps"] = old.get("steps")
     if run.micro_batch is None and old.get("layout") == asdict(run.layout):
-        run = replace(run, micro_batch=old.get("micro_batch"))
+        kept["micro_batch"] = old.get("micro_batch")
     if run.threads and old.get("threads"):
-        run = replace(run, threads=old["threads"])
-    return run
+        kept["threads"] = old["threads"]
+    return replace(run, **kept)
 
 
 def fit(run: Run, local_size: int) -> tuple[Run, bool]:
@@ -694,28 +698,22 @@ def fit(run: Run, local_size: int) -> tuple[Run, bool]:
     return replace(run, micro_batch=micro_batch), roomy
 
 
-def prepare_run(run: Run, fresh: bool, local_size: int):
+def prepare_run(run: Run, fresh: bool, local_size: int) -> tuple[Run, bool, Tokenizer, list[dict]]:
     """Makes the run's folder or opens it: fit's result, the tokenizer and facts of the text."""
-    if fresh:
-        data_sources(run.data, run.mixture)  # a mistake here is said before anything is removed
-        run, roomy = fit(run, local_size)
-        remove_run(run.out)
-    else:
-        run, roomy = fit(go_on_as_before(run), local_size)
+    if fresh and (run.out / "run.json").exists():  # only of a run of ours is anything removed
+        data_sources(run.data, run.mixture)  # a mistake there, or in memory, is said before
+        fit(run, local_size)
+        for name in ("state", "tokens"):
+            shutil.rmtree(run.out / name, ignore_errors=True)
+        for name in ("run.json", "log.jsonl", "loss.svg", "params.json", "consolidated.00.pth",
+                     "tokenizer.model"):
+            (run.out / name).unlink(missing_ok=True)
+    run, roomy = fit(as_remembered(run), local_size)
     run.out.mkdir(parents=True, exist_ok=True)
     remember(run)
     tokenizer, sources = prepare_data(run)
     config = replace(run.config, vocab_size=tokenizer.vocab_size)
     return replace(run, config=config), roomy, tokenizer, sources
-
-
-def remove_run(folder: Path) -> None:
-    """Removes what a run of ours wrote, and only where there is one."""
-    if (folder / "run.json").exists():
-        for name in ("state", "tokens"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("run.json", "log.jsonl", "loss.svg", "params.json", "consolidated.00.pth"):
-            (folder / name).unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -725,9 +723,9 @@ def remove_run(folder: Path) -> None:
 def create_engine(run: Run) -> Engine:
     if run.compile:
         check_compiler()
-    dtype = None if run.dtype == "fp32" else DTYPES[run.dtype]
     return Engine(run.config, run.layout, run.device, run.micro_batch, run.seed, run.compile,
-                  attention=run.attention, backward=run.backward, dtype=dtype)
+                  attention=run.attention, backward=run.backward,
+                  dtype=None if run.dtype == "fp32" else DTYPES[run.dtype])
 
 
 def timed_steps(run: Run, engine: Engine, count: int) -> tuple[float, float]:
@@ -784,33 +782,30 @@ class Progress:
 class Log:
     """log.jsonl, one object a line, and the line that shows progress; rank 0 has one."""
 
-    def __init__(self, run: Run, engine: Engine, peak: float | None, began: float):
-        """peak: FLOP/s of a device. began: when the process did, by time.perf_counter."""
+    def __init__(self, run: Run, engine: Engine, peak: float | None, began: float, step: int):
+        """Goes on from `step`: later lines are cut off. peak: FLOP/s of a device. began: when the
+        process did, by time.perf_counter."""
         self.run, self.peak, self.path = run, peak, run.out / "log.jsonl"
-        self.rows, self.times, self.shown, self.began = [], [], 0.0, began
-        # How the work is split: parameters and tokens of this rank.
+        self.rows, self.times, self.shown, before = [], [], 0.0, 0.0
+        mine = min(run.rows, engine.rows_each(run.rows))
         held = sum(local_shard(p).numel() for p in engine.parameters.values())
-        mine = min(run.rows, -(-run.rows // run.layout.dp)) * run.seq_len
-        self.split = {"world": run.layout.size, "rank_params": held, "rank_tokens": mine}
-        if not self.path.exists():
-            return
-        for line in self.path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was torn
+        self.split = {"world": run.layout.size, "rank_params": held,
+                      "rank_tokens": mine * run.seq_len}
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # of a line that was torn
                 row = json.loads(line)
-                self.rows.append({"step": row["step"] + 0, "elapsed_s": row["elapsed_s"], **row})
-        self.began -= max((row["elapsed_s"] for row in self.rows), default=0.0)
+                before = max(before, row["elapsed_s"])
+                if row["step"] <= step:
+                    self.rows.append(row)
+        self.began = began - before
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_aside(self.path, lambda file: file.write(text.encode()))
+        if 0 < step < run.steps:
+            self.add({"event": "resume", "step": step, "elapsed_s": self.elapsed()})
 
     def elapsed(self) -> float:
         """Seconds that the run took up to now, those of lost steps too; not while it was down."""
         return round(time.perf_counter() - self.began, 3)
-
-    def go_on_from(self, step: int) -> None:
-        """Cuts the log back to the step; more steps follow."""
-        self.rows = [row for row in self.rows if row["step"] <= step]
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_aside(self.path, lambda file: file.write(text.encode()))
-        if 0 < step < self.run.steps:
-            self.add({"event": "resume", "step": step, "elapsed_s": self.elapsed()})
 
     def add(self, row: dict) -> None:
         for name, value in row.items():
@@ -821,39 +816,36 @@ class Log:
             file.write(json.dumps(row) + "\n")
 
     def add_step(self, progress: Progress, seconds: float, figures: dict) -> None:
-        """Notes a step that took so many seconds and shows it. figures: loss, lr, …"""
-        tokens, mfu = self.run.rows * self.run.seq_len, None
-        speed = tokens / seconds
+        """Notes and shows a step that took so many seconds; figures: its loss, lr and the like."""
+        tokens, elapsed, mfu = self.run.rows * self.run.seq_len, self.elapsed(), None
         if self.peak:
-            flops = flops_per_token(self.run.config, self.run.seq_len)
-            mfu = round(speed * flops / (self.peak * self.run.layout.size), 3)
-        elapsed = self.elapsed()
+            flops = tokens * flops_per_token(self.run.config, self.run.seq_len)
+            mfu = round(flops / seconds / (self.peak * self.run.layout.size), 3)
         row = {"step": progress.step, "tokens": progress.step * tokens, **figures,
-               "tokens_per_s": round(speed, 1), "skipped": progress.skipped, "mfu": mfu,
+               "tokens_per_s": round(tokens / seconds, 1), "skipped": progress.skipped, "mfu": mfu,
                **self.split, "elapsed_s": elapsed, "useful": round(progress.useful_s / elapsed, 3)}
         self.add(row)
         self.times.append(seconds)
         self.show(row)
 
     def show(self, row: dict) -> None:
-        """On a terminal each step in the same line, else a line every ten seconds."""
-        steps, mfu = self.run.steps, row["mfu"]
+        """On a terminal every step, in one line; else a line every ten seconds."""
+        steps, mfu = self.run.steps, "unknown" if row["mfu"] is None else f"{row['mfu']:.0%}"
         left = (steps - row["step"]) * statistics.median(self.times[-50:])
-        parts = [f"step {row['step']}/{steps}", f"loss {row['loss']:.3f}"]
+        parts = [f"step {row['step']}/{steps}", f"loss {row['loss']:.3f}",
+                 f"{row['tokens_per_s']:,.0f} tokens/s", f"MFU {mfu}",
+                 f"{left // 60:.0f}m{left % 60:02.0f}s left"]
         held_out = [old["val_bpb"] for old in self.rows if old.get("val_bpb")]
         if held_out:
-            parts.append(f"held out {held_out[-1]:.3f} bits/byte")
-        parts.append(f"{row['tokens_per_s']:,.0f} tokens/s")
-        parts.append("MFU unknown" if mfu is None else f"MFU {mfu:.0%}")
-        parts.append(f"{left // 60:.0f}m{left % 60:02.0f}s left")
+            parts.insert(2, f"held out {held_out[-1]:.3f} bits/byte")
         if row["skipped"]:
             parts.append(f"{row['skipped']} skipped")
-        last = row["step"] == steps
+        text, last = "  ".join(parts), row["step"] == steps
         if sys.stderr.isatty():
-            print(f"\r{'  '.join(parts):110}", end="\n" * last, file=sys.stderr, flush=True)
+            print(f"\r{text:110}", end="\n" * last, file=sys.stderr, flush=True)
         elif last or time.monotonic() - self.shown > 10:
             self.shown = time.monotonic()
-            print_rank0("  ".join(parts))
+            print_rank0(text)
 
 
 def draw_loss(rows: list[dict], path: Path, title: str) -> None:
@@ -873,14 +865,13 @@ def draw_loss(rows: list[dict], path: Path, title: str) -> None:
     def at(tokens: float, loss: float) -> str:
         return f"{70 + 550 * tokens / end:.1f} {350 - 300 * (loss - low) / (high - low):.1f}"
 
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 410" font-family="sans-serif" '
-           'font-size="13" text-anchor="middle"><rect width="640" height="410" fill="white"/>',
-           f'<text x="345" y="28" font-size="15">{title}</text>',
-           '<text x="345" y="395">tokens</text>',
-           '<text transform="translate(18 200) rotate(-90)">loss (nats a token)</text>',
-           '<text x="590" y="66" fill="#1f77b4">training</text>',
-           '<text x="590" y="84" fill="#d62728">held out</text>']
-    for i in range(5):  # grid lines with their numbers
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 400" font-size="13" '
+           'font-family="sans-serif" text-anchor="middle"><rect width="640" height="400" '
+           f'fill="white"/><text x="345" y="28">{title}</text><text x="345" y="392">tokens</text>'
+           '<text transform="translate(18 200) rotate(-90)">loss (nats a token)</text>'
+           '<text x="585" y="66" fill="#1f77b4">training</text>'
+           '<text x="585" y="84" fill="#d62728">held out</text>']
+    for i in range(5):  # lines and numbers to read values from
         loss, tokens = low + i * (high - low) / 4, i * end / 4
         svg += [f'<path d="M{at(0, loss)}h550" stroke="#ddd"/>',
                 f'<text transform="translate({at(0, loss)})" x="-22" y="4">{loss:.2f}</text>',
@@ -893,23 +884,22 @@ def draw_loss(rows: list[dict], path: Path, title: str) -> None:
     write_aside(path, lambda file: file.write(text.encode()))
 
 
-def train_run(run: Run, engine: Engine, batches: Batches, log: Log | None) -> None:
-    """From the newest good state to the last step, with evaluations, states and, at the end, the
-    weights in Meta's layout and the picture."""
+def train_run(run: Run, engine: Engine, batches: Batches, peak: float | None, began: float,
+              rank: int) -> None:
+    """From the newest good state to the last step."""
     recipe = replace(run.recipe, warmup=min(run.recipe.warmup, run.steps // 10))
     eval_every = run.eval_every or max(1, min(1000, run.steps // 10))
-    save_every = run.save_every or eval_every
+    save_every, folder = run.save_every or eval_every, run.out / "state"
     optimizer = make_optimizer(engine.parameters, recipe)
     tensors = state_tensors(engine.parameters, optimizer)
-    progress = Progress(**(load_state(run.out / "state", tensors) or {}))
+    progress = Progress(**(load_state(folder, tensors) or {}))
     engine.forget_gathered()
-    if log:
-        log.go_on_from(progress.step)
-    if progress.step >= run.steps:
+    log = Log(run, engine, peak, began, progress.step) if rank == 0 else None
+    stopper, saving, bad, done = Stopper(), None, 0, progress.step >= run.steps
+    if done:
         print_rank0(f"{run.out} is finished at step {progress.step}; --steps N goes on, --fresh "
                     "starts over")
-    stopper, saving, bad = Stopper(), None, 0
-    while progress.step < run.steps:
+    while not done:
         begin = time.perf_counter()
         lr = learning_rate(progress.step, run.steps, recipe)
         loss, norm, stops = train_step(engine, optimizer, batches.step(progress.step), pretrain,
@@ -926,22 +916,21 @@ def train_run(run: Run, engine: Engine, batches: Batches, log: Log | None) -> No
             log.add_step(progress, seconds, figures)
         if bad == BAD_STEPS:
             raise ValueError(f"{bad} steps in a row had a loss or gradient that is not finite; the "
-                             f"last good state in {run.out / 'state'} is kept; try a lower --lr")
+                             f"last good state in {folder} is kept; try a lower --lr")
         if done or stops or finite and progress.step % save_every == 0:
             replicas_agree(engine.parameters)
-            saving = save_state(run.out / "state", tensors, asdict(progress), saving)
-        if stops:
+            saving = save_state(folder, tensors, asdict(progress), saving)
+        if done or stops:
             saving.wait()
+        if stops:
             sys.exit(128 + (stopper.signal or signal.SIGTERM))
-    if saving:
-        saving.wait()
     stopper.close()
     together(partial(finish, run, progress, log))
 
 
 def held_out_tokens(run: Run, last: bool) -> int:
-    """How many an evaluation reads: a token costs a third of one trained on, so that those on the
-    way take a thirtieth of the time in all, and the last one as much."""
+    """How many an evaluation reads. A token costs a third of one that is trained on: the last
+    evaluation takes up to a thirtieth of the time, and those on the way together as much."""
     tenth = run.steps * run.rows * run.seq_len // 10
     return min(FINAL_EVAL_TOKENS, tenth) if last else min(EVAL_TOKENS, tenth // 10)
 
@@ -955,22 +944,13 @@ def finish(run: Run, progress: Progress, log: Log) -> None:
                 "training steps that were kept")
 
 
-def sample(run: Run, tokenizer: Tokenizer) -> None:
-    """Prints what the trained model writes, where the machine holds it whole."""
-    dtype = DTYPES[run.dtype]
-    if run.config.n_params * dtype.itemsize > 0.8 * memory_there(run.device):
-        return
-    model = load(run.out, run.device, dtype)
-    prompt = "" if run.data or run.mixture else "class"  # the default text is Python
-    text = sample_texts(model, tokenizer, [prompt], 120, Sampling(seed=run.seed))[0].text
-    print(f"--- a sample of {run.out}\n{prompt}{text}")
-
-
 def announce(run: Run, batches: Batches) -> None:
     """Says what is about to be trained, and on what."""
-    recipe, assumed = SIZES[run.size][1].filled()
-    gaps = [f"{name}={getattr(recipe, name)}" for name in assumed
-            if name != "train_tokens" and getattr(recipe, name) == getattr(run.recipe, name)]
+    filled, assumed = SIZES[run.size][1].filled()
+    gaps = []
+    for name in assumed:
+        if name != "train_tokens" and getattr(filled, name) == getattr(run.recipe, name):
+            gaps.append(f"{name}={getattr(filled, name)}")
     if gaps:
         print_rank0(f"never published for {run.size}, taken from Llama 2: {', '.join(gaps)}")
     print_rank0(f"{run.size}: {run.config.n_params:,} parameters, {run.steps} steps of {run.rows} "
@@ -985,6 +965,16 @@ def announce(run: Run, batches: Batches) -> None:
         print_rank0(f"{source['path']}: {source['train_tokens']:,} tokens, read {epochs:.2f} times")
 
 
+def sample(run: Run, tokenizer: Tokenizer) -> None:
+    """Prints what the trained model writes, if this machine holds it whole."""
+    dtype = DTYPES[run.dtype]
+    if run.config.n_params * dtype.itemsize < 0.8 * memory_there(run.device):
+        model = load(run.out, run.device, dtype)
+        prompt = "" if run.data or run.mixture else "class"  # the default text is Python
+        text = sample_texts(model, tokenizer, [prompt], 120, Sampling(seed=run.seed))[0].text
+        print(f"--- a sample of {run.out}\n{prompt}{text}")
+
+
 # ---------------------------------------------------------------------------------------------
 # Command line
 
@@ -996,14 +986,13 @@ def parser() -> Parser:
     g.add_argument("--size", default="tiny", metavar="NAME", help=", ".join(SIZES))
     g.add_argument("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE",
                    help="change a field of the size, as n_layers=4 or rope_scaling=8")
-    g.add_argument("--attention", choices=ATTENTION, default="fused",
-                   help="tiled and equation are for reading; the memory of equation grows with the "
-                   "square of T")
-    g.add_argument("--backward", choices=BACKWARD, default="manual",
-                   help="of a layer: by hand (section 2.4); by torch; or keeping its input alone, "
-                   "which needs the least memory and a third more work")
+    g.add_argument("--attention", choices=ATTENTION, default="fused", help="tiled and equation "
+                   "are for reading; equation's memory grows with the square of T")
+    g.add_argument("--backward", choices=BACKWARD, default="manual", help="of a layer: by hand "
+                   "(section 2.4); by torch; or from its input alone, in the least memory and a "
+                   "third more time")
     g.add_argument("--compile", action="store_true", help="compile the layers: 10 to 30 seconds, "
-                   "then steps a tenth to a fifth faster: even after 1 to 4 minutes")
+                   "then steps a tenth to a fifth faster")
     g.add_argument("--document-mask", action=argparse.BooleanOptionalAction,
                    help="no attention across documents; default: from Llama 3 on")
     g = p.add_argument_group("text")
@@ -1033,16 +1022,15 @@ def parser() -> Parser:
     g.add_argument("--save-every", type=whole, metavar="N", help="steps between states")
     g.add_argument("--bench", type=whole, metavar="N", help="no run: the speed of N steps")
     g = p.add_argument_group("many devices")
-    g.add_argument("--dp", choices=("none", "ddp", "fsdp", "hybrid"), help="data parallelism: ddp "
-                   "repeats the model, fsdp (default) splits it over all ranks, hybrid over those "
-                   "of a machine")
-    g.add_argument("--tp", type=whole, metavar="N", help="ranks that share each layer, "
-                   "and its tokens between the products: those of one machine")
+    g.add_argument("--dp", choices=("none", "ddp", "fsdp", "hybrid"), help="ddp repeats the model, "
+                   "fsdp (default) splits it over all ranks, hybrid over those of a machine")
+    g.add_argument("--tp", type=whole, metavar="N", help="ranks, of one machine, that share each "
+                   "layer and, between the products, its tokens")
     g.add_argument("--pp", type=whole, metavar="N", help="ranks that the layers are split over")
     g.add_argument("--nproc", type=whole, metavar="N", help="processes on this machine (default: "
                    "its GPUs, else 1); one that dies is started again; not under torchrun")
-    g.add_argument("--timeout", type=number, default=1800, metavar="S", help="a rank that lets "
-                   "others wait for S seconds hangs: all start again (default: %(default)s)")
+    g.add_argument("--timeout", type=number, default=1800, metavar="S", help="a rank for which "
+                   "others wait S seconds hangs: all start again (default: %(default)s)")
     g = p.add_argument_group("plan")
     g.add_argument("--plan", action="store_true", help="no run: what it would take")
     g.add_argument("--gpus", type=whole, default=NODE, metavar="N", help="default: %(default)s")
@@ -1054,21 +1042,21 @@ def parser() -> Parser:
 
 
 def train_rank(args, device: str, world: World, began: float) -> None:
-    """What one process does. began: when, by time.perf_counter."""
-    run = resolve(args, device, world.size, world.local_size)
-    peak = matmul_flops(device, DTYPES[run.dtype])
+    """What one process does. began: when it did, by time.perf_counter."""
+    run, sources, tokenizer = resolve(args, device, world.size, world.local_size), None, None
     if args.bench:
         run, roomy = together(partial(fit, run, world.local_size))
-        if roomy:
-            keep_freed_memory()
+    else:
+        run, roomy, tokenizer, sources = together(
+            partial(prepare_run, run, args.fresh, world.local_size))
+    if roomy:
+        keep_freed_memory()
+    peak = matmul_flops(device, DTYPES[run.dtype])
+    if args.bench:
         result = bench(run, args.bench, peak)
         if world.rank == 0:
             print(json.dumps(result))
         return
-    run, roomy, tokenizer, sources = together(
-        partial(prepare_run, run, args.fresh, world.local_size))
-    if roomy:
-        keep_freed_memory()
     if run.threads:
         torch.set_num_threads(run.threads)
     bos_id = tokenizer.bos_id if run.recipe.document_mask else None
@@ -1076,10 +1064,9 @@ def train_rank(args, device: str, world: World, began: float) -> None:
     engine = create_engine(run)
     if run.steps is None:
         run = replace(run, steps=steps_in_time(run, engine, began))
-        together(partial(remember, run))
+    together(partial(remember, run))
     announce(run, batches)
-    log = Log(run, engine, peak, began) if world.rank == 0 else None
-    train_run(run, engine, batches, log)
+    train_run(run, engine, batches, peak, began, world.rank)
     del engine
     if world.rank == 0:
         sample(run, tokenizer)
@@ -1094,16 +1081,16 @@ def main(argv: list[str]) -> int | None:
         found = plan(run, args.gpus, args.gpu, args.mfu)
         print(json.dumps(found) if args.json else plan_text(found))
         return None
-    started, gpus = "RANK" in os.environ, torch.cuda.device_count()  # by torchrun, or by `start`
-    n = 1 if started else args.nproc or max(1, gpus)
+    is_rank, gpus = "RANK" in os.environ, torch.cuda.device_count()  # of torchrun, or of `start`
+    n = 1 if is_rank else args.nproc or max(1, gpus)
     if n > 1 and 0 < gpus < n:
         raise ValueError(f"--nproc {n} needs as many GPUs, and here are {gpus}; try --nproc {gpus}")
-    if device == "mps" and (started or n > 1):
+    if is_rank and args.fresh:
+        raise ValueError("a run that torchrun starts again, because of a node that came or went, "
+                         "would be lost; try without --fresh, or another --out")
+    if device == "mps" and (is_rank or n > 1):
         device = "cpu"  # which many processes can share
     if n == 1:
-        if started and args.fresh:
-            raise ValueError("a run that torchrun starts again, because of a node that came or "
-                             "went, would be lost; try without --fresh, or another --out")
         with join(device, args.timeout) as world:
             train_rank(args, device, world, began)
         return None
