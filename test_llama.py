@@ -4399,7 +4399,8 @@ class TestMistakes:
         ("train --backward hand", "'manual', 'autograd', 'recompute'"),
         ("train --compile --document-mask", "try --no-document-mask"),
         ("train --compile --tp 2 --nproc 2", "--compile cannot see"),
-        ("train --dp none --nproc 2", "try --dp ddp"), ("train --plan --dtype fp32", "--dtype bf16"),
+        ("train --dp none --nproc 2", "try --dp ddp"),
+        ("train --plan --dtype fp32", "--dtype bf16"),
         ("generate nowhere", "nowhere"), ("generate README.md", "README.md"),
         ("generate --top-p 2", "--top-p"), ("tokenizer info nowhere", "nowhere")]
 
