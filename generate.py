@@ -1,7 +1,6 @@
 """Text from a checkpoint: sampling, scoring and measuring.
 
     python generate.py --prompt "Once upon a time"                    # from the newest run
-    python generate.py runs/tiny --prompt "" --temperature 0          # greedy, from BOS alone
     python generate.py stories15M.bin --prompt "One day" --prompt "Two dogs" --json
     python generate.py Llama-3.2-1B-Instruct/ --chat                  # a conversation
     python generate.py model.gguf --quantize int8 --compile --prompt "The sky is"
@@ -9,34 +8,38 @@
     python generate.py SmolLM2-135M/ --bench 64                       # tokens a second
     python generate.py llama-2-7b/ --export hf llama-2-7b-hf/         # for transformers
 """
-import argparse
 import contextlib
 import ctypes
 import itertools
 import json
 import math
+import mmap
+import random
+import re
+import struct
 import sys
 import time
-import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
+import timeit
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-STARTED = time.perf_counter()  # before torch, whose import is a good part of the first token's wait
+STARTED = time.perf_counter()  # before torch, whose import is part of the wait for a first token
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llama import (EXPORTS, Attention, FeedForward, KVCache, Layer, Llama, export, gguf_fields,
-                   load, open_checkpoint, through)
-from tokenizer import (HuggingFace, Parser, SentencePiece, StreamDecoder, Tokenizer, command,
-                       documents, from_gguf, load_tokenizer)
+from llama import (SIZES, KVCache, Linear, Llama, LlamaConfig, logit_rows, rope_frequencies,
+                   rope_table)
+from tokenizer import (Parser, StreamDecoder, Tokenizer, command, documents, huggingface_files,
+                       load_tokenizer, one_line_errors, positive, read_json, tokenizer_from_gguf,
+                       write_aside, write_json)
 
-FEW = 16  # rows up to which kernels for one row are the faster ones
-AT_ONCE = 512  # rows that are quantised at a time; kernels' blocks of rows divide it
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -47,234 +50,752 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def keep_freed_memory(keep: bool = True) -> None:
-    """Tells glibc's malloc to keep freed blocks, however large, for the next use. Else they go to
-    the system and come back as pages to be cleared: a third of a training step's time, or more.
-    keep False: to give all over a megabyte back at once, while a model is loaded."""
-    mmap_threshold, trim_threshold, mmap_max = -3, -1, -4
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another system's library
+def keep_freed_memory() -> None:
+    """Tells glibc's malloc to keep freed blocks of any size for the next use. Else large blocks go
+    to the system and come back as pages to be cleared, which takes a third of a training step."""
+    trim_threshold, mmap_max = -1, -4  # names of options in malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc: nothing to set
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_threshold, 2**20)
-        mallopt(trim_threshold, -1 if keep else 2**20)
-        mallopt(mmap_max, 0 if keep else 2**16)
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)
 
 
 # ---------------------------------------------------------------------------------------------
-# Finding things
+# Files that hold weights
 
 
-def newest_run(root: Path = Path("runs")) -> Path:
-    """The run whose weights were written last."""
-    runs = sorted(root.glob("*/consolidated.00.pth"), key=lambda file: file.stat().st_mtime)
-    if not runs:
-        raise ValueError("there is no run in runs/ yet; try python train.py, or name a checkpoint")
-    return runs[-1].parent
+class Weight(NamedTuple):
+    """A tensor still in its file: decode(*parts) of the parts that are mapped from there. So a
+    checkpoint of any size is opened at once, and memory is taken as each tensor is read."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: tuple[Tensor, ...]
+    decode: Callable[..., Tensor] = lambda part: part
+
+    @classmethod
+    def of(cls, mapped: Tensor) -> "Weight":
+        return cls(tuple(mapped.shape), mapped.dtype, (mapped,))
+
+    def read(self, device="cpu", dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor on a device; a view of the file where nothing has to be converted."""
+        x = self.decode(*self.parts).to(device, dtype or self.dtype).reshape(self.shape)
+        if self.parts and x.data_ptr() != self.parts[0].data_ptr():
+            self.drop_pages()
+        return x
+
+    def drop_pages(self) -> None:
+        """Takes the file's pages out of this process's memory; their next use reads them again."""
+        for part in self.parts:
+            before = part.data_ptr() % mmap.PAGESIZE
+            if hasattr(mmap, "MADV_DONTNEED"):  # Linux and macOS
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(part.data_ptr() - before),
+                                          ctypes.c_size_t(part.nbytes + before), mmap.MADV_DONTNEED)
+
+    def permuted_for_rope(self, n: int, m: int) -> "Weight":
+        """wq or wk with the rows of each head, (n, m), transposed to (m, n). Meta's heads hold the
+        two rows of a rotated pair side by side (E/2, 2), transformers' the first rows of all pairs,
+        then the second ones (2, E/2). For E = 4, Meta's 0 1 2 3 is 0 2 1 3 there."""
+        def decode(*parts: Tensor) -> Tensor:
+            return self.decode(*parts).reshape(-1, n, m, self.shape[-1]).transpose(1, 2)
+        return self._replace(decode=decode)
 
 
-def tokenizer_beside(checkpoint: Path, vocab_size: int, given: str | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint: the one given, or the one inside a GGUF file, or the file
-    beside it (or one folder up, where LLaMA 1 has it). Its size must be the model's. What ends a
-    text is also in transformers' generation_config.json."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    names = (f"tok{vocab_size}.bin", "tokenizer.json", "tokenizer.model", "tokenizer.bin")
-    folders = [Path(given)] if given else [folder, folder.resolve().parent]
-    path = Path(given) if given else checkpoint
-    fields = gguf_fields(path) if path.is_file() else None
-    if fields is None and (path.is_dir() or not given):
-        found = (place / name for place in folders for name in names)
-        path = next((place for place in found if place.is_file()), None)
-    if path is None:
-        raise ValueError(f"there is no tokenizer beside {checkpoint}; try --tokenizer PATH")
-    tokenizer = from_gguf(fields) if fields else load_tokenizer(path)
-    if tokenizer.vocab_size != vocab_size:
-        raise ValueError(f"{path} has {tokenizer.vocab_size} tokens and the model {vocab_size}: "
-                         "they do not belong together, or the model's embedding was padded; try "
-                         "--tokenizer with the model's own, or a model cut to its vocabulary")
-    ends = folder / "generation_config.json"
-    if ends.is_file():
-        with contextlib.suppress(ValueError, AttributeError, TypeError):
-            eos = json.loads(ends.read_bytes()).get("eos_token_id") or []
-            tokenizer.stop_ids |= frozenset(eos if isinstance(eos, list) else [eos])
-    return tokenizer
+def equal(a: Weight, b: Weight) -> bool:
+    """Do two weights hold the same numbers?"""
+    return a.shape == b.shape and torch.equal(a.read(), b.read(dtype=a.dtype))
+
+
+Checkpoint = tuple[LlamaConfig, dict[str, Weight]]  # weights by Meta's names
+# By the names of safetensors; tensors of other types are refused.
+SAFE_TYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
+NAMES = {  # Meta's: (transformers', GGUF's), in the order of llama2.c's version 0
+    "tok_embeddings": ("model.embed_tokens", "token_embd"),
+    "layers.{}.attention_norm": ("model.layers.{}.input_layernorm", "blk.{}.attn_norm"),
+    "layers.{}.attention.wq": ("model.layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
+    "layers.{}.attention.wk": ("model.layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
+    "layers.{}.attention.wv": ("model.layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
+    "layers.{}.attention.wo": ("model.layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
+    "layers.{}.ffn_norm": ("model.layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
+    "layers.{}.feed_forward.w1": ("model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
+    "layers.{}.feed_forward.w2": ("model.layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
+    "layers.{}.feed_forward.w3": ("model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
+    "norm": ("model.norm", "output_norm"), "output": ("lm_head", "output")}
+PERMUTED = ("wq.weight", "wk.weight")  # their rows have another order in transformers
+# Tables of frequencies, which llama.py computes.
+IGNORED = ("rope.freqs", "rotary_emb.inv_freq", "rope_freqs.weight", "rope.cos", "rope.sin")
+
+
+def meta_names(config: LlamaConfig, column: int) -> dict[str, str]:
+    """{name in a column of NAMES: Meta's name} of every weight, each kind over all layers."""
+    names = {}
+    for ours, theirs in NAMES.items():
+        for i in range(config.n_layers):
+            names[f"{theirs[column].format(i)}.weight"] = f"{ours.format(i)}.weight"
+    return names
+
+
+def renamed(config: LlamaConfig, table: dict[str, Weight], column: int) -> dict[str, Weight]:
+    """Weights by Meta's names, from the names in a column of NAMES."""
+    ours = meta_names(config, column)
+    return {ours.get(name, f"unknown {name}"): weight for name, weight in table.items()}
+
+
+def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight by its name, in the order of the model."""
+    with torch.device("meta"):  # takes no memory
+        return {name: tuple(w.shape) for name, w in Llama(config).named_parameters()}
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The bytes of a file, read when they are used; changes to them stay in memory."""
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def tensor_at(data: mmap.mmap, name: str, dtype: torch.dtype, shape, start: int) -> Tensor:
+    """The tensor at a byte of a mapped file; ValueError if it does not lie in it."""
+    count = math.prod(shape[:3])
+    if len(shape) > 2 or count == 0:
+        raise ValueError(f"{name:.99} is empty or has over 2 axes; try a Llama saved in one piece")
+    if not start <= start + count * dtype.itemsize <= len(data):
+        raise ValueError(f"{name:.99} lies beyond the file's end: cut short; try to fetch it again")
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(shape)
+
+
+def refuse_unless(values: dict, accepted: dict[str, tuple]) -> None:
+    """ValueError for an option that is not implemented: a value that is not among the accepted."""
+    for name, allowed in accepted.items():
+        if values.get(name) not in allowed:
+            raise ValueError(f"{name}={values.get(name)!r:.99} is not implemented, only "
+                             f"{allowed[-1]!r}; try a plain Llama")
+
+
+def read_pickle(path: Path) -> dict:
+    """The dictionary in a file of torch.save, its tensors mapped; nothing in it is executed."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception as error:  # a damaged pickle raises anything
+        raise ValueError(f"{path.name} is damaged, or holds more than tensors, which could run "
+                         f"code ({error!r:.99}); try a file of weights alone") from None
+
+
+def weights_of(table: dict[str, Tensor]) -> dict[str, Weight]:
+    """The weights in a table of mapped tensors; ValueError for any other entry."""
+    weights = {}
+    for name, w in table.items():
+        if not (w.dtype in SAFE_TYPES.values() and w.layout is torch.strided
+                and w.device.type == "cpu" and w.is_contiguous()):
+            raise ValueError(f"{name:.99} is of {w.dtype}, or not contiguous; try to save floats")
+        name = name.removeprefix("_orig_mod.").removeprefix("module.")  # torch.compile's, DDP's
+        weights[name] = Weight.of(w.detach())
+    return weights
+
+
+def write_params(config: LlamaConfig) -> dict:
+    """Meta's params.json. It has no field for F: the last two give any F in Meta's formula."""
+    params = {name: value for name, value in asdict(config).items() if value is not None}
+    del params["tie_embeddings"]
+    if factor := params.pop("rope_scaling", None):
+        params |= {"use_scaled_rope": True, "rope_scaling_factor": factor}
+    hidden_dim = params.pop("hidden_dim")
+    return {**params, "multiple_of": hidden_dim,
+            "ffn_dim_multiplier": min(1, hidden_dim / int(8 * config.dim / 3))}
+
+
+def read_params(params: dict, weights: dict[str, Weight]) -> LlamaConfig:
+    """The config from Meta's params.json and the weights. F = the next multiple of multiple_of
+    from int(ffn_dim_multiplier * int(8 D / 3)); 7B: D = 4096 and multiple_of = 256 give 10922 ->
+    11008. What params.json does not say (context, factor of the frequencies) is that of the size
+    in SIZES with this shape."""
+    values = {"n_kv_heads": params["n_heads"], "max_seq_len": 2048, "ffn_dim_multiplier": 1}
+    values |= {name: value for name, value in params.items() if value is not None}
+    hidden = int(values.pop("ffn_dim_multiplier") * int(8 * values["dim"] / 3))
+    multiple_of = values.pop("multiple_of")
+    values.setdefault("hidden_dim", -(-hidden // multiple_of) * multiple_of)
+    embedding, output = weights["tok_embeddings.weight"], weights.get("output.weight")
+    values["vocab_size"] = embedding.shape[0]  # params.json of LLaMA 1 and 2 says -1
+    values["tie_embeddings"] = output is None or equal(output, embedding)
+    scaled, factor = values.pop("use_scaled_rope", False), values.pop("rope_scaling_factor", None)
+    if scaled:
+        values["rope_scaling"] = factor or 8.0
+    for name in ("dropout", "max_batch_size"):  # which do not change the function
+        values.pop(name, None)
+    config = LlamaConfig.from_dict(values)
+    for size, _ in SIZES.values():
+        like = replace(config, max_seq_len=size.max_seq_len, rope_scaling=size.rope_scaling)
+        if like == size and bool(scaled) == bool(size.rope_scaling):
+            return replace(size, max_seq_len=params.get("max_seq_len", size.max_seq_len),
+                           rope_scaling=factor or size.rope_scaling)
+    return config
+
+
+def merged(name: str, parts: tuple[Tensor, ...], params: dict) -> Weight:
+    """One weight of its parts in all shards: rows below each other, but columns side by side for
+    wo, w2 and the embedding of LLaMA 1 and 2. Norms are equal in all shards, and so are the wk and
+    wv of neighbours where there are more shards than key/value heads."""
+    kind, shape = name.removesuffix(".weight").split(".")[-1], list(parts[0].shape)
+    if kind in ("wk", "wv"):
+        parts = parts[::max(1, len(parts) // (params.get("n_kv_heads") or params["n_heads"]))]
+    if len(parts) == 1 or len(shape) == 1:
+        return Weight.of(parts[0])
+    if any(list(part.shape) != shape for part in parts):
+        raise ValueError(f"the shards hold {name} in different shapes; try to fetch them")
+    axis = int(kind in ("wo", "w2") or kind == "tok_embeddings" and shape[1] < params["dim"])
+    shape[axis] *= len(parts)
+    return Weight(tuple(shape), parts[0].dtype, parts, lambda *parts: torch.cat(parts, axis))
+
+
+def read_meta(folder: Path) -> Checkpoint:
+    """Meta's folder (LLaMA 1, 2, 3 and our own runs), any number of shards."""
+    params, shards, weights = read_json((folder / "params.json").read_bytes()), [], {}
+    while (file := folder / f"consolidated.{len(shards):02}.pth").is_file():
+        shards.append(weights_of(read_pickle(file)))
+    wanted = 1
+    if shards:  # the columns of wo are split over all shards that there were
+        width = params["n_heads"] * params.get("head_size", params["dim"] // params["n_heads"])
+        wanted = width // shards[0]["layers.0.attention.wo.weight"].shape[1]
+    if len(shards) < wanted:
+        raise ValueError(f"{file.name} is missing; try to fetch it")
+    for name in list(shards[0]):
+        weights[name] = merged(name, tuple(shard.pop(name).parts[0] for shard in shards), params)
+    if any(shards):
+        raise ValueError("the shards hold different tensors; try to fetch them again")
+    return read_params(params, weights), weights
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Mapped tensors by name. The file: the header's length as a uint64, the header in JSON,
+    {name: {"dtype", "shape", "data_offsets": [begin, end]}}, and the bytes that it describes."""
+    data, tensors, begin = map_file(path), {}, 0
+    size, = struct.unpack_from("<Q", data)
+    if size > min(len(data) - 8, 10**8):  # the limit of its own library
+        raise ValueError(f"the header of {path.name} lies beyond the file's end: cut short")
+    header = read_json(data[8:8 + size])
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype = entry["dtype"]
+        if dtype not in SAFE_TYPES:
+            raise ValueError(f"{name:.99} is of type {dtype}; try one of {', '.join(SAFE_TYPES)}")
+        x = tensor_at(data, name, SAFE_TYPES[dtype], entry["shape"], 8 + size + begin)
+        if entry["data_offsets"] != [begin, begin + x.nbytes]:
+            raise ValueError(f"{name:.99} does not lie where the one before it ends")
+        tensors[name] = x
+        begin += x.nbytes
+    return tensors
+
+
+HF_FIELDS = {"hidden_size": "dim", "num_hidden_layers": "n_layers",
+             "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads",
+             "intermediate_size": "hidden_dim", "vocab_size": "vocab_size",
+             "max_position_embeddings": "max_seq_len", "rms_norm_eps": "norm_eps",
+             "tie_word_embeddings": "tie_embeddings", "head_dim": "head_size",
+             "rope_theta": "rope_theta"}
+HF_ONLY = {"model_type": ("llama",), "hidden_act": (None, "silu"), "attention_bias": (None, False),
+           "mlp_bias": (None, False), "sliding_window": (None,), "quantization_config": (None,),
+           "num_local_experts": (None,), "partial_rotary_factor": (None, 1),
+           "rope_type": (None, "default", "llama3"), "type": (None, "default", "llama3"),
+           "low_freq_factor": (None, 1.0), "high_freq_factor": (None, 4.0),
+           "original_max_position_embeddings": (None, 8192)}
+
+
+def read_hf_config(values: dict) -> LlamaConfig:
+    """The config in config.json. Frequencies: rope_theta and rope_scaling of transformers 4, or
+    rope_parameters of 5. What a file leaves out has transformers' default."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    values = {name: value for name, value in {**values, **rope}.items() if value is not None}
+    refuse_unless(values, HF_ONLY)
+    config = {"n_kv_heads": values["num_attention_heads"], "norm_eps": 1e-6,
+              "max_seq_len": values.get("max_sequence_length", 2048)}
+    config |= {ours: values[theirs] for theirs, ours in HF_FIELDS.items() if theirs in values}
+    if "llama3" in (rope.get("rope_type"), rope.get("type")):
+        config["rope_scaling"] = rope["factor"]
+    return LlamaConfig.from_dict(config)
+
+
+def hf_files(folder: Path) -> list[Path]:
+    """The files that transformers would load from a folder, whatever stands beside them."""
+    for whole in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+        index = folder / f"{whole.name}.index.json"
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            names = set(read_json(index.read_bytes())["weight_map"].values())
+            return [folder / Path(name).name for name in sorted(names)]
+    return []
+
+
+def read_hf(folder: Path, file: Path | None = None) -> Checkpoint:
+    """A folder of transformers, or one file of it, which may be part of a model."""
+    config, table = read_hf_config(read_json((folder / "config.json").read_bytes())), {}
+    files = hf_files(folder)
+    if file and file not in files:
+        files = [file]
+    for path in files:
+        read = read_pickle if map_file(path)[:2] == b"PK" else read_safetensors
+        table |= weights_of(read(path))
+    weights = renamed(config, table, 0)
+    for name in weights:
+        if name.endswith(PERMUTED):
+            weights[name] = weights[name].permuted_for_rope(2, config.head_dim // 2)
+    return config, weights
+
+
+GGUF_TEXT, GGUF_ARRAY = 8, 9  # types of values
+GGUF_NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # types: struct's codes
+GGUF_DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+GGUF_FIELDS = {"embedding_length": "dim", "block_count": "n_layers",
+               "attention.head_count": "n_heads", "attention.head_count_kv": "n_kv_heads",
+               "feed_forward_length": "hidden_dim", "context_length": "max_seq_len",
+               "attention.layer_norm_rms_epsilon": "norm_eps", "rope.freq_base": "rope_theta",
+               "attention.key_length": "head_size"}
+
+
+def take(data: mmap.mmap, form: str) -> tuple:
+    """The next values of a header, by struct's codes; ValueError beyond the end of the file."""
+    size = struct.calcsize("<" + form)
+    if size > len(data) - data.tell():
+        raise ValueError("the header lies beyond the file's end: cut short; try to fetch it again")
+    return struct.unpack("<" + form, data.read(size))
+
+
+def take_value(data: mmap.mmap, kind: int):
+    """The next value of a GGUF's key, by the number of its type."""
+    if kind == GGUF_TEXT:
+        return take(data, f"{take(data, 'Q')[0]}s")[0].decode()
+    if kind == GGUF_ARRAY:
+        kind, n = take(data, "IQ")
+        if kind in GGUF_NUMBERS:
+            return list(take(data, f"{n}{GGUF_NUMBERS[kind]}"))
+        return [take_value(data, kind) for _ in range(n)]
+    number, = take(data, GGUF_NUMBERS[kind])
+    return float(str(np.float32(number))) if kind == 6 else number  # fp32's 1e-5, not 9.99e-6
+
+
+def read_gguf_header(data: mmap.mmap) -> tuple[dict, dict[str, tuple]]:
+    """(values by key, (shape, ggml type, offset) by name) of version 2 and 3, little-endian; the
+    mapped file then stands at the header's end."""
+    (_, version, n_tensors, n_keys), keys, tensors = take(data, "IIQQ"), {}, {}
+    if version not in (2, 3) or max(n_tensors, n_keys) > 2**20:
+        raise ValueError(f"GGUF of version {version} with {n_tensors} tensors is not known; try "
+                         "a little-endian one of version 3")
+    for _ in range(n_keys):
+        key = take_value(data, GGUF_TEXT)
+        keys[key] = take_value(data, *take(data, "I"))
+    for _ in range(n_tensors):
+        name, (n_axes,) = take_value(data, GGUF_TEXT), take(data, "I")
+        shape = take(data, f"{n_axes}Q")[::-1]  # the fastest axis stands first
+        tensors[name] = (shape, *take(data, "IQ"))
+    return keys, tensors
+
+
+def gguf_fields(path: Path) -> dict | None:
+    """What a GGUF file says by key, its vocabulary too; None for any other file."""
+    with one_line_errors(path):
+        data = map_file(path)
+        return read_gguf_header(data)[0] if data[:4] == b"GGUF" else None
+
+
+def gguf_weight(data: mmap.mmap, name: str, shape, kind: int, start: int) -> Weight:
+    """A tensor of one of ggml's types: F32, F16 and BF16 are mapped, the others are in blocks that
+    the package gguf decodes to fp32."""
+    if kind in GGUF_DTYPES:
+        return Weight.of(tensor_at(data, name, GGUF_DTYPES[kind], shape, start))
+    try:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+        kind = GGMLQuantizationType(kind)
+        block, size = GGML_QUANT_SIZES[kind]
+        quants.dequantize(np.zeros((1, size), np.uint8), kind)
+    except (ImportError, ValueError, NotImplementedError):
+        raise ValueError(f"tensors of ggml's type {int(kind)} need the package gguf, if it knows "
+                         "them; try pip install -U gguf") from None
+    if shape[-1] % block:
+        raise ValueError(f"{name:.99} has no whole blocks of {kind.name}")
+    raw = tensor_at(data, name, torch.uint8, (*shape[:-1], shape[-1] // block * size), start)
+    return Weight(shape, torch.float32, (raw,),
+                  lambda raw: torch.from_numpy(quants.dequantize(raw.numpy(), kind)))
+
+
+def read_gguf(path: Path) -> Checkpoint:
+    """GGUF, of llama.cpp, whose wq and wk have Meta's order. Llama 3.1's frequencies are in it as
+    the numbers by which they are divided."""
+    data, weights = map_file(path), {}
+    keys, tensors = read_gguf_header(data)
+    refuse_unless(keys, {"general.architecture": ("llama",), "split.count": (None, 0, 1)})
+    alignment = keys.get("general.alignment", 32)
+    end = -(-data.tell() // alignment) * alignment
+    for name, (shape, kind, offset) in tensors.items():
+        weights[name] = gguf_weight(data, name, shape, kind, end + offset)
+    keys = {name[6:]: value for name, value in keys.items() if name.startswith("llama.")}
+    values = {"n_kv_heads": keys["attention.head_count"],
+              "vocab_size": weights["token_embd.weight"].shape[0],
+              "tie_embeddings": "output.weight" not in weights}
+    for theirs in GGUF_FIELDS.keys() & keys.keys():
+        values[GGUF_FIELDS[theirs]] = keys.pop(theirs)
+    config = LlamaConfig.from_dict(values)
+    plain = {"vocab_size": keys.get("vocab_size"), "rope.dimension_count": config.head_dim,
+             "attention.value_length": config.head_dim, "rope.scaling.type": "none",
+             "tensor_data_layout": "Meta AI original pth"}
+    refuse_unless(keys, {name: (0, 1, plain.get(name)) for name in keys})
+    if "rope_freqs.weight" in weights:
+        divisors = weights["rope_freqs.weight"].read(dtype=torch.float32)
+        scaled = replace(config, rope_scaling=float(divisors.max()))
+        wanted = rope_frequencies(config) / rope_frequencies(scaled)
+        if wanted.shape != divisors.shape or not torch.allclose(wanted, divisors, rtol=1e-3):
+            raise ValueError("rope_freqs.weight is not Llama 3.1's scaling; try a Llama of Meta's")
+        config = scaled
+    return config, renamed(config, weights, 1)
+
+
+def llama2c_order(config: LlamaConfig, version: int) -> list[str]:
+    """The tensors in the order of the file, each kind over all layers; 1 and 2 have norms first."""
+    names = list(meta_names(config, 0).values())
+    if config.tie_embeddings:
+        names.remove("output.weight")
+    if version:
+        return sorted(names, key=lambda name: "norm" not in name)
+    end = names.index("norm.weight") + 1
+    return [*names[:end], "rope.cos", "rope.sin", *names[end:]]
+
+
+def read_llama2c(path: Path) -> Checkpoint:
+    """llama2.c's .bin. Version 0 begins with D, F, L, H, K, V (negative: the output is not tied)
+    and the context as int32; 1 and 2 with a magic number, the version, the same seven, whether
+    the output is tied, and in 2 how many int8 share a scale, in 256 bytes."""
+    data, version, at, weights = map_file(path), 0, 28, {}
+    if data[:4] == b"24ka":
+        version, at = struct.unpack_from("<i", data, 4)[0], 256
+        refuse_unless({"llama2.c's version": version}, {"llama2.c's version": (1, 2)})
+    dim, hidden, layers, heads, kv_heads, vocab, context, shared, group = struct.unpack_from(
+        "<7iBi", data, 8 if version else 0)
+    tied = bool(shared) if version else vocab > 0
+    config = LlamaConfig(dim, layers, heads, kv_heads, hidden, abs(vocab), context,
+                         tie_embeddings=tied)
+    wanted = shapes(config)
+    for name in llama2c_order(config, version):
+        shape = wanted.get(name, (context, config.head_dim // 2))  # the tables of cos and sin
+        if version == 2 and len(shape) == 2:
+            int8 = tensor_at(data, name, torch.int8, shape, at).view(-1, group)
+            scales = tensor_at(data, name, torch.float32, (len(int8), 1), at + int8.nbytes)
+            weights[name] = Weight(shape, torch.float32, (int8, scales), torch.mul)
+            at += int8.nbytes + scales.nbytes
+        else:
+            weights[name] = Weight.of(tensor_at(data, name, torch.float32, shape, at))
+            at += 4 * math.prod(shape)
+    if at != len(data):
+        raise ValueError(f"it is no llama2.c file, whose header would ask for {at:,} bytes; try a "
+                         "folder of Meta's or transformers', a GGUF file or llama2.c's .bin")
+    return config, weights
+
+
+def read_any(path: Path) -> Checkpoint:
+    """Chooses the reader by content, never by name."""
+    if path.is_dir():
+        if hf_files(path):
+            return read_hf(path)
+        if (path / "params.json").is_file():
+            return read_meta(path)
+        raise ValueError("there is no checkpoint (an adapter alone is none); try a folder of "
+                         "Meta's or transformers', a GGUF file or llama2.c's .bin")
+    head = map_file(path)[:9]
+    if head[:4] == b"GGUF":
+        return read_gguf(path)
+    if head[:1] == b"{":
+        return read_any(path.parent)
+    if head[:2] == b"PK":
+        table = read_pickle(path)
+        if "model_args" in table:  # llama2.c's .pt
+            weights = weights_of(table["model"])
+            return read_params({"multiple_of": 256, **table["model_args"]}, weights), weights
+        if "tok_embeddings.weight" in table:
+            return read_meta(path.parent)
+        return read_hf(path.parent, path)
+    if head[8:] == b"{":
+        return read_hf(path.parent, path)
+    return read_llama2c(path)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The config and the weights, still in their files, of any checkpoint, in the model's order.
+    Strict: an unknown or missing tensor or a wrong shape is a ValueError that names it, as is
+    whatever is damaged or asks for what is not implemented."""
+    with one_line_errors(path):
+        config, found = read_any(Path(path))
+        output = found.get("output.weight") if config.tie_embeddings else None
+        if output and equal(output, found["tok_embeddings.weight"]):
+            del found["output.weight"]  # some files of tied models have it twice
+        wanted, wrong = shapes(config), []
+        for name in wanted | found:
+            shape = found[name].shape if name in found else "missing"
+            if shape != wanted.get(name) and not name.endswith(IGNORED):
+                wrong.append(f"{name:.99} is {shape}, not {wanted.get(name, 'known')}")
+        if wrong:
+            raise ValueError(f"not the Llama of its header ({len(wrong)} tensors): "
+                             f"{', '.join(wrong[:3])}; try the files as they were published")
+        return config, {name: found[name] for name in wanted}
+
+
+def read_blocks(weights: dict[str, Weight], device="cpu", dtype: torch.dtype | None = None
+                ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yields (name of a submodule of Llama, {name of a parameter in it: tensor}): the embedding,
+    each layer, the norm, the output unless it is tied.
+    dtype None keeps each weight's type; then the tensors are views of the file. When the next block
+    is asked for, the pages of the last one leave memory: whoever makes something else of each block
+    (quantises it) holds one block in the file's form at a time."""
+    blocks = {}
+    for name, weight in weights.items():
+        block = re.match(r"layers\.\d+|\w+", name)[0]
+        blocks.setdefault(block, {})[name.removeprefix(f"{block}.")] = weight
+    for block, parameters in blocks.items():
+        yield block, {name: w.read(device, dtype) for name, w in parameters.items()}
+        for weight in parameters.values():
+            weight.drop_pages()
+
+
+def load(path: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Llama:
+    """The model in any checkpoint, mapped from its file where nothing has to be converted; dtype
+    None keeps the file's, that of its embedding."""
+    config, weights = open_checkpoint(path)
+    with torch.device("meta"):
+        model = Llama(config)
+    dtype = dtype or weights["tok_embeddings.weight"].dtype
+    for name, tensors in read_blocks(weights, device, dtype):
+        model.get_submodule(name).load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def write_tensor(file, weight: Weight, dtype: torch.dtype) -> None:
+    """The bytes of a weight, which then leaves memory."""
+    file.write(weight.read(dtype=dtype).flatten().view(torch.uint8).numpy())
+    weight.drop_pages()
+
+
+def write_safetensors(file, weights: dict[str, Weight]) -> None:
+    """A safetensors file, tensor by tensor."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    codes = {dtype: code for code, dtype in SAFE_TYPES.items()}
+    for name, w in weights.items():
+        end = at + math.prod(w.shape) * w.dtype.itemsize
+        header[name] = {"dtype": codes[w.dtype], "shape": w.shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned
+    file.write(struct.pack("<Q", len(text)) + text)
+    for w in weights.values():
+        write_tensor(file, w, w.dtype)
+
+
+def write_meta(config: LlamaConfig, weights: dict[str, Weight], folder: Path) -> None:
+    """Meta's folder. torch.save wants all tensors at once: they are mapped from a file aside."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / "weights.aside"
+    try:
+        write_aside(aside, lambda file: write_safetensors(file, weights))
+        write_aside(folder / "consolidated.00.pth",
+                    lambda file: torch.save(read_safetensors(aside), file))
+    finally:
+        aside.unlink(missing_ok=True)
+    write_json(folder / "params.json", write_params(config))
+
+
+def write_hf(config: LlamaConfig, weights: dict[str, Weight], folder: Path) -> None:
+    """The folder that transformers loads, its frequencies in the form that 4 and 5 both read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = {}
+    for theirs, ours in meta_names(config, 0).items():
+        if ours in weights:  # the output is not, if it is tied
+            table[theirs] = weights[ours]
+        if ours.endswith(PERMUTED):
+            table[theirs] = weights[ours].permuted_for_rope(config.head_dim // 2, 2)
+    write_aside(folder / "model.safetensors", lambda file: write_safetensors(file, table))
+    values = {name: getattr(config, ours) for name, ours in HF_FIELDS.items()}
+    if config.rope_scaling:
+        values["rope_scaling"] = {
+            "rope_type": "llama3", "factor": config.rope_scaling, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    dtype = str(weights["tok_embeddings.weight"].dtype).removeprefix("torch.")
+    write_json(folder / "config.json", values | {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "head_dim": config.head_dim, "torch_dtype": dtype,
+        "bos_token_id": None, "eos_token_id": None})  # which only the tokenizer knows
+
+
+def write_llama2c(config: LlamaConfig, weights: dict[str, Weight], path: Path) -> None:
+    """llama2.c's .bin of version 0, in fp32; ValueError for what it has no field for."""
+    plain = replace(config, rope_theta=1e4, rope_scaling=None, norm_eps=1e-5, head_size=None)
+    if config != plain:
+        raise ValueError("llama2.c's header has no rope_theta, rope_scaling, norm_eps or head_size "
+                         "and takes LLaMA's; try the format meta or hf")
+    cos, sin = rope_table(config, torch.arange(config.max_seq_len))
+    tables = {"rope.cos": cos, "rope.sin": sin}
+    vocab = config.vocab_size if config.tie_embeddings else -config.vocab_size
+
+    def write(file) -> None:
+        file.write(struct.pack("<7i", config.dim, config.hidden_dim, config.n_layers,
+                               config.n_heads, config.n_kv_heads, vocab, config.max_seq_len))
+        for name in llama2c_order(config, 0):
+            if name in tables:
+                file.write(tables[name].numpy())
+            else:
+                write_tensor(file, weights[name], torch.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, write)
+
+
+EXPORTS = {"meta": write_meta, "hf": write_hf, "llama2c": write_llama2c}
+
+
+def export(path: str | Path, format: str, out: str | Path) -> None:
+    """Writes any checkpoint in another format, tensor by tensor: a folder of Meta's ("meta") or of
+    transformers ("hf"), or a file of llama2.c ("llama2c"). Numbers keep their type; quantised
+    ones, and all in llama2.c, are fp32."""
+    out = Path(out)
+    if format not in EXPORTS:
+        raise ValueError(f"there is no format {format!r}; try one of {', '.join(EXPORTS)}")
+    if out.is_dir() and any(out.iterdir()) or out.exists() and not out.is_dir():
+        raise ValueError(f"{out} exists already and stays as it is; try another name")
+    EXPORTS[format](*open_checkpoint(path), out)
 
 
 # ---------------------------------------------------------------------------------------------
-# Products of few rows. A token reads every weight once, so what counts is bytes and their order:
-# each class lays a matrix W (out, in) out for y = x W^T, x (..., in), and says its `nbytes`.
+# Products: matrices laid out for few rows. A new token reads every weight once, so its speed is
+# the rate at which bytes come from memory.
 
-
-def rows(x: Tensor) -> int:
-    return x.numel() // x.shape[-1]
+MAX_GEMV_ROWS = 16  # up to so many rows of x, kernels made for one row are the faster ones
+QUANT_ROWS = 512    # rows of W quantised at a time; a multiple of the kernels' blocks of 16
 
 
 class Product(nn.Module):
-    """W as it is. On a CPU many rows in fp16 are computed in fp32, whose kernel is faster."""
+    """x W^T in place of a Linear, (..., in) -> (..., out): multiply(x, *tensors) with tensors that
+    hold W (out, in) in a layout of their own."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype):
+    def __init__(self, multiply: Callable, *tensors: Tensor):
         super().__init__()
-        self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-        self.nbytes = self.weight.nbytes
+        self.multiply = multiply
+        for i, tensor in enumerate(tensors):
+            self.register_buffer(f"w{i}", tensor)
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.weight
-        if w.dtype == torch.float16 and w.device.type == "cpu" and rows(x) > FEW:
-            return F.linear(x.float(), w.float()).to(x.dtype)
-        return F.linear(x, w)
+        return self.multiply(x, *self._buffers.values())  # buffers() takes as long as a product
 
 
-class PackedProduct(nn.Module):
-    """W in fp32 or bf16 in the order of oneDNN's kernel, which F.linear would make at each call.
-    The compiler cannot trace that order, so what it compiles calls llama::packed with a number."""
-
-    numbered, numbers = weakref.WeakValueDictionary(), itertools.count()
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype):
-        super().__init__()
-        self.register_buffer("number", torch.tensor(next(self.numbers)))
-        self.numbered[int(self.number)] = self
-        self.n_out = weight.shape[0]
-        # Packed for 64 rows it is the fastest for one row too.
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), 64)
-        self.nbytes = weight.numel() * dtype.itemsize
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return torch.ops.llama.packed(x, self.number, self.n_out)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+def multiply_plain(x: Tensor, w: Tensor) -> Tensor:
+    n_rows = x.numel() // x.shape[-1]
+    if torch.compiler.is_compiling() and n_rows == 1:
+        # The loops that the compiler writes for one row outrun the matrix kernels.
+        return (x[..., None, :].float() * w.float()).sum(-1).to(x.dtype)
+    if w.dtype == torch.float16 and w.device.type == "cpu" and n_rows > MAX_GEMV_ROWS:
+        return F.linear(x.float(), w.float()).to(x.dtype)  # the kernel for fp16 is slow
+    return F.linear(x, w)
 
 
-OPS = torch.library.Library("llama", "FRAGMENT")
-OPS.define("packed(Tensor x, Tensor number, int n_out) -> Tensor")
-OPS.impl("packed", lambda x, number, n_out: PackedProduct.numbered[int(number)](x), "CPU")
-OPS._register_fake("packed", lambda x, number, n_out: x.new_empty(*x.shape[:-1], n_out))
+def quantise_int8(w: Tensor) -> tuple[Tensor, Tensor]:
+    """W = s q: integers q (out, in), and for each row a scale s = max |w| / 127 in bf16.
+    A row (1.27, -0.5) has s = 0.01 and q = (127, -50)."""
+    s = (torch.linalg.vector_norm(w, math.inf, dim=1) / 127).clamp(min=1e-30).bfloat16()
+    q = torch.empty_like(w, dtype=torch.int8)
+    for start in range(0, len(w), QUANT_ROWS):
+        some = slice(start, start + QUANT_ROWS)
+        q[some] = (w[some].float() / s[some, None]).round().clamp(-127, 127)
+    return q, s
 
 
-class Int8Product(nn.Module):
-    """W = s q, q in int8 and for each row a scale s = max |w| / 127 in bf16. Computes in bf16."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        s = (torch.linalg.vector_norm(weight, math.inf, dim=1) / 127).clamp(min=1e-30).bfloat16()
-        self.register_buffer("q", torch.empty_like(weight, dtype=torch.int8))
-        for q, w, scale in zip(*(x.split(AT_ONCE) for x in (self.q, weight, s[:, None]))):
-            q.copy_((w.float() / scale).round().clamp(-127, 127))
-        self.register_buffer("s", s)
-        self.nbytes = self.q.nbytes + self.s.nbytes
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.bfloat16()
-        # The kernel for few rows reads past the end of rows that are no multiple of 16.
-        if x.device.type == "cpu" and rows(x) <= FEW and x.shape[-1] % 16 == 0:
-            y = torch._weight_int8pack_mm(y.flatten(0, -2), self.q, self.s).view(*x.shape[:-1], -1)
-        else:
-            y = F.linear(y, self.q.bfloat16()) * self.s
-        return y.to(x.dtype)
-
-
-class Int4Product(nn.Module):
-    """W = s (q - 8) + z, q of 0 .. 15, with s and z in bf16 for each 32 weights of a row: from the
-    smallest and the largest of them, z - 8 s and z + 7 s. Computes in bf16."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        packed, scales, on_cpu = [], [], weight.device.type == "cpu"
-        for some in weight.split(AT_ONCE):
-            w = some.float().unflatten(1, (-1, 32))
-            low, high = w.aminmax(dim=-1, keepdim=True)
-            s = ((high - low) / 15).clamp(min=1e-30).bfloat16()
-            z = (low + 8 * s).bfloat16()
-            q = ((w - z) / s + 8).round().clamp(0, 15).flatten(1).int()
-            if on_cpu:
-                packed.append(torch._convert_weight_to_int4pack_for_cpu(q, 1))
-            else:
-                packed.append((q[:, ::2] | q[:, 1::2] << 4).to(torch.uint8))
-            scales.append(torch.cat((s, z), -1))
-        self.register_buffer("q", torch.cat(packed))
-        scales = torch.cat(scales)
-        self.register_buffer("scales", scales.transpose(0, 1).contiguous() if on_cpu else scales)
-        self.nbytes = self.q.nbytes + self.scales.nbytes
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.bfloat16()
-        if x.device.type == "cpu":
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(y.flatten(0, -2), self.q, 32,
-                                                           self.scales).view(*x.shape[:-1], -1)
-        else:
-            q = torch.stack((self.q & 15, self.q >> 4), -1).view(len(self.q), -1, 32)
-            w = self.scales[..., :1] * (q.bfloat16() - 8) + self.scales[..., 1:]
-            y = F.linear(y, w.flatten(1))
-        return y.to(x.dtype)
-
-
-def product(weight: Tensor, dtype: torch.dtype, quantize: str | None) -> nn.Module:
-    """The fastest layout of a matrix: as it is, packed, or quantised where its shape allows."""
-    if quantize == "int4" and weight.shape[1] % 32 == 0 and weight.shape[0] % 16 == 0:
-        return Int4Product(weight)
-    if quantize:
-        return Int8Product(weight)
-    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():  # not on every machine
-        if dtype == torch.float32 or (dtype == torch.bfloat16
-                                      and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-            return PackedProduct(weight, dtype)
-    return Product(weight, dtype)
-
-
-class FusedAttention(Attention):
-    """Attention whose Wq, Wk and Wv are one matrix: one large product is faster than three."""
-
-    def __init__(self, attention: Attention, lay_out):
-        nn.Module.__init__(self)
-        q, k, v = (w.weight for w in (attention.wq, attention.wk, attention.wv))
-        self.head_dim, self.sizes = attention.head_dim, (len(q) + len(k), len(v))
-        self.wqkv = lay_out(torch.cat((q, k, v)))
-        self.wo = lay_out(attention.wo.weight)
-
-    def products(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.wqkv(x).split(self.sizes, -1)
-
-
-class FusedFeedForward(FeedForward):
-    """FeedForward whose W1 and W3 are one matrix."""
-
-    def __init__(self, feed_forward: FeedForward, lay_out):
-        nn.Module.__init__(self)
-        self.w13 = lay_out(torch.cat((feed_forward.w1.weight, feed_forward.w3.weight)))
-        self.w2 = lay_out(feed_forward.w2.weight)
-
-    def products(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.w13(x).chunk(2, -1)
-
-
-def open_model(path: Path, dtype: torch.dtype | None = None, quantize: str | None = None,
-               compiled: bool = False) -> Llama:
-    """The model in any checkpoint, ready to generate on the best device: its matrices laid out for
-    products of few rows as soon as they are read, one layer after the other. dtype None is the
-    file's, but bf16 with `quantize`."""
-    device = best_device()
-    if device != "cpu" and not quantize:
-        model = load(path, device, dtype)
+def multiply_int8(x: Tensor, q: Tensor, s: Tensor) -> Tensor:
+    y = x.flatten(0, -2).bfloat16()
+    # The kernel for few rows reads past the end of rows of x that are no multiple of 16.
+    if x.device.type == "cpu" and len(y) <= MAX_GEMV_ROWS and x.shape[-1] % 16 == 0:
+        y = torch._weight_int8pack_mm(y, q, s)
     else:
-        def finish(name: str, block: nn.Module) -> nn.Module:
-            nonlocal dtype
-            dtype = dtype or (torch.bfloat16 if quantize else block.weight.dtype)
-            lay_out = partial(product, dtype=dtype, quantize=quantize)
-            if not isinstance(block, Layer):
-                return lay_out(block.weight) if name == "output" else block.to(dtype)
-            block.attention_norm.to(dtype)
-            block.ffn_norm.to(dtype)
-            block.attention = FusedAttention(block.attention, lay_out)
-            block.feed_forward = FusedFeedForward(block.feed_forward, lay_out)
-            return block
+        y = F.linear(y, q.bfloat16()) * s
+    return y.view(*x.shape[:-1], -1).to(x.dtype)
 
-        with torch.no_grad():
-            # To be quantised they come as they are in the file, mapped.
-            model = load(path, device, None if quantize else dtype, finish)
-            if model.output is None:
-                model.output = product(model.tok_embeddings.weight, dtype, quantize)
-        model.dtype, model.backward = dtype, "autograd"  # LayerByHand wants single matrices
-    if compiled:
-        compile_steps(model)
-    return model
+
+def quantise_int4(w: Tensor) -> tuple[Tensor, Tensor]:
+    """W = s (q - 8) + z: q of 0 .. 15, and for each 32 weights of a row s and z in bf16, such that
+    z - 8 s is the smallest of them and z + 7 s the largest. For weights from -1 to 2, s = 0.2 and
+    z = 0.6: q = 0 is -1 and q = 15 is 2."""
+    packed, scales = [], []
+    for some in w.split(QUANT_ROWS):
+        groups = some.float().unflatten(1, (-1, 32))
+        low, high = groups.aminmax(dim=-1, keepdim=True)
+        s = ((high - low) / 15).clamp(min=1e-30).bfloat16()
+        z = (low + 8 * s).bfloat16()
+        q = ((groups - z) / s + 8).round().clamp(0, 15).flatten(1).int()
+        packed.append(torch._convert_weight_to_int4pack_for_cpu(q, 1))
+        scales.append(torch.cat((s, z), -1))
+    return torch.cat(packed), torch.cat(scales).transpose(0, 1).contiguous()
+
+
+def multiply_int4(x: Tensor, q: Tensor, scales: Tensor) -> Tensor:
+    y = x.flatten(0, -2).bfloat16()
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(y, q, 32, scales)
+    return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def product(w: Tensor, dtype: torch.dtype, quantize: str | None = None,
+            compiled: bool = False) -> Product:
+    """The fastest Product for W on its device. int8 stands in for int4 where the shape or the
+    device does not allow it."""
+    (n_out, n_in), on_cpu = w.shape, w.device.type == "cpu"
+    if quantize == "int4" and on_cpu and n_in % 32 == 0 and n_out % 16 == 0:
+        return Product(multiply_int4, *quantise_int4(w))
+    if quantize:
+        return Product(multiply_int8, *quantise_int8(w))
+    w, can_pack = w.to(dtype), on_cpu and torch.backends.mkldnn.is_available()
+    if dtype == torch.bfloat16:
+        can_pack = can_pack and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16 or compiled or not can_pack:
+        return Product(multiply_plain, w)
+    # oneDNN's kernel wants blocks, which F.linear would make at each call: made once, few rows are
+    # up to twice as fast. Those for 64 rows are the best for one too. They cannot be compiled.
+    pack, kernel = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    return Product(lambda x, w: kernel(x, w, None, "none", [], ""), pack(w.contiguous(), 64))
+
+
+# ---------------------------------------------------------------------------------------------
+# A model to generate with
+
+
+class CompiledLlama(Llama):
+    """A Llama whose layers are compiled for one new token of one text. Prompts run as usual: each
+    has another length, for which all would be compiled again. Layers are called in groups of n with
+    their tensors as inputs, so that one piece of code serves every group and a deep model compiles
+    as fast as a shallow one."""
+
+    def compile_layers(self, most: int = 16) -> None:
+        """Once all weights are in place. n is the largest divisor of L up to `most`."""
+        self.n = max(n for n in range(1, most + 1) if len(self.layers) % n == 0)
+        # state_dict detaches: else the compiler notes that the first layer's are the module's own.
+        self.tensors = [dict(layer.state_dict()) for layer in self.layers]
+        # With the calls between the kernels in C++ too, a token takes a fifth less.
+        self.compiled_group = torch.compile(self.group, fullgraph=True,
+                                            options={"cpp_wrapper": True, "size_asserts": False})
+
+    def group(self, tensors: list[dict[str, Tensor]], held: list[tuple[Tensor, Tensor]], h: Tensor,
+              cos: Tensor, sin: Tensor, position: Tensor, seen: Tensor) -> Tensor:
+        """h (1, 1, D) through n layers; seen (S,) counts the tokens, the new one among them."""
+        S = len(seen)
+        for own, (keys, values) in zip(tensors, held):
+            def attend(q: Tensor, k: Tensor, v: Tensor, keys=keys, values=values):
+                # KVCache.write cannot serve: it reads lengths, which would become constants.
+                keys[:, :, S - 1:S] = k
+                values[:, :, S - 1:S] = v
+                o, lse = self.attend(q.to(keys.dtype), keys[:, :, :S], values[:, :, :S], position)
+                return o.to(q.dtype), lse
+            h = functional_call(self.layers[0], own, (h, cos, sin, attend))
+        return h
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None,
+               boundaries: Tensor | None = None) -> Tensor:
+        if cache is None or tokens.numel() > 1 or cache.lengths[0] == 0:
+            return super().hidden(tokens, cache, boundaries)
+        h, position = self.embed(tokens), cache.positions(1)
+        seen = cache.places[:cache.lengths[0] + 1]
+        torch._dynamo.mark_dynamic(seen, 0)  # or each length would be compiled anew
+        for i in range(0, len(self.layers), self.n):
+            h = self.compiled_group(self.tensors[i:i + self.n], cache.held[i:i + self.n], h,
+                                    cache.cos[position], cache.sin[position], position, seen)
+        cache.advance(1)
+        return self.norm(h)
 
 
 def check_compiler() -> None:
@@ -286,32 +807,67 @@ def check_compiler() -> None:
                          "without --compile, or install a C++ compiler") from None
 
 
-def compile_steps(model: Llama, most: int = 16) -> None:
-    """Compiles `through` for one token and n layers, n the largest divisor of their number up to
-    `most`: the same code serves each n of them, so that a deep model takes no longer to compile.
-    Inductor keeps what it compiled for the next time."""
-    check_compiler()
-    layers = list(model.layers)
-    n = max(n for n in range(1, most + 1) if len(layers) % n == 0)
-    # Detached, or the compiler would note that the first layer's tensors are its own, and compile
-    # a second time for those of other layers.
-    tensors = [{name: x.detach() for name, x in itertools.chain(
-        layer.named_parameters(), layer.named_buffers())} for layer in layers]
+@torch.no_grad()
+def open_model(path: Path, dtype: torch.dtype | None = None, quantize: str | None = None,
+               compiled: bool = False) -> Llama:
+    """The model in any checkpoint, ready to generate on the best device. dtype is what is computed
+    in; None is the file's, but bf16 with `quantize`. Each matrix becomes a Product as soon as its
+    layer is read: a model that is quantised never needs the memory of the whole."""
+    config, weights = open_checkpoint(path)
+    dtype = dtype or (torch.bfloat16 if quantize else weights["tok_embeddings.weight"].dtype)
+    kind = Llama
+    if compiled:
+        check_compiler()
+        kind = CompiledLlama
+    with torch.device("meta"):
+        model = kind(config, backward="autograd", dtype=dtype)
+    # What is to be quantised comes in the file's own type.
+    for block, tensors in read_blocks(weights, best_device(), None if quantize else dtype):
+        for parameter, tensor in tensors.items():
+            name = f"{block}.{parameter}".removesuffix(".weight")
+            module = model.get_submodule(name)
+            if isinstance(module, Linear):
+                in_group = compiled and name != "output"
+                model.set_submodule(name, product(tensor, dtype, quantize, in_group))
+            else:
+                module.load_state_dict({"weight": tensor.to(dtype)}, assign=True)
+    if model.output is None:
+        model.output = product(model.tok_embeddings.weight, dtype, quantize)
+    if compiled:
+        model.compile_layers()
+    return model.eval()
 
-    def some_layers(tensors, *rest):
-        # Tensors as inputs of the first layer's code: quicker to check at each call than modules.
-        called = [partial(functional_call, layers[0], own) for own in tensors]
-        return through([lambda *args, call=call: call(args) for call in called], *rest)
-    # With the calls between the products in C++ too a token takes a fifth less.
-    compiled = torch.compile(some_layers, fullgraph=True,
-                             options={"cpp_wrapper": True, "size_asserts": False})
 
-    def through_one(held, h, cos, sin, positions, keys, attention):
-        torch._dynamo.mark_dynamic(keys, 0)  # grows with each token
-        for i in range(0, len(layers), n):
-            h = compiled(tensors[i:i + n], held[i:i + n], h, cos, sin, positions, keys, attention)
-        return h
-    model.through_one = through_one
+def newest_run(root: Path = Path("runs")) -> Path:
+    """The run whose weights were written last."""
+    runs = sorted(root.glob("*/consolidated.00.pth"), key=lambda file: file.stat().st_mtime)
+    if not runs:
+        raise ValueError("there is no run in runs/ yet; try python train.py, or name a checkpoint")
+    return runs[-1].parent
+
+
+def tokenizer_beside(checkpoint: Path, vocab_size: int, given: str | None = None) -> Tokenizer:
+    """The tokenizer given or else the checkpoint's: inside a GGUF file, beside it, or one folder up
+    (LLaMA 1). What ends a text is also in transformers' generation_config.json."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    path = Path(given or checkpoint)
+    fields = gguf_fields(path) if path.is_file() else None
+    if fields is None and (path.is_dir() or not given):
+        names = (f"tok{vocab_size}.bin", "tokenizer.json", "tokenizer.model", "tokenizer.bin")
+        places = [Path(given)] if given else [folder, folder.resolve().parent]
+        candidates = [place / name for place in places for name in names]
+        path = next(filter(Path.is_file, candidates), None)
+        if path is None:
+            raise ValueError(f"there is no tokenizer in {places[0]}; try --tokenizer PATH")
+    tokenizer = tokenizer_from_gguf(fields) if fields else load_tokenizer(path)
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(f"{path} has {tokenizer.vocab_size} tokens and the model {vocab_size}: "
+                         "they do not belong together, or the model's embedding was padded; try "
+                         "--tokenizer with the model's own, or a model cut to its vocabulary")
+    with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or not understood
+        eos = read_json((folder / "generation_config.json").read_bytes()).get("eos_token_id") or []
+        tokenizer.stop_ids |= frozenset(eos if isinstance(eos, list) else [eos])
+    return tokenizer
 
 
 # ---------------------------------------------------------------------------------------------
@@ -320,44 +876,46 @@ def compile_steps(model: Llama, most: int = 16) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
+    """How the next token is chosen from its scores."""
     temperature: float = 0.6  # 0: always the likeliest token
     top_k: int = 0            # only the k likeliest; 0: all
     top_p: float = 0.9        # only the likeliest that together have this probability
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:  # nan neither
-            raise ValueError(f"--temperature {self.temperature} is no number from 0; try 0 for "
-                             "greedy")
+        if not 0 <= self.temperature < math.inf:  # not nan either
+            raise ValueError(f"--temperature {self.temperature} is no number from 0; try 0.6")
         if self.top_k < 0:
             raise ValueError(f"--top-k {self.top_k} is negative; try 0 for all")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p} is not in (0, 1]; try 0.9")
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """What the next token is drawn from: logits (B, V) -> (B, V).
+    def generator(self, number: int) -> random.Random:
+        """Random numbers of one sample, a function of (seed, number) alone. Python hashes the whole
+        text with SHA-512; torch keeps 32 bits of a seed, so that different seeds would be one."""
+        return random.Random(f"{self.seed}/{number}")
 
-            softmax(z / temperature), cut to the k likeliest, then to the smallest set of the
-            likeliest whose sum reaches p, and normalised again
-        """
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """softmax(z / temperature) of logits z (B, V), cut to the k likeliest tokens, then to the
+        smallest set of the likeliest whose sum reaches p, and normalised again: with p = 0.7,
+        0.5, 0.3, 0.1, 0.1 becomes 0.625, 0.375, 0, 0."""
         if self.temperature == 0:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-        z = (logits - logits.max(-1, keepdim=True).values) / max(self.temperature, 1e-6)
+        z = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, 1e-6)
         if not self.top_k and self.top_p == 1:
             return z.softmax(-1)
-        total, some = z.logsumexp(-1, keepdim=True), min(self.top_k or 256, z.shape[-1])
-        best, order = z.topk(some)  # to sort all of V would take as long as the model
-        if self.top_k:
-            total = best.logsumexp(-1, keepdim=True)
-        elif ((best - total).exp().sum(-1) < self.top_p).any():
+        # 256 tokens nearly always reach p, and to sort all V would take as long as the model.
+        best, order = z.topk(min(self.top_k or 256, z.shape[-1]))
+        total = (best if self.top_k else z).logsumexp(-1, keepdim=True)
+        if not self.top_k and ((best - total).exp().sum(-1) < self.top_p).any():
             best, order = z.sort(-1, descending=True)
         p = (best - total).exp()
-        before = p.cumsum(-1) - p  # probability of all likelier tokens
-        before[:, 0] = -1  # the likeliest stays, however small top_p is
-        p[before >= self.top_p] = 0
+        p_before = p.cumsum(-1) - p  # sum of all likelier tokens
+        p_before[:, 0] = -1  # the likeliest stays, however small top_p is
+        p[p_before >= self.top_p] = 0
         return torch.zeros_like(z).scatter(-1, order, p / p.sum(-1, keepdim=True))
 
-    def draw(self, logits: Tensor, random: list[torch.Generator]) -> list[tuple[int, float]]:
+    def draw(self, logits: Tensor, generators: list[random.Random]) -> list[tuple[int, float]]:
         """A token for each row of logits (B, V), with its log-probability before any cut."""
         total = logits.logsumexp(-1)
         if not total.isfinite().all():
@@ -365,157 +923,118 @@ class Sampling:
         if self.temperature == 0:
             ids = logits.argmax(-1)
         else:
-            p = self.probabilities(logits)
-            # By the inverse of the distribution: torch.multinomial takes 20 times as long.
-            ends = p.cumsum(-1)
-            at = torch.stack([torch.rand(1, generator=g) for g in random]) * ends[:, -1:]
-            ids = torch.searchsorted(ends, at, right=True)[:, 0]
+            # Token i where P(< i) <= u < P(<= i): torch.multinomial takes 20 times as long.
+            ends = self.probabilities(logits).cumsum(-1)
+            u = torch.tensor([row.random() for row in generators])[:, None] * ends[:, -1:]
+            u = u.minimum(ends[:, -1:].nextafter(torch.zeros(())))  # below P, however rounded
+            ids = torch.searchsorted(ends, u, right=True)[:, 0]
         logprobs = logits.gather(-1, ids[:, None])[:, 0] - total
         return list(zip(ids.tolist(), logprobs.tolist()))
 
 
-class Text(list):
-    """The ids of a text as it grows, and what followed each pair of them last."""
-
-    def __init__(self, ids: list[int]):
-        super().__init__(ids)
-        self.after = {pair: i + 2 for i, pair in enumerate(zip(ids, ids[1:-1]))}
-
-    def add(self, token: int) -> None:
-        self.after[tuple(self[-2:])] = len(self)
-        self.append(token)
-
-    def guess(self, n: int) -> list[int]:
-        """Up to n ids that may come next: those after the last place where the last two stood."""
-        at = self.after.get(tuple(self[-2:]), len(self))
-        return self[at:at + n]
+def new_cache(model: Llama, batch: int, capacity: int) -> KVCache:
+    """A cache in the type computed in; fp32 for fp16 on a CPU, whose attention in fp16 is slow."""
+    weight = model.tok_embeddings.weight
+    dtype = model.dtype or weight.dtype
+    if weight.device.type == "cpu" and dtype == torch.float16:
+        dtype = torch.float32
+    return KVCache(model.config, batch, capacity, dtype, weight.device)
 
 
-def read_prompts(model: Llama, prompts: list[list[int]], size: int, cache: KVCache | None
-                 ) -> tuple[KVCache, Tensor]:
-    """All prompts in one pass, equal ones once: (a cache of `size` tokens a row that holds them,
-    what the last token of each gives, (B, 1, D)). A cache given holds a prompt's beginning."""
-    held = cache.lengths[0] if cache else 0
-    prompts = [prompt[held:] for prompt in prompts]
+def prefill(model: Llama, prompts: list[list[int]], capacity: int) -> tuple[KVCache, Tensor]:
+    """Reads distinct prompts once, in one batch padded on the right. Returns the cache (rows copied
+    for duplicates) and each prompt's last hidden state, (B, 1, D)."""
     distinct = list(dict.fromkeys(map(tuple, prompts)))
-    longest, shared = max(map(len, prompts)), len(distinct) < len(prompts)
-    read = cache or new_cache(model, len(distinct), longest if shared else size)
-    padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in distinct]
-    h = model.hidden(torch.tensor(padded, device=model.tok_embeddings.weight.device), read)
-    h = h[range(len(distinct)), [len(prompt) - 1 for prompt in distinct]]  # (B, T, D) -> (B, D)
-    read.lengths = [held + len(prompt) for prompt in distinct]
-    if shared:
-        rows = [distinct.index(tuple(prompt)) for prompt in prompts]
-        cache, h = new_cache(model, len(prompts), size), h[rows]
-        cache.take(read, rows)
-    return cache or read, h[:, None]
-
-
-def draw_texts(logits: Tensor, texts: list[Text], guesses: list[list[int]], running: list[int],
-               sampling: Sampling, random: list[torch.Generator], ends
-               ) -> list[tuple[int, int, float]]:
-    """Adds to each running text what is drawn from its scores (B, T, V): a token, and as long as it
-    is the one that was guessed, and ends(row) is false, the next."""
-    step, drawing = [], running
-    for t in range(logits.shape[1]):
-        z = logits[:, t] if len(drawing) == len(logits) else logits[drawing, t]
-        drawn = sampling.draw(z, [random[row] for row in drawing])
-        step += [(row, *new) for row, new in zip(drawing, drawn)]
-        for row, (token, _) in zip(drawing, drawn):
-            texts[row].add(token)
-        drawing = [row for row, (token, _) in zip(drawing, drawn)
-                   if guesses[row][t:t + 1] == [token] and not ends(row)]
-        if not drawing:
-            break
-    return step
+    lengths = [len(prompt) for prompt in distinct]
+    cache = new_cache(model, len(distinct), capacity)
+    padded = torch.zeros(len(distinct), max(lengths), dtype=torch.long, device=cache.places.device)
+    for row, prompt in zip(padded, distinct):
+        row[:len(prompt)] = torch.tensor(prompt)
+    h = model.hidden(padded, cache)
+    h = h[range(len(distinct)), [length - 1 for length in lengths]][:, None]
+    cache.lengths = lengths
+    if len(distinct) == len(prompts):
+        return cache, h
+    rows = [distinct.index(tuple(prompt)) for prompt in prompts]
+    copied = new_cache(model, len(prompts), capacity)
+    copied.take(cache, rows)
+    return copied, h[rows]
 
 
 @torch.inference_mode()
 def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
              stop_ids: frozenset[int] = frozenset(), numbers: list[int] | None = None,
-             speculate: int = 0, cache: KVCache | None = None
-             ) -> Iterator[list[tuple[int, int, float]]]:
-    """Continues each prompt; yields (row, id, log-probability) of every row still running, a step
-    at a time. A row ends with a stop id, or when the context is full.
-
-    One batch, prompts of any lengths padded on the right: each row is what it would be alone.
-    numbers[row] tells samples of one prompt apart: a row's randomness is (seed, number) alone.
-    With `speculate`, up to so many guesses go through the model together with the last token; as
-    long as what is drawn is what was guessed, the next scores are there already, and what is drawn
-    is what it would be without (but for the rounding of products of several rows). A cache of one
-    row may hold the beginning of its prompt.
-    """
-    longest, room = max(map(len, prompts)), model.config.max_seq_len
-    if min(map(len, prompts)) == 0:
+             cache: KVCache | None = None) -> Iterator[list[tuple[int, int, float]]]:
+    """Continues each prompt; yields, step by step, (row, id, log-probability) of every row that is
+    still running. A row ends with a stop id, after max_new_tokens or when the context is full, and
+    is what it would be alone. numbers[row] tells the samples of one prompt apart. A cache, of one
+    row, holds the beginning of its prompt."""
+    context, device = model.config.max_seq_len, model.tok_embeddings.weight.device
+    longest = max(map(len, prompts))
+    if not min(map(len, prompts)):
         raise ValueError("a prompt has no token; try one with BOS")
-    if longest >= room:
+    if longest >= context:
         raise ValueError(f"a prompt of {longest} tokens leaves no room in the context of "
-                         f"{room}; try a shorter one")
-    device, size = model.tok_embeddings.weight.device, min(room, longest + max_new_tokens)
-    random = [torch.Generator().manual_seed((sampling.seed * 2**20 + number) % 2**63)
-              for number in numbers or [0] * len(prompts)]
-    cache, h = read_prompts(model, prompts, size, cache)
-    texts, guesses = [Text(prompt) for prompt in prompts], [[] for _ in prompts]
-
-    def ends(row: int) -> bool:
-        made = len(texts[row]) - len(prompts[row])
-        return (made == max_new_tokens or len(texts[row]) >= room
-                or made > 0 and texts[row][-1] in stop_ids)
-
+                         f"{context}; try a shorter one")
+    generators = [sampling.generator(number) for number in numbers or [0] * len(prompts)]
+    left = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+    newest = torch.zeros(len(prompts), 1, dtype=torch.long)
+    if cache is None:
+        cache, h = prefill(model, prompts, min(context, longest + max_new_tokens))
+    else:
+        unread = torch.tensor([prompts[0][cache.lengths[0]:]], device=device)
+        h = model.hidden(unread, cache)[:, -1:]
     running = list(range(len(prompts)))
     while True:
-        yield draw_texts(model.logits(h).cpu(), texts, guesses, running, sampling, random, ends)
-        running = [row for row in running if not ends(row)]
+        logits = model.logits(h)[running, 0].cpu()
+        drawn = sampling.draw(logits, [generators[row] for row in running])
+        yield [(row, token, logprob) for row, (token, logprob) in zip(running, drawn)]
+        for row, (token, _) in zip(running, drawn):
+            newest[row] = token
+            left[row] -= 1
+            if token in stop_ids:
+                left[row] = 0
+        running = [row for row in running if left[row]]
         if not running:
             return
-        # All but the last token of each text are in the cache: what followed a wrong guess is not.
-        # Rows that ended count as long as the longest, so that equal lengths stay equal.
-        most = max(len(texts[row]) for row in running) - 1
-        cache.lengths = [len(text) - 1 if row in running else most
-                         for row, text in enumerate(texts)]
-        guesses = [text.guess(min(speculate, size - most - 1)) if row in running else []
-                   for row, text in enumerate(texts)]
-        T = 1 + max(map(len, guesses))
-        new = [(text[-1:] + guess + [0] * T)[:T] for text, guess in zip(texts, guesses)]
-        h = model.hidden(torch.tensor(new, device=device), cache)
-
-
-def new_cache(model: Llama, batch: int, length: int) -> KVCache:
-    """A cache in the type that is computed in; fp32 for fp16 on a CPU, whose kernel is slow."""
-    weight = model.tok_embeddings.weight
-    dtype = model.dtype or weight.dtype
-    if weight.device.type == "cpu" and dtype == torch.float16:
-        dtype = torch.float32
-    return KVCache(model.config, batch, length, dtype, weight.device)
+        # Rows that ended are computed too, and thrown away. They count as long as the longest, so
+        # that they stay inside the cache and equal lengths stay equal, which is faster.
+        longest = max(cache.lengths[row] for row in running)
+        for row in set(range(len(prompts))) - set(running):
+            cache.lengths[row] = longest
+        h = model.hidden(newest.to(device), cache)
 
 
 class Sample:
     """One text as it grows: ids and log-probabilities of the new tokens, and their text."""
 
-    def __init__(self, tokenizer, prompt: str, stop_ids: frozenset[int], stop_texts: list[str]):
-        self.prompt, self.stop_ids, self.stop_texts = prompt, stop_ids, stop_texts
+    def __init__(self, tokenizer: Tokenizer, prompt: str, stop_texts: list[str] = ()):
+        self.prompt, self.stop_ids, self.stop_texts = prompt, tokenizer.stop_ids, stop_texts
         self.decoder = StreamDecoder(tokenizer, start=not prompt)
-        self.ids, self.logprobs, self.text = [], [], ""
-        self.finish_reason = None
+        self.ids, self.logprobs, self.text, self.finish_reason = [], [], "", None
         self.shown = 0  # characters of text that were handed out
 
     def push(self, token: int, logprob: float) -> str:
-        """Takes a token; the text that is new and cannot be the beginning of a stop text."""
+        """Takes a token; returns the text that is new and cannot begin a stop text. With the stop
+        text "END", an "E" is held back until the next token shows what it is."""
         if token in self.stop_ids:
             return self.end("stop")
         self.ids.append(token)
         self.logprobs.append(logprob)
         self.text += self.decoder.push(token)
-        ends = [at for at in (self.text.find(stop) for stop in self.stop_texts) if at >= 0]
+        ends = [self.text.index(stop) for stop in self.stop_texts if stop in self.text]
         if ends:
             self.text = self.text[:min(ends)]
             return self.end("stop")
-        held = max((n for stop in self.stop_texts for n in range(1, len(stop))
-                    if self.text.endswith(stop[:n])), default=0)
-        return self.show(len(self.text) - held)
+        held_back = 0
+        for stop in self.stop_texts:
+            for n in range(1, len(stop)):
+                if self.text.endswith(stop[:n]):
+                    held_back = max(held_back, n)
+        return self.show(len(self.text) - held_back)
 
     def end(self, reason: str) -> str:
-        """Closes the text; what of it was not handed out yet."""
+        """Closes the text; returns what of it was not handed out yet."""
         self.finish_reason = reason
         if reason == "length":
             self.text += self.decoder.flush()
@@ -526,62 +1045,72 @@ class Sample:
         self.shown = max(self.shown, until)
         return new
 
-    def json(self) -> dict:
-        return {"prompt": self.prompt, "ids": self.ids, "text": self.text,
-                "logprobs": self.logprobs, "finish_reason": self.finish_reason}
+    def json(self) -> str:
+        names = ("prompt", "ids", "text", "logprobs", "finish_reason")
+        return json.dumps({name: getattr(self, name) for name in names})
 
 
-def sample_texts(model: Llama, tokenizer, prompts: list[str], max_new_tokens: int,
-                 sampling: Sampling, num_samples: int = 1, stop_texts: list[str] = (),
-                 speculate: int = 0, show=None) -> list[Sample]:
-    """num_samples texts of each prompt, one batch; show(text) gets the first as it comes."""
-    samples = [Sample(tokenizer, prompt, tokenizer.stop_ids, list(stop_texts))
-               for prompt in prompts for _ in range(num_samples)]
-    ids = [ids for prompt in prompts for ids in num_samples * [
-        tokenizer.encode(prompt, bos=tokenizer.adds_bos) if prompt else [tokenizer.bos_id]]]
-    numbers = list(range(num_samples)) * len(prompts)
-    show = show or (lambda text: None)
-    for n, step in enumerate(generate(model, ids, max_new_tokens, sampling, tokenizer.stop_ids,
-                                      numbers, speculate)):
-        if n == 0:
-            show(prompts[0])
+def grow(samples: list[Sample], model: Llama, prompts: list[list[int]], max_new_tokens: int,
+         sampling: Sampling, numbers: list[int], cache: KVCache | None = None
+         ) -> Iterator[tuple[int, str]]:
+    """Runs generate until every sample has ended; yields (row, its new text) as it comes."""
+    stop_ids = samples[0].stop_ids
+    for step in generate(model, prompts, max_new_tokens, sampling, stop_ids, numbers, cache):
         for row, token, logprob in step:
             if samples[row].finish_reason is None:
-                text = samples[row].push(token, logprob)
-                if row == 0:
-                    show(text)
+                yield row, samples[row].push(token, logprob)
         if all(sample.finish_reason for sample in samples):
-            break
+            return
     for row, sample in enumerate(samples):
-        rest = sample.end("length") if sample.finish_reason is None else ""
-        if row == 0:
-            show(rest)
+        if sample.finish_reason is None:
+            yield row, sample.end("length")
+
+
+def sample_texts(model: Llama, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int,
+                 sampling: Sampling, num_samples: int = 1, stop_texts: list[str] = (),
+                 show: Callable[[str], None] | None = None) -> list[Sample]:
+    """num_samples texts of each prompt, in one batch. show(text) gets the first as it comes."""
+    samples, ids, numbers = [], [], []
+    for prompt in prompts:
+        encoded = tokenizer.encode(prompt, bos=tokenizer.adds_bos) or [tokenizer.bos_id]
+        for number in range(num_samples):
+            samples.append(Sample(tokenizer, prompt, stop_texts))
+            ids.append(encoded)
+            numbers.append(number)
+    for n, (row, text) in enumerate(grow(samples, model, ids, max_new_tokens, sampling, numbers)):
+        if show and n == 0:
+            show(prompts[0])
+        if show and row == 0:
+            show(text)
     return samples
 
 
 # ---------------------------------------------------------------------------------------------
 # Conversation
 
-CHATS = {  # what stands before a role, after it, before the text, and after the text
-    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "\n\n", "<|eot_id|>", ""),
-    "chatml": ("<|im_start|>", None, "\n", "<|im_end|>", "\n"),
-    "llama2": ("[INST]",)}  # all in the text; no special tokens but BOS and EOS
+CHATS = {  # what stands before and around a text, and what after it; <|…|> is a special token
+    "llama3": (("<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n{text}"),
+               ("<|eot_id|>",)),
+    "chatml": (("<|im_start|>", "{role}\n{text}"), ("<|im_end|>", "\n"))}
+LLAMA2_MARKS = ("<<SYS>>", "<</SYS>>", "[INST]", "[/INST]")  # these are no special tokens
 
 
 def chat_format(tokenizer: Tokenizer) -> str:
-    """Which of CHATS a model was tuned for: by its template, else by its special tokens."""
+    """The format that a model was tuned for, by the marks in its template or, where there is none,
+    by its special tokens."""
     template = tokenizer.chat_template
-    for name, marks in CHATS.items():
-        if marks[0] in (tokenizer.special if template is None else template):
-            missing = [mark for mark in marks if mark and mark[:2] == "<|"
-                       and mark not in tokenizer.special]
-            if missing:
-                raise ValueError(f"the chat format needs {missing[0]}, which the tokenizer has "
-                                 "not; try --tokenizer with the model's own")
-            return name
-    if template is None and "<s>" in tokenizer.special:
-        return "llama2"  # whose files name no format
-    raise ValueError("this model's chat format is none of " + ", ".join(CHATS) + "; try --prompt")
+    marks = tokenizer.special if template is None else template
+    for name, (begin, end) in CHATS.items():
+        if begin[0] not in marks:
+            continue
+        for part in begin + end:
+            if part.startswith("<|") and part not in tokenizer.special:
+                raise ValueError(f"the chat format needs {part}, which the tokenizer has not; try "
+                                 "--tokenizer with the model's own")
+        return name
+    if LLAMA2_MARKS[0] in marks or (template is None and "<s>" in marks):
+        return "llama2"  # whose own files have no template
+    raise ValueError("the model's chat format is none of llama3, chatml, llama2; try --prompt")
 
 
 def turn(tokenizer: Tokenizer, text: str, system: str = "", first: bool = True) -> list[int]:
@@ -592,89 +1121,64 @@ def turn(tokenizer: Tokenizer, text: str, system: str = "", first: bool = True) 
         chatml  <|im_start|>user\n TEXT <|im_end|>\n; the answer follows <|im_start|>assistant\n
         llama2  BOS [INST] <<SYS>>\n SYSTEM \n<</SYS>>\n\n TEXT [/INST] ANSWER EOS
 
-    Special tokens come from here alone: in a text they are ordinary characters.
+    Special tokens come from here alone: in what a user types they are ordinary characters.
     """
-    name = chat_format(tokenizer)
+    name, ids = chat_format(tokenizer), []
+    if not first:
+        system = ""
     if name == "llama2":
-        if tag := next((tag for tag in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
-                        if tag in text + system), None):
-            raise ValueError(f"{tag} is a mark of this chat format; try a text without it")
-        system = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and first else ""
-        ids = tokenizer.encode(f"[INST] {system}{text.strip()} [/INST]", bos=True)
+        for mark in LLAMA2_MARKS:
+            if mark in text + system:
+                raise ValueError(f"{mark} is a mark of this chat format; try a text without it")
+        if system:
+            text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{text}"
+        ids = tokenizer.encode(f"[INST] {text.strip()} [/INST]", bos=True)
         return ids if first else [tokenizer.eos_id, *ids]
-    before, after, gap, end, newline = CHATS[name]
-
-    def mark(special: str) -> list[int]:
-        return [tokenizer.special[special]]
-
-    def words(plain: str) -> list[int]:
-        return tokenizer.encode(plain, continues=True)
-
-    def begin(role: str, content: str = "") -> list[int]:
-        if after is None:
-            return mark(before) + words(role + gap + content)
-        return mark(before) + words(role) + mark(after) + words(gap + content)
-
-    messages = [("system", system)] * bool(system and first) + [("user", text)]
-    ids = [tokenizer.bos_id] * tokenizer.adds_bos if first else mark(end) + words(newline)
-    for role, content in messages:
-        ids += begin(role, content.strip()) + mark(end) + words(newline)
-    return ids + begin("assistant")
-
-
-def answer(model: Llama, tokenizer: Tokenizer, ids: list[int], cache: KVCache, number: int,
-           max_new_tokens: int, sampling: Sampling, stop_texts: list[str], speculate: int
-           ) -> list[int]:
-    """Prints the answer to a conversation, of which the cache holds the beginning; its ids. Ctrl-C
-    ends it. `number` is the answer's own randomness."""
-    sample = Sample(tokenizer, "-", tokenizer.stop_ids, list(stop_texts))
-    try:
-        for step in generate(model, [ids], max_new_tokens, sampling, tokenizer.stop_ids, [number],
-                             speculate, cache):
-            for _, token, logprob in step:
-                if sample.finish_reason is None:
-                    print(sample.push(token, logprob), end="", flush=True)
-            if sample.finish_reason:
-                break
-        print("" if sample.finish_reason else sample.end("length"))
-    except KeyboardInterrupt:
-        print(" [stopped]")
-    return sample.ids
+    begin, end = CHATS[name]
+    if first and tokenizer.adds_bos:
+        ids.append(tokenizer.bos_id)
+    messages = [("user", text), ("assistant", "")]
+    if system:
+        messages.insert(0, ("system", system))
+    for number, (role, content) in enumerate(messages):
+        for part in begin if first and number == 0 else end + begin:
+            if part.startswith("<|"):
+                ids.append(tokenizer.special[part])
+            else:
+                plain = part.replace("{role}", role).replace("{text}", content.strip())
+                ids += tokenizer.encode(plain, continues=True)
+    return ids
 
 
 def chat(model: Llama, tokenizer: Tokenizer, max_new_tokens: int, sampling: Sampling, system: str,
-         stop_texts: list[str] = (), speculate: int = 0) -> None:
+         stop_texts: list[str] = ()) -> None:
     """A conversation over stdin and stdout, kept in the cache; the end of the input ends it."""
     print(f"a conversation in the format {chat_format(tokenizer)}; Ctrl-C stops an answer, "
-          f"{'Ctrl-Z' if sys.platform == 'win32' else 'Ctrl-D'} ends it", file=sys.stderr)
-    ids, cache, room = [], new_cache(model, 1, 0), model.config.max_seq_len
+          "Ctrl-D (Windows: Ctrl-Z) ends it", file=sys.stderr)
+    ids, cache, context = [], new_cache(model, 1, 0), model.config.max_seq_len
     for number in itertools.count():
+        sample = Sample(tokenizer, "-", stop_texts)
         try:
             text = input("> ")
-            new = turn(tokenizer, text, system, first=not ids)
-            alone = turn(tokenizer, text, system)
-            if len(alone) >= room:
-                raise ValueError(f"a text of {len(alone)} tokens is too long for {room}; try less")
-            if len(ids) + len(new) >= room:
-                print(f"the context of {room} tokens is full: it begins anew", file=sys.stderr)
+            new, alone = turn(tokenizer, text, system, not ids), turn(tokenizer, text, system)
+            if len(alone) >= context:
+                raise ValueError(f"a text of {len(alone)} tokens does not fit {context}; try less")
+            if len(ids) + len(new) >= context:
+                print(f"the context of {context} tokens is full: it begins anew", file=sys.stderr)
                 ids, cache, new = [], new_cache(model, 1, 0), alone
+            ids += new
+            smaller, cache = cache, new_cache(model, 1, min(context, len(ids) + max_new_tokens))
+            cache.take(smaller, [0])
+            for _, piece in grow([sample], model, [ids], max_new_tokens, sampling, [number], cache):
+                print(piece, end="", flush=True)
+            print()
         except EOFError:
             return print()
         except KeyboardInterrupt:
-            print()
-            continue
+            print(" [stopped]")
         except ValueError as error:
             print("error:", error, file=sys.stderr)
-            continue
-        ids += new
-        needed = min(room, len(ids) + max_new_tokens)
-        if needed > len(cache.keys):
-            smaller, cache = cache, new_cache(model, 1, min(room, needed + needed // 2))
-            cache.take(smaller, [0])
-        ids += answer(model, tokenizer, ids, cache, number, max_new_tokens, sampling, stop_texts,
-                      speculate)
-        # A guess that was not drawn may be in the cache where the last token belongs.
-        cache.lengths = [min(cache.lengths[0], len(ids) - 1)]
+        ids += sample.ids
 
 
 # ---------------------------------------------------------------------------------------------
@@ -684,149 +1188,116 @@ def chat(model: Llama, tokenizer: Tokenizer, max_new_tokens: int, sampling: Samp
 @torch.inference_mode()
 def token_nll(model: Llama, ids: list[int]) -> Tensor:
     """-log p(id | all before it in its window) of every id but the first, in nats: (len(ids) - 1,).
-
     A text longer than the context is read in windows that overlap by half: each token is scored
-    once, with at least half a context before it where the text has that much.
-    """
+    once, with at least half a context before it where the text has that much."""
     context, device = model.config.max_seq_len, model.tok_embeddings.weight.device
-    step, done, parts = max(1, context // 2), 0, []
-    for start in range(0, len(ids) - 1, step):
+    rows = logit_rows(model.config.vocab_size, model.config.dim)
+    done, parts = 0, []
+    for start in range(0, len(ids) - 1, max(1, context // 2)):
         window = torch.tensor(ids[start:start + context + 1], device=device)
-        nll = model.nll(window[None, :-1], window[None, 1:])[0]
-        parts.append(nll[done - start:].cpu())
-        done = start + len(nll)
+        h = model.hidden(window[None, :-1])[0]
+        new = slice(done - start, None)  # the rest of the window was scored in the last one
+        for some, targets in zip(h[new].split(rows), window[1:][new].split(rows)):
+            parts.append(F.cross_entropy(model.logits(some), targets, reduction="none").cpu())
+        done = start + len(h)
         if done == len(ids) - 1:
             break
     return torch.cat(parts)
 
 
+def figures(tokens: int, nll: float, n_bytes: int) -> dict:
+    """Of 4 tokens of probability 1/2 each, for 2 bytes: perplexity 2, 2 bits per byte."""
+    return {"tokens": tokens, "nll": nll, "perplexity": math.exp(min(700, nll / tokens)),
+            "bits_per_byte": nll / math.log(2) / n_bytes}
+
+
 def score(model: Llama, tokenizer: Tokenizer, path: str) -> Iterator[dict]:
-    """Per document of a file or folder, then in all: tokens, nll, perplexity, bits per byte; per
-    document also its ids and their log-probabilities, and what is between the windows it is read
-    in (0: one window holds it)."""
-    skipped, totals = [], []
+    """The figures of each document of a file or folder, then of all. Each document's also hold its
+    ids, their log-probabilities, and the windows' length and distance (0: one window held it)."""
+    context, skipped, totals = model.config.max_seq_len, [], (0, 0.0, 0)
     for number, pieces in enumerate(documents([path], skipped)):
-        if not (text := "".join(pieces)):
-            continue
+        text = "".join(pieces)
         ids = tokenizer.encode(text, bos=True)
-        if len(ids) < 2:  # of characters that the vocabulary has not
+        if len(ids) < 2:  # empty, or of characters that the vocabulary does not have
             continue
         nll = token_nll(model, ids)
-        totals.append((len(ids) - 1, float(nll.double().sum()), len(text.encode())))
-        context = model.config.max_seq_len
-        yield {"document": number, **figures(*totals[-1]), "window": context,
-               "stride": context // 2 if len(ids) - 1 > context else 0,
-               "ids": ids[1:], "logprobs": (-nll).tolist()}
+        counts = len(nll), nll.double().sum().item(), len(text.encode())
+        totals = tuple(map(sum, zip(totals, counts)))
+        yield {"document": number, **figures(*counts), "window": context,
+               "stride": context // 2 * (len(nll) > context), "ids": ids[1:],
+               "logprobs": (-nll).tolist()}
     for reason in skipped:
         print(f"passed over {reason}", file=sys.stderr)
-    if not totals:
+    if not totals[0]:
         raise ValueError(f"{path} holds no text; try a UTF-8 text file or a .jsonl with \"text\"")
-    yield {"document": "all", **figures(*map(sum, zip(*totals)))}
-
-
-def figures(tokens: int, nll: float, size: int) -> dict:
-    return {"tokens": tokens, "nll": nll, "perplexity": math.exp(min(700, nll / max(1, tokens))),
-            "bits_per_byte": nll / math.log(2) / max(1, size)}
-
-
-def memory_bandwidth(device: str) -> float:
-    """Bytes a second that a large sum reads, best of five."""
-    data = torch.ones(2**26, device=device)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        data.sum().item()
-        times.append(time.perf_counter() - start)
-    return 4 * data.numel() / min(times)
+    yield {"document": "all", **figures(*totals)}
 
 
 def bench(model: Llama, n: int, load_s: float) -> dict:
     """Speed of reading a prompt of n random tokens and of n - 1 steps after it, best of three."""
-    context, dtype = model.config.max_seq_len, model.dtype or model.tok_embeddings.weight.dtype
+    context, embedding = model.config.max_seq_len, model.tok_embeddings.weight
     if not 1 < n <= context // 2:
         raise ValueError(f"--bench {n} must be 2 or more and twice it fit the model's context of "
                          f"{context}; try {min(64, context // 2)}")
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(model.config.vocab_size, (n,), generator=generator).tolist()
-    prefill, decode, first = [], [], None
+    prompt = random.Random(0).choices(range(model.config.vocab_size), k=n)
+    read_s, write_s, first_token_s = math.inf, math.inf, None
     for _ in range(3):
-        start = time.perf_counter()
-        steps = generate(model, [prompt], n, Sampling(temperature=0))
-        next(steps)
-        read = time.perf_counter()
-        first = first or read - STARTED
-        made = sum(1 for _ in steps)
-        prefill.append(n / (read - start))
-        decode.append(made / (time.perf_counter() - read))
-    # A token reads all of it but the embedding, of which it reads a row, where that is not tied.
-    table = 0 if model.output is None else model.tok_embeddings.weight.nbytes
-    read_bytes = sum(getattr(m, "nbytes", 0) or sum(p.nbytes for p in m.parameters(recurse=False))
-                     for m in model.modules()) - table
-    bandwidth = read_bytes * max(decode)
-    fraction = bandwidth / memory_bandwidth(model.tok_embeddings.weight.device.type)
-    return {"prefill_tokens_per_s": max(prefill), "decode_tokens_per_s": max(decode),
-            "weight_gb": (read_bytes + table) / 1e9, "bandwidth_gb_s": bandwidth / 1e9,
-            "bandwidth_fraction": round(fraction, 3), "load_s": load_s, "first_token_s": first,
-            "dtype": str(dtype).removeprefix("torch.")}
+        times = [time.perf_counter()]
+        for _ in generate(model, [prompt], n, Sampling(temperature=0)):
+            times.append(time.perf_counter())
+        read_s, write_s = min(read_s, times[1] - times[0]), min(write_s, times[-1] - times[1])
+        first_token_s = first_token_s or times[1] - STARTED
+    # A token reads every weight, but only one row of the embedding.
+    weights = itertools.chain(model.parameters(), model.buffers())
+    read_bytes = sum(weight.nbytes for weight in weights) - embedding.nbytes
+    data = torch.ones(2**26, device=embedding.device)
+    bandwidth = data.nbytes / min(timeit.repeat(lambda: data.sum().item(), number=1))
+    used = read_bytes * (n - 1) / write_s
+    return {"prefill_tokens_per_s": n / read_s, "decode_tokens_per_s": (n - 1) / write_s,
+            "weight_gb": (read_bytes + embedding.nbytes) / 1e9, "bandwidth_gb_s": used / 1e9,
+            "bandwidth_fraction": round(used / bandwidth, 3), "load_s": load_s,
+            "first_token_s": first_token_s, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 # ---------------------------------------------------------------------------------------------
 # Command line
 
 
-def positive(kind: type):
-    """A type for argparse: int or float, above zero and finite."""
-    def parse(text: str):
-        with contextlib.suppress(ValueError):
-            if 0 < kind(text) < math.inf:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive {kind.__name__}")
-    return parse
-
-
 def parser() -> Parser:
     p = Parser(prog="generate.py", description="Text from a run, a folder of Meta or transformers, "
-               "a GGUF file or llama2.c's files: what it is, is seen from what is in it.")
+               "a GGUF file or llama2.c's files: the format is recognised by the content.")
     p.add_argument("checkpoint", nargs="?", help="folder or file; default: the newest run in runs/")
-    text = p.add_argument_group("text")
-    text.add_argument("--prompt", action="append", default=[], metavar="TEXT",
-                      help="repeat it for a batch; - reads stdin; \"\" starts from BOS alone")
-    text.add_argument("--max-new-tokens", type=positive(int), default=200, metavar="N",
-                      help="tokens at most; the context may end a text earlier")
-    text.add_argument("--temperature", type=float, default=0.6, metavar="X",
-                      help="0 for the likeliest text, about 1 for variety")
-    text.add_argument("--top-p", type=float, default=0.9, metavar="X",
-                      help="lower it if the text loses its thread")
-    text.add_argument("--top-k", type=int, default=0, metavar="N", help="0 for all tokens")
-    text.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same text")
-    text.add_argument("--num-samples", type=positive(int), default=1, metavar="N",
-                      help="texts of each prompt")
-    text.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                      help="end a text where this begins; repeatable")
-    model = p.add_argument_group("model")
-    model.add_argument("--dtype", choices=DTYPES, default="auto",
-                       help="auto keeps the file's; bf16 halves the memory of an fp32 file")
-    model.add_argument("--quantize", choices=["int8", "int4"],
-                       help="weights alone, all else in bf16: int8 loses next to nothing, int4 "
-                       "little; compare with --score")
-    model.add_argument("--compile", action="store_true",
-                       help="faster tokens after up to a minute of compiling, less the second "
-                       "time; small models gain most")
-    model.add_argument("--speculate", type=positive(int), default=0, metavar="N",
-                       help="guess N tokens from the text so far and check them together: the same "
-                       "text (but for rounding, in bf16), sooner where it repeats itself; try 4")
-    model.add_argument("--tokenizer", metavar="PATH", help="default: the one beside the checkpoint")
-    other = p.add_argument_group("instead of sampling, and output")
-    other.add_argument("--chat", action="store_true",
-                       help="a conversation in the model's own format; Ctrl-C stops an answer")
-    other.add_argument("--system", default="", metavar="TEXT", help="who answers in --chat")
-    other.add_argument("--export", nargs=2, metavar=("FORMAT", "OUT"), help="write the checkpoint "
-                       f"as one of {', '.join(EXPORTS)}, with its tokenizer")
-    other.add_argument("--score", metavar="FILE", help="bits per byte of its documents, after BOS, "
-                       "the ones longer than the context in windows that overlap by half")
-    other.add_argument("--bench", type=positive(int), metavar="N",
-                       help="speed: N tokens read, N written")
-    other.add_argument("--json", action="store_true", help="one JSON object a sample or document")
+    add = p.add_argument_group("text").add_argument
+    add("--prompt", action="append", default=[], metavar="TEXT",
+        help="repeat it for a batch; - reads stdin; \"\" starts from BOS alone")
+    add("--max-new-tokens", type=positive(int), default=200, metavar="N",
+        help="tokens at most; the context may end a text earlier")
+    add("--temperature", type=float, default=0.6, metavar="X",
+        help="0 for the likeliest text, about 1 for variety")
+    add("--top-p", type=float, default=0.9, metavar="X", help="less if the text loses its thread")
+    add("--top-k", type=int, default=0, metavar="N", help="0 for all tokens")
+    add("--seed", type=int, default=0, metavar="N", help="same seed, same text")
+    add("--num-samples", type=positive(int), default=1, metavar="N", help="texts of each prompt")
+    add("--stop", action="append", default=[], metavar="TEXT",
+        help="end a text where this begins; repeatable")
+    add = p.add_argument_group("model").add_argument
+    add("--dtype", choices=DTYPES, default="auto",
+        help="auto keeps the file's; bf16 halves the memory of an fp32 file")
+    add("--quantize", choices=["int8", "int4"], help="weights alone, all else in bf16: int8 loses "
+        "next to nothing, int4 little; compare with --score")
+    add("--compile", action="store_true", help="faster tokens of a single text after up to a "
+        "minute of compiling, less the second time; small models gain most")
+    add("--tokenizer", metavar="PATH", help="default: the one beside the checkpoint")
+    add = p.add_argument_group("instead of sampling, and output").add_argument
+    add("--chat", action="store_true",
+        help="a conversation in the model's own format; Ctrl-C stops an answer")
+    add("--system", default="", metavar="TEXT", help="who answers in --chat")
+    add("--export", nargs=2, metavar=("FORMAT", "OUT"),
+        help=f"write the checkpoint as one of {', '.join(EXPORTS)}, with its tokenizer")
+    add("--score", metavar="FILE", help="bits per byte of its documents, after BOS, those longer "
+        "than the context in windows that overlap by half")
+    add("--bench", type=positive(int), metavar="N", help="speed: N tokens read, N written")
+    add("--json", action="store_true", help="one JSON object a sample or document")
     return p
 
 
@@ -839,19 +1310,30 @@ def export_all(checkpoint: Path, format: str, out: str, given: str | None) -> No
         tokenizer = tokenizer_beside(checkpoint, config.vocab_size, given)
     except ValueError as error:
         return print(f"{out} is written, without a tokenizer: {error}", file=sys.stderr)
-    if format == "hf" and isinstance(tokenizer, SentencePiece):
-        tokenizer = tokenizer.as_json()  # which transformers reads without further packages
-    name = "tokenizer.json" if isinstance(tokenizer, HuggingFace) else "tokenizer.model"
-    if (folder / name).exists() and (folder / name).read_bytes() != tokenizer.data:
-        return print(f"{folder / name} is another tokenizer and stays; {out} needs its own",
-                     file=sys.stderr)
-    tokenizer.save(folder / name)
     if format == "hf":
         ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids)}
-        (folder / "generation_config.json").write_text(json.dumps(ends))
-        config = {key: value for key, value in tokenizer.config.items() if value is not None}
-        (folder / "tokenizer_config.json").write_text(json.dumps(
-            {"tokenizer_class": "PreTrainedTokenizerFast", **config}))
+        ends = json.dumps(ends).encode()
+        files = {**huggingface_files(tokenizer), "generation_config.json": ends}
+    else:
+        is_json = tokenizer.data.startswith(b"{")
+        files = {"tokenizer.json" if is_json else "tokenizer.model": tokenizer.data}
+    for name, data in files.items():
+        path = folder / name
+        if path.exists() and path.read_bytes() != data:
+            print(f"{path} is another tokenizer and stays; {out} needs its own", file=sys.stderr)
+        else:
+            write_aside(path, lambda file, data=data: file.write(data))
+
+
+def show_scores(scores: Iterator[dict], as_json: bool) -> None:
+    for row in scores:
+        line = json.dumps(row)
+        if not as_json:
+            line = ("document {document}: {tokens} tokens, nll {nll:.2f}, perplexity "
+                    "{perplexity:.2f}, {bits_per_byte:.3f} bits per byte").format(**row)
+            if row.get("stride"):
+                line += ", in windows of {window} tokens, {stride} apart".format(**row)
+        print(line, flush=True)
 
 
 def main(argv: list[str]) -> None:
@@ -859,57 +1341,37 @@ def main(argv: list[str]) -> None:
     if "" in args.stop:
         raise ValueError("--stop needs a text; try --stop with one, or none")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    instead = [f"--{name}" for name in ("chat", "export", "score", "bench", "prompt")
-               if getattr(args, name) not in (None, False, [])]
-    if len(instead) > 1:
-        raise ValueError(f"{' and '.join(instead)} do not go together; try one of them")
-    checkpoint = Path(args.checkpoint) if args.checkpoint else newest_run()
+    tasks = {"--chat": args.chat, "--export": args.export, "--score": args.score,
+             "--bench": args.bench, "--prompt": args.prompt}
+    chosen = [name for name, value in tasks.items() if value]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} do not go together; try one of them")
+    checkpoint = Path(args.checkpoint or newest_run())
     if args.export:
         return export_all(checkpoint, *args.export, args.tokenizer)
     start = time.perf_counter()
-    keep_freed_memory(False)
     model = open_model(checkpoint, DTYPES[args.dtype], args.quantize, args.compile)
     load_s = time.perf_counter() - start
-    keep_freed_memory()
+    keep_freed_memory()  # only now: what loading freed has gone back to the system
     if args.bench:
-        row = bench(model, args.bench, load_s)
-        print(json.dumps({**row, "quantize": args.quantize}))
-        return
+        return print(json.dumps({**bench(model, args.bench, load_s), "quantize": args.quantize}))
     tokenizer = tokenizer_beside(checkpoint, model.config.vocab_size, args.tokenizer)
-    if args.score is not None:
-        show_scores(score(model, tokenizer, args.score), args.json)
-    elif args.chat:
-        chat(model, tokenizer, args.max_new_tokens, sampling, args.system, args.stop,
-             args.speculate)
-    else:
-        show_samples(args, model, tokenizer, sampling)
-
-
-def show_scores(rows: Iterator[dict], as_json: bool) -> None:
-    for row in rows:
-        windows = ", in windows of {window} tokens, {stride} apart" if row.get("stride") else ""
-        text = ("document {document}: {tokens} tokens, nll {nll:.2f}, perplexity {perplexity:.2f}, "
-                "{bits_per_byte:.3f} bits per byte" + windows)
-        print(json.dumps(row) if as_json else text.format(**row), flush=True)
-
-
-def show_samples(args, model: Llama, tokenizer: Tokenizer, sampling: Sampling) -> None:
-    """A single text as it comes, several when all are done."""
+    if args.score:
+        return show_scores(score(model, tokenizer, args.score), args.json)
+    if args.chat:
+        return chat(model, tokenizer, args.max_new_tokens, sampling, args.system, args.stop)
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt or [""]]
     alone = len(prompts) * args.num_samples == 1 and not args.json
-
-    def show(text: str) -> None:
-        print(text, end="", flush=True)
-
+    show = partial(print, end="", flush=True) if alone else None
     samples = sample_texts(model, tokenizer, prompts, args.max_new_tokens, sampling,
-                           args.num_samples, args.stop, args.speculate, show if alone else None)
-    for number, sample in enumerate(samples):
+                           args.num_samples, args.stop, show)
+    for number, sample in enumerate(samples, 1):
         if args.json:
-            print(json.dumps(sample.json()))
+            print(sample.json())
         elif alone:
             print()
         else:
-            print(f"--- {number + 1} of {len(samples)}\n{sample.prompt}{sample.text}")
+            print(f"--- {number} of {len(samples)}\n{sample.prompt}{sample.text}")
 
 
 if __name__ == "__main__":

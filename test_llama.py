@@ -1,7 +1,8 @@
 """One class of tests per piece, named as the piece; each compares with an oracle that is not ours.
 
-    python -m pytest                              # everything, offline, about a minute on 2 cores
+    python -m pytest                              # everything, offline, in about 3 minutes
     python -m pytest -k TestRoPE                  # one piece
+    python test_llama.py rank CASE                # what one rank of a test on many ranks does
 """
 import os
 
@@ -33,6 +34,7 @@ import unicodedata
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -42,9 +44,9 @@ import sentencepiece
 import tiktoken
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,6 +60,7 @@ import tokenizer
 import train
 from generate import Sampling
 from llama import SIZES, KVCache, LayerByHand, Llama, LlamaConfig, Recipe
+from train import Layout, arrange, memory_needed, wire_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 HERE = Path(__file__).resolve().parent
@@ -78,9 +81,75 @@ def close(found, wanted, atol=1e-5):
     torch.testing.assert_close(found, wanted, atol=atol, rtol=1e-4, check_dtype=False)
 
 
-def starts(*tokens):
-    """Boundaries: where documents begin in the tokens of a batch laid end to end, and the end."""
-    return torch.tensor(tokens, dtype=torch.int32)
+def starts(*offsets):
+    """Boundaries (cu_seqlens): offsets at which documents start in the flattened batch, and B T."""
+    return torch.tensor(offsets, dtype=torch.int32)
+
+
+def random_model(config, seed=1, **options):
+    """Initial weights, but the norms are random too: a norm that is left out shows."""
+    model = Llama.create(config, seed, **options)
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.add_(noise(*p.shape, seed=i), alpha=0.1)
+    return model
+
+
+def hf_order(w, n_heads):
+    """Rows of wq or wk from Meta's interleaved pairs to the two halves of transformers."""
+    rows, columns = w.shape
+    return w.view(n_heads, rows // n_heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+@pytest.fixture
+def hf():
+    """transformers' Llama, the oracle of many pieces."""
+    return pytest.importorskip("transformers.models.llama.modeling_llama")
+
+
+def hf_config(config):
+    from transformers import LlamaConfig as HFConfig
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling:
+        rope |= {"rope_type": "llama3", "factor": config.rope_scaling, "low_freq_factor": 1.0,
+                 "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return HFConfig(
+        vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.hidden_dim,
+        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads, max_position_embeddings=config.max_seq_len,
+        rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie_embeddings,
+        rope_parameters=rope)
+
+
+HF_NAMES = {
+    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
+    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj"}
+
+
+def hf_name(name):
+    layer, kind = re.fullmatch(r"(layers\.\d+\.)?(.*)\.weight", name).groups()
+    return f"{'model.' + layer if layer else ''}{HF_NAMES[kind]}.weight"
+
+
+def in_hf_order(name, w, config):
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2])
+    return hf_order(w, heads) if heads else w
+
+
+def oracle_of(model):
+    """transformers' LlamaForCausalLM with our weights."""
+    from transformers import LlamaForCausalLM
+    oracle = LlamaForCausalLM(hf_config(model.config))
+    state = {hf_name(name): in_hf_order(name, w, model.config)
+             for name, w in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    oracle.load_state_dict(state)
+    return oracle
 
 
 def check_pair(forward, backward, *shapes):
@@ -113,21 +182,6 @@ class Calls(TorchDispatchMode):
         return made
 
 
-def random_model(config, seed=1, **options):
-    """Initial weights, but the norms too are random, so that a norm left out shows."""
-    model = Llama.create(config, seed, **options)
-    with torch.no_grad():
-        for i, p in enumerate(model.parameters()):
-            p.add_(noise(*p.shape, seed=i), alpha=0.1)
-    return model
-
-
-def save_meta(model, folder):
-    """Meta's folder of a model; the copies do not survive their being written."""
-    weights = {name: llama.Weight.of(w.clone()) for name, w in model.state_dict().items()}
-    llama.write_meta(model.config, weights, folder)
-
-
 class TestSizes:
     COUNTS = {  # exact, from the published shapes
         "7b": 6738415616, "13b": 13015864320, "33b": 32528943616, "65b": 65285660672,
@@ -152,7 +206,6 @@ class TestSizes:
         assert sum(p.numel() for p in model.parameters()) == config.n_params
         assert replace(SMALL, head_size=12) == SMALL  # where it is D / H it is not said
         assert replace(SMALL, dim=96).head_dim == 24 and replace(config, dim=50).head_dim == 20
-        assert "head_size" not in llama.write_params(SMALL)
 
     def test_table_2(self):
         rows = {"7b": (4096, 32, 32, 3e-4, 1.0e12), "13b": (5120, 40, 40, 3e-4, 1.0e12),
@@ -165,7 +218,8 @@ class TestSizes:
 
     def test_successors(self):
         eps = {name: c.norm_eps for name, (c, _) in SIZES.items()}
-        assert eps["33b"] == 1e-6 and eps["65b"] == 1e-5 and eps["llama2-7b"] == 1e-5
+        assert eps["7b"] == eps["13b"] == eps["33b"] == 1e-6
+        assert eps["65b"] == 1e-5 and eps["llama2-7b"] == 1e-5
         theta = {name: c.rope_theta for name, (c, _) in SIZES.items()}
         assert theta["llama2-70b"] == 1e4 and theta["llama3-8b"] == 5e5
         scaling = {name: c.rope_scaling for name, (c, _) in SIZES.items() if c.rope_scaling}
@@ -201,9 +255,8 @@ class TestRMSNorm:
         close(llama.rms_norm(tiny, g, 1e-5)[0], F.rms_norm(tiny, (48,), g, 1e-5))
         close(llama.RMSNorm(48, 0.5)(x), F.rms_norm(x, (48,), torch.ones(48), 0.5))
 
-    def test_rounds_before_the_weight(self):
-        from transformers.models.llama.modeling_llama import LlamaRMSNorm
-        oracle = LlamaRMSNorm(48, 1e-5).bfloat16()
+    def test_rounds_before_the_weight(self, hf):
+        oracle = hf.LlamaRMSNorm(48, 1e-5).bfloat16()
         oracle.weight.data = noise(48, seed=1, dtype=torch.bfloat16)
         x = noise(64, 48, dtype=torch.bfloat16) * 100
         found, r = llama.rms_norm(x, oracle.weight, 1e-5)
@@ -217,33 +270,12 @@ class TestRMSNorm:
                    lambda dy, x, g, y, r: llama.rms_norm_backward(dy, x, r, g), (2, 3, 5), (5,))
 
 
-def hf_order(w, n_heads):
-    """Rows of wq or wk from Meta's interleaved pairs to the two halves of transformers."""
-    rows, columns = w.shape
-    return w.view(n_heads, rows // n_heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-
-
-def hf_config(config):
-    from transformers import LlamaConfig as HFConfig
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling:
-        rope |= {"rope_type": "llama3", "factor": config.rope_scaling, "low_freq_factor": 1.0,
-                 "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    return HFConfig(
-        vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.hidden_dim,
-        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads, max_position_embeddings=config.max_seq_len,
-        rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie_embeddings,
-        rope_parameters=rope)
-
-
 class TestRoPE:
     @pytest.mark.parametrize("config", [
         SMALL, SIZES["llama3.1-8b"][0], SIZES["llama3.2-1b"][0],
         replace(SIZES["llama3.2-3b"][0], rope_theta=1e4)])
-    def test_frequencies(self, config):
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-        oracle = LlamaRotaryEmbedding(hf_config(config)).inv_freq
+    def test_frequencies(self, config, hf):
+        oracle = hf.LlamaRotaryEmbedding(hf_config(config)).inv_freq
         torch.testing.assert_close(llama.rope_frequencies(config), oracle, rtol=1e-5, atol=0)
 
     def test_rotation_by_complex_numbers(self):
@@ -255,16 +287,27 @@ class TestRoPE:
         cos, sin = llama.rope_table(replace(SMALL, dim=48), positions)
         close(llama.apply_rope(x, cos, sin), wanted.float())
 
-    def test_transformers_rotation_after_the_permutation(self):
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    def test_transformers_rotation_after_the_permutation(self, hf):
         x, positions = noise(1, 9, 4, 12), torch.arange(9)
         halves = x.transpose(1, 2).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        cos, sin = LlamaRotaryEmbedding(hf_config(SMALL))(x, positions[None])
-        wanted = apply_rotary_pos_emb(halves, halves, cos, sin)[0]
+        cos, sin = hf.LlamaRotaryEmbedding(hf_config(SMALL))(x, positions[None])
+        wanted = hf.apply_rotary_pos_emb(halves, halves, cos, sin)[0]
         found = llama.apply_rope(x, *llama.rope_table(SMALL, positions))
         found = found.transpose(1, 2).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         close(found, wanted)
+
+    def test_worked_example(self):
+        """(1, 0) at position 1; the plain formula of Llama 3.1's frequencies in Python's floats."""
+        cos, sin = llama.rope_table(SMALL, torch.tensor([1]))
+        found = llama.apply_rope(torch.tensor([1.0, 0.0] * 6).view(1, 1, 1, 12), cos, sin)
+        close(found[0, 0, 0, :2], torch.tensor([math.cos(1), math.sin(1)]))
+        config = replace(SMALL, rope_theta=5e5, rope_scaling=8.0)
+        for i, found in enumerate(llama.rope_frequencies(config).tolist()):
+            f = 5e5 ** (-2 * i / 12)
+            w = 2 * math.pi / f
+            m = (8192 / w - 1) / 3
+            wanted = f if w < 2048 else f / 8 if w > 8192 else (1 - m) * f / 8 + m * f
+            assert found == pytest.approx(wanted, rel=1e-5)
 
     def test_own_inverse_and_rows_of_their_own(self):
         x = noise(2, 7, 4, 12)
@@ -284,15 +327,13 @@ class TestRoPE:
 
 
 class TestSwiGLU:
-    def test_equation(self):
-        from transformers.activations import ACT2FN
+    def test_equation(self, hf):
         a, b = noise(5, 7) * 4, noise(5, 7, seed=1)
-        close(llama.swiglu(a, b), ACT2FN["silu"](a) * b)
+        close(llama.swiglu(a, b), hf.ACT2FN["silu"](a) * b)
         assert llama.swiglu(torch.tensor(2.0), torch.tensor(3.0)).item() == pytest.approx(5.284782)
 
-    def test_feed_forward(self):
-        from transformers.models.llama.modeling_llama import LlamaMLP
-        ours, oracle = llama.FeedForward(SMALL), LlamaMLP(hf_config(SMALL))
+    def test_feed_forward(self, hf):
+        ours, oracle = random_model(SMALL).layers[0].feed_forward, hf.LlamaMLP(hf_config(SMALL))
         for mine, theirs in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
             getattr(oracle, theirs).weight = getattr(ours, mine).weight
         x = noise(2, 3, 48)
@@ -437,48 +478,19 @@ class TestInitialisation:
             assert abs(p.mean().item()) < wanted / 20
 
 
-HF_NAMES = {
-    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
-    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj"}
-
-
-def hf_name(name):
-    layer, kind = re.fullmatch(r"(layers\.\d+\.)?(.*)\.weight", name).groups()
-    return f"{'model.' + layer if layer else ''}{HF_NAMES[kind]}.weight"
-
-
-def in_hf_order(name, w, config):
-    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2])
-    return hf_order(w, heads) if heads else w
-
-
-def oracle_of(model):
-    """transformers' LlamaForCausalLM with our weights."""
-    from transformers import LlamaForCausalLM
-    oracle = LlamaForCausalLM(hf_config(model.config))
-    state = {hf_name(name): in_hf_order(name, w, model.config)
-             for name, w in model.state_dict().items()}
-    if model.config.tie_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    oracle.load_state_dict(state)
-    return oracle
-
-
 class TestLlama:
     @pytest.mark.parametrize("change", [
         {}, {"n_kv_heads": 4}, {"n_kv_heads": 1, "tie_embeddings": True},
         {"rope_theta": 5e5, "rope_scaling": 8.0, "dim": 96, "max_seq_len": 131072},
         {"rope_theta": 1e5, "rope_scaling": 32.0, "tie_embeddings": True, "max_seq_len": 131072}])
-    def test_logits_loss_and_gradients_of_transformers(self, change):
+    def test_logits_loss_and_gradients_of_transformers(self, change, hf):
         model = random_model(replace(SMALL, **change))
+        plain = random_model(replace(SMALL, **change), backward="autograd")  # Layer.forward alone
         oracle = oracle_of(model)
         x, y = tokens(2, 40), tokens(2, 40, seed=1)
         theirs = oracle(input_ids=x).logits
         close(model(x), theirs, atol=1e-4)
+        close(plain(x), theirs, atol=1e-4)
         loss, wanted = model.loss(x, y), F.cross_entropy(theirs.flatten(0, 1), y.flatten())
         close(loss, wanted, atol=1e-4)
         loss.backward()
@@ -547,7 +559,7 @@ class TestLayerByHand:
         shapes = [(2, 3, 8), (8,), (8, 8), kv, kv, (8, 8), (8,), (6, 8), (8, 6), (6, 8)]
         inputs = [noise(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate(shapes)]
         assert torch.autograd.gradcheck(lambda x, *weights: LayerByHand.apply(
-            x, *tables, attend, attend_backward, 0.1, llama.Alone(), *weights),
+            x, *tables, attend, attend_backward, 0.1, llama.NoTensorParallel(), *weights),
             [z.requires_grad_() for z in inputs])
 
     @pytest.mark.parametrize("change, shape, documents", [
@@ -595,7 +607,7 @@ class TestLayerByHand:
         for mine, theirs in zip(gradients(model, documents=documents), wanted):
             close(mine, theirs)
 
-    def test_autocast_is_left_to_autograd(self):
+    def test_under_autocast(self):
         model = random_model(SMALL)
         wanted = gradients(model)
         model.zero_grad()
@@ -613,7 +625,7 @@ class TestLayerByHand:
             work[name] = counter.get_total_flops()
         again = work["manual"] // 3 - 3 * 2 * 38 * 48 * 100  # of W2 s nothing is saved: spared
         assert work["manual"] == work["autograd"] == work["recompute"] - again
-        assert made[0] == "LayerByHandBackward" != made[1]
+        assert made[0] == "LayerByHandBackward" not in made[1:]
 
     def saved(self, by_hand):
         """Bytes a token that a layer of 7B saves in bf16, without weights and rope's table."""
@@ -630,8 +642,9 @@ class TestLayerByHand:
             forward, backward = llama.ATTENTION["fused"]
             x = torch.empty(1, 64, 4096, dtype=torch.bfloat16, requires_grad=True)
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                run = partial(llama.by_hand, attend_backward=backward, tp=llama.NoTensorParallel())
                 y = layer(x, *tables, partial(forward, positions=positions),
-                          backward if by_hand else None)
+                          run if by_hand else None)
         aside = getattr(y.grad_fn, "__dict__", {}).values()
         assert not any(isinstance(z, torch.Tensor) for z in aside)
         for tensor in (*layer.parameters(), *tables):
@@ -659,12 +672,45 @@ class TestLayerByHand:
                 assert len(seen.args[f"_flash_attention_{direction}.default"]) == SMALL.n_layers
 
 
-class TestMeanLoss:
+    def test_products_run_while_collectives_do(self):
+        """The order of LayerByHand's table: "z<" starts a collective, "z>" waits for it, a dot is a
+        product with a weight, and a name the product for the gradient of that weight."""
+        order, names = [], iter("n H m y dy m dm dh n dn".split())
+
+        class Order(TorchDispatchMode):
+            def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+                made = operation(*args, **(kwargs or {}))
+                if operation is torch.ops.aten.mm.default:
+                    order.append(weights.get(tuple(made.shape), "."))
+                return made
+
+        class Noted(llama.NoTensorParallel):
+            def gather(self, x, T):
+                name = next(names)
+                order.append(f"{name}<")
+                return lambda: order.append(f"{name}>") or x
+
+            scatter_sum = gather
+
+        layer, x = random_model(SMALL).layers[0], noise(1, 7, 48).requires_grad_()
+        weights = {tuple(p.shape): name.split(".")[-2] for name, p in layer.named_parameters()}
+        forward, backward = llama.ATTENTION["fused"]
+        attend = partial(forward, positions=torch.arange(7))
+        tables = llama.rope_table(SMALL, torch.arange(7))
+        with Order():
+            y = llama.by_hand(layer, x, *tables, attend, backward, Noted())
+            del order[:]
+            y.sum().backward()
+        assert " ".join(order) == (
+            "dy< m< dy> . . . dm< w2 m> w3 w3 dm> dh< n< dh> . . . . dn< wo n> wo wv wv dn>")
+
+
+class TestLoss:
     """Four rows of logits at once, so that 18 rows are five chunks and the last is shorter."""
 
     @pytest.fixture(autouse=True)
     def chunks(self, monkeypatch):
-        monkeypatch.setattr(llama, "rows_at_once", lambda V, D: 4)
+        monkeypatch.setattr(llama, "logit_rows", lambda V, D: 4)
 
     def inputs(self):
         return noise(18, 6), noise(97, 6, seed=1), tokens(18)
@@ -693,11 +739,13 @@ class TestMeanLoss:
         assert [x.dtype for x in half] == [torch.float32, dtype, torch.float32]
         for mine, theirs in zip(half, exact):
             assert (mine - theirs).norm() < 0.02 * theirs.norm()
+        logits = F.linear(h.to(dtype), w.to(dtype)).float()  # from there on all is in fp32
+        close(half[0], F.cross_entropy(logits, targets, reduction="none"))
 
     def test_a_second_backward_is_refused(self):
         h, w, targets = self.inputs()
-        loss = 54 * llama.MeanLoss.apply(h.requires_grad_(), w.requires_grad_(), targets,
-                                         llama.Alone())
+        loss = 3 * llama.SumNLL.apply(h.requires_grad_(), w.requires_grad_(), targets,
+                                      llama.NoTensorParallel())
         loss.backward(retain_graph=True)
         for x, d in zip((h, w), llama.next_token_nll(h, w, targets, (True, True))[1:]):
             close(x.grad, 3 * d)
@@ -712,21 +760,28 @@ class TestMeanLoss:
     def test_never_holds_more_logits(self, monkeypatch):
         monkeypatch.undo()
         shapes = {(32000, 288): 262, (32000, 4096): 1048, (128256, 16384): 261, (2**24, 8): 2}
-        assert {shape: llama.rows_at_once(*shape) for shape in shapes} == shapes
-        monkeypatch.setattr(llama, "rows_at_once", lambda V, D: 4)
+        assert {shape: llama.logit_rows(*shape) for shape in shapes} == shapes
+        monkeypatch.setattr(llama, "logit_rows", lambda V, D: 4)
         h, w, targets = noise(400, 4), noise(97, 4, seed=1), tokens(400)
         with Calls() as seen:
             llama.next_token_nll(h, w, targets, (True, True))
         logits = [shape for shape in seen.shapes if 97 in shape and shape != w.shape]
         assert max(map(math.prod, logits)) == 4 * 97
 
-    def test_nll_of_a_model(self):
+    def test_targets_that_do_not_count(self):
         model, x, y = random_model(SMALL), tokens(2, 9), tokens(2, 9, seed=1)
-        nll = model.nll(x, y, starts(0, 4, 9, 18))
-        assert nll.shape == (2, 9)
-        close(nll.mean(), model.loss(x, y, starts(0, 4, 9, 18)))
-        assert not nll.requires_grad
-        close(nll[0, 4:], model.nll(x[:1, 4:], y[:1, 4:])[0])
+        y[0, :4] = y[1, 7] = -1
+        h, nll = model.hidden(x), F.cross_entropy(model(x).mT, y, ignore_index=-1, reduction="none")
+        close(model.loss(x, y, reduction="sum"), nll.sum())
+        close(model.loss(x, y), nll.sum() / 13)
+        close(model.loss_of(h, y), nll.sum() / 13)
+        assert model.loss(x, torch.full_like(y, -1)).item() == 0
+        mine = torch.autograd.grad(model.loss(x, y), list(model.parameters()))
+        theirs = torch.autograd.grad(nll.sum() / 13, list(model.parameters()))
+        for one, other in zip(mine, theirs):
+            close(one, other)
+        with pytest.raises((IndexError, RuntimeError)):
+            model.loss(x, y + 97)
 
 
 class TestKVCache:
@@ -752,215 +807,46 @@ class TestKVCache:
             for row, n in enumerate(cache.lengths):
                 close(logits[row], model(x[row:row + 1, :n])[0, -T:])
 
+    def test_written_in_its_own_type(self):
+        model, x = random_model(SMALL, dtype=torch.bfloat16), tokens(2, 9)
+        wanted = random_model(SMALL)(x)
+        cache, kinds = KVCache(SMALL, 2, 9, torch.float32), set()  # as for fp16 on a CPU
+        model.layers[0].register_forward_hook(lambda m, i, o: kinds.add(o.dtype))
+        found = torch.cat([model(x[:, :5], cache), model(x[:, 5:6], cache)], 1)
+        cache.lengths = [6, 4]
+        model(x[:, 6:8], cache)
+        assert (found - wanted[:, :6]).abs().mean() < 0.05 * wanted.abs().mean()
+        assert {x.dtype for pair in cache.held for x in pair} == {torch.float32}
+        assert kinds == {torch.bfloat16}
+
+    def test_takes_rows_of_another(self):
+        model, x = random_model(SMALL), tokens(2, 9)
+        small, large = KVCache(SMALL, 2, 5), KVCache(SMALL, 3, 9)
+        model(x[:, :5], small)
+        large.take(small, [1, 0, 1])
+        assert large.lengths == [5, 5, 5]
+        close(model(x[[1, 0, 1], 5:], large), model(x)[[1, 0, 1], 5:])
+
     def test_sized_to_the_request(self):
         cache = KVCache(SIZES["llama2-70b"][0], 1, 100, torch.bfloat16, "meta")
         held = sum(k.nbytes + v.nbytes for k, v in cache.held)
         assert held == 100 * 327680  # 4 L K E bytes a token in bf16
 
 
-class TestCheckpoints:
-    @pytest.fixture
-    def saved(self, tmp_path):
-        model = random_model(SMALL)
-        save_meta(model, tmp_path)
-        return model, tmp_path
-
-    @pytest.mark.parametrize("change", [
-        {}, {"hidden_dim": 500}, {"hidden_dim": 128}, {"head_size": 20},
-        {"tie_embeddings": True, "rope_theta": 5e5, "rope_scaling": 32.0}])
-    def test_there_and_back(self, tmp_path, change):
-        model = random_model(replace(SMALL, **change))
-        save_meta(model, tmp_path)
-        again = llama.load(tmp_path)
-        assert again.config == model.config and state_equal(again, model.state_dict())
-        assert llama.load(tmp_path, dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
-
-    def test_published_params(self):
-        published = {  # as Meta's files have them
-            "7b": {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32,
-                   "norm_eps": 1e-06, "vocab_size": -1},
-            "llama2-70b": {"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3,
-                           "n_heads": 64, "n_kv_heads": 8, "n_layers": 80, "norm_eps": 1e-05,
-                           "vocab_size": -1},
-            "llama3.1-8b": {"dim": 4096, "ffn_dim_multiplier": 1.3, "multiple_of": 1024,
-                            "n_heads": 32, "n_kv_heads": 8, "n_layers": 32, "norm_eps": 1e-05,
-                            "rope_theta": 500000.0, "use_scaled_rope": True,
-                            "vocab_size": 128256},
-            "llama3.2-1b": {"dim": 2048, "ffn_dim_multiplier": 1.5, "multiple_of": 256,
-                            "n_heads": 32, "n_kv_heads": 8, "n_layers": 16, "norm_eps": 1e-05,
-                            "rope_theta": 500000.0, "use_scaled_rope": True,
-                            "vocab_size": 128256}}
-        for name, params in published.items():
-            config = SIZES[name][0]
-            weights = {"tok_embeddings.weight": torch.empty(config.vocab_size, 1, device="meta")}
-            if not config.tie_embeddings:
-                weights["output.weight"] = torch.empty(config.vocab_size, 2, device="meta")
-            weights = {n: llama.Weight.of(w) for n, w in weights.items()}
-            assert llama.read_params(params, weights) == config
-        other = llama.read_params({**params, "rope_scaling_factor": 16, "max_seq_len": 9}, weights)
-        assert other == replace(config, rope_scaling=16, max_seq_len=9)
-        unknown = {**params, "n_layers": 3}  # a shape that is in no size: 3.1's factor
-        assert llama.read_params(unknown, weights).rope_scaling == 8
-
-    def test_tied_is_read_from_the_weights(self, saved):
-        model, folder = saved
-        weights = dict(model.state_dict())
-        weights["output.weight"] = weights["tok_embeddings.weight"].clone()
-        weights["rope.freqs"] = torch.zeros(6)
-        torch.save(weights, folder / "consolidated.00.pth")
-        again = llama.load(folder)
-        assert again.config.tie_embeddings and again.output is None
-
-    @pytest.mark.parametrize("name, spoil", [
-        ("unknown", lambda w: w.update(extra=w["norm.weight"])),
-        ("norm.weight is missing", lambda w: w.pop("norm.weight")),
-        ("wk.weight is .24, 40.", lambda w: w.update(
-            {"layers.1.attention.wk.weight": torch.zeros(24, 40)})),
-        ("not a table of weights", lambda w: w.update({"norm.weight": torch.arange(48)})),
-        ("damaged .KeyError..tok_emb", lambda w: w.pop("tok_embeddings.weight"))])
-    def test_strict(self, saved, name, spoil):
-        model, folder = saved
-        weights = dict(model.state_dict())
-        spoil(weights)
-        torch.save(weights, folder / "consolidated.00.pth")
-        with pytest.raises(ValueError, match=name.replace("unknown", "extra is .48,., not known")):
-            llama.load(folder)
-
-    @pytest.mark.parametrize("n, axis, change", [
-        (2, 0, {}), (2, 1, {"n_kv_heads": 4}), (4, 0, {"vocab_size": 96}),
-        (4, 1, {"n_kv_heads": 1, "head_size": 16}), (4, 1, {"dim": 64, "n_heads": 8})])
-    def test_any_number_of_shards(self, tmp_path, n, axis, change):
-        """Merged in one process; LLaMA 1 and 2 cut the embedding by columns, Llama 3 by rows."""
-        model = random_model(replace(SMALL, **{"vocab_size": 96, **change}))
-        write_shards(tmp_path, model, n, axis)
-        again = llama.load(tmp_path)
-        assert again.config == model.config and state_equal(again, model.state_dict())
-        assert torch.equal(again(tokens(2, 30)), model(tokens(2, 30)))
-        half = llama.load(tmp_path, dtype=torch.bfloat16).state_dict()
-        assert all(torch.equal(half[name], w.bfloat16()) for name, w in model.state_dict().items())
-
-    @pytest.mark.parametrize("gone", [[0], [1], [3], [2, 3], [0, 1, 2, 3]])
-    def test_a_missing_shard_is_named(self, tmp_path, gone):
-        write_shards(tmp_path, random_model(replace(SMALL, vocab_size=96)), 4, 1)
-        for i in gone:
-            (tmp_path / f"consolidated.{i:02}.pth").unlink()
-        with pytest.raises(ValueError, match=f"consolidated.{gone[0]:02}.pth is missing"):
-            llama.load(tmp_path)
-
-    @pytest.mark.parametrize("named, change", [
-        ("different tensors", {"extra": torch.zeros(3)}),
-        ("wq.weight in different shapes", {"layers.1.attention.wq.weight": torch.zeros(3, 48)})])
-    def test_shards_that_do_not_fit_together(self, tmp_path, named, change):
-        write_shards(tmp_path, random_model(replace(SMALL, vocab_size=96)), 2, 1)
-        shard = torch.load(tmp_path / "consolidated.01.pth") | change
-        torch.save(shard, tmp_path / "consolidated.01.pth")
-        with pytest.raises(ValueError, match=named):
-            llama.load(tmp_path)
-
-    def test_pickled_code_is_not_run(self, saved, tmp_path):
-        class Bomb:
-            def __reduce__(self):
-                return os.mkdir, (str(tmp_path / "executed"),)
-        torch.save({"norm.weight": Bomb()}, saved[1] / "consolidated.00.pth")
-        with pytest.raises(ValueError, match="could run code"):
-            llama.load(saved[1])
-        assert not (tmp_path / "executed").exists()
-
-    def test_a_full_disk_keeps_what_was_there(self, saved, monkeypatch):
-        import resource
-        folder = saved[1]
-        before = {file.name: file.read_bytes() for file in folder.iterdir()}
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # the kernel refuses larger files
-        old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        try:
-            with pytest.raises(OSError, match="could not be written.*try to free space"):
-                save_meta(random_model(SMALL, seed=2), folder)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            signal.signal(signal.SIGXFSZ, old)
-        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+FP16, BF16 = torch.float16, torch.bfloat16
+WIDE = replace(SMALL, dim=256, n_layers=1, n_heads=4, hidden_dim=512)  # whole blocks of 256
+SCALED = {"rope_scaling": 32.0, "max_seq_len": 16384}
+PLAIN_HF = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 100,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 97}
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+GGUF_NAMES = dict(zip(HF_NAMES, (
+    "token_embd", "output_norm", "output", "attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v",
+    "attn_output", "ffn_gate", "ffn_down", "ffn_up")))
 
 
-def write_shards(folder, model, n, axis):
-    """Meta's folder in n shards; the embedding is cut along `axis`."""
-    folder.mkdir(exist_ok=True)
-    shards = [{} for _ in range(n)]
-    for name, w in model.state_dict().items():
-        kind, pieces = name.split(".")[-2], [w] * n
-        if w.dim() == 2:
-            along = axis if kind == "tok_embeddings" else int(kind in ("wo", "w2"))
-            repeat = max(1, n // model.config.n_kv_heads) if kind in ("wk", "wv") else 1
-            pieces = [piece for piece in w.chunk(n // repeat, along) for _ in range(repeat)]
-        for shard, piece in zip(shards, pieces):
-            shard[name] = piece.clone()
-    for i, shard in enumerate(shards):
-        torch.save(shard | {"rope.freqs": torch.zeros(6)}, folder / f"consolidated.{i:02}.pth")
-    (folder / "params.json").write_text(json.dumps(llama.write_params(model.config)))
-
-
-def write_llama2c(model, path, version=0):
-    """llama2.c's files, written from their description by the test itself. In version 2 groups of
-    8 share a scale; the state that such a file holds."""
-    c, state = model.config, {n: w.detach() for n, w in model.state_dict().items()}
-    kinds = ("tok_embeddings layers.attention_norm layers.attention.wq layers.attention.wk "
-             "layers.attention.wv layers.attention.wo layers.ffn_norm layers.feed_forward.w1 "
-             "layers.feed_forward.w2 layers.feed_forward.w3 norm").split()
-    if version:
-        kinds = [kinds[i] for i in (1, 6, 10, 0, 2, 3, 4, 5, 7, 8, 9)]
-    order = [f"{kind.replace('layers', f'layers.{i}')}.weight" for kind in kinds
-             for i in range(c.n_layers if "layers" in kind else 1)]
-    tables = torch.full((2 * c.max_seq_len * c.head_dim // 2,), math.nan)
-    parts = [state[name] for name in order] + ([] if version else [tables])
-    parts += [] if c.tie_embeddings else [state["output.weight"]]
-    vocab = c.vocab_size if c.tie_embeddings or version else -c.vocab_size
-    header = struct.pack("<7i", c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads, vocab,
-                         c.max_seq_len)
-    if version:
-        header = struct.pack("<Ii", 0x616b3432, version) + header
-        header += struct.pack("<Bi", c.tie_embeddings, 8) + bytes(256 - 41)
-    data = [part.numpy().tobytes() for part in parts]
-    if version == 2:
-        for i, part in enumerate(parts):
-            if part.dim() == 2:
-                scales = part.view(-1, 8).abs().amax(1) / 127
-                int8 = (part.view(-1, 8) / scales[:, None]).round().to(torch.int8)
-                data[i] = int8.numpy().tobytes() + scales.numpy().tobytes()
-                part.copy_(int8.float().mul(scales[:, None]).view_as(part))
-    path.write_bytes(header + b"".join(data))
-
-
-class TestLlama2c:
-    @pytest.mark.parametrize("version", [0, 1, 2])
-    @pytest.mark.parametrize("tied", [True, False])
-    def test_versions(self, tmp_path, version, tied):
-        model = random_model(replace(SMALL, hidden_dim=96, tie_embeddings=tied))
-        before = model.tok_embeddings.weight.clone()
-        write_llama2c(model, tmp_path / "m", version)  # model now has what version 2 rounds
-        again = llama.load(tmp_path / "m")
-        assert again.config == model.config and state_equal(again, model.state_dict())
-        assert torch.equal(before, model.tok_embeddings.weight) is (version < 2)
-
-    @pytest.mark.parametrize("compiled", ["", "_orig_mod."])
-    def test_pt(self, tmp_path, compiled):
-        model = random_model(replace(SMALL, hidden_dim=128, tie_embeddings=True))
-        state = {compiled + name: w for name, w in model.state_dict().items()}
-        state[compiled + "output.weight"] = state[compiled + "tok_embeddings.weight"]
-        args = {"dim": 48, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 97,
-                "multiple_of": 32, "max_seq_len": 64, "dropout": 0.1}
-        torch.save({"model": state, "model_args": args, "iter_num": 3, "config": {"x": "y"},
-                    "optimizer": {"state": {0: torch.zeros(3)}}}, tmp_path / "ckpt")
-        again = llama.load(tmp_path / "ckpt")
-        assert again.config == model.config and state_equal(again, model.state_dict())
-
-    @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
-    def test_stories260k(self, capsys):
-        folder = SHARED / "data" / "stories260K"
-        generate.main([str(folder / "stories260K.bin"), "--prompt", "", "--temperature", "0",
-                       "--max-new-tokens", "200"])
-        assert capsys.readouterr().out == (folder / "expected_greedy_200.txt").read_text()
-        config = llama.load(folder / "stories260K.bin").config
-        assert config == SIZES["stories260k"][0]
+def state_of(model):
+    return {name: w.detach().clone() for name, w in model.named_parameters()}
 
 
 def state_equal(model, wanted):
@@ -969,300 +855,414 @@ def state_equal(model, wanted):
     return found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
 
 
-def greedy(model, n=200):
-    """n tokens, each the most likely one after those before it."""
-    cache, text = KVCache(model.config, 1, n), [1]
-    with torch.no_grad():
-        while len(text) < n:
-            text.append(int(model(torch.tensor([text[-1:]]), cache)[0, -1].argmax()))
-    return torch.tensor([text])
+# Writers, none of which is the project's but save_meta: each writes a checkpoint of the model into
+# a folder and returns (path to load, {name: what the file then holds}).
 
 
-def llama3_rope(factor):
-    return {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_theta": 1e4}
+def save_meta(folder, model):
+    weights = {name: generate.Weight(w.shape, w.dtype, (), lambda w=w: w)
+               for name, w in state_of(model).items()}
+    generate.write_meta(model.config, weights, folder)
+    return folder, state_of(model)
 
 
-def save_hf(folder, dtype=torch.float32, shard="1GB", **change):
-    """A folder that transformers writes, and its model as transformers reads it again."""
-    from transformers import LlamaConfig as HFConfig
-    from transformers import LlamaForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()
-    torch.manual_seed(0)
-    shape = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 3,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
-             "max_position_embeddings": 16384, "initializer_range": 0.2}
-    model = LlamaForCausalLM(HFConfig(**{**shape, **change})).to(dtype)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.add_(noise(*p.shape, seed=len(name)).to(dtype), alpha=0.1 * (p.dim() == 1))
-    model.save_pretrained(folder, max_shard_size=shard)
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def save_shards(folder, model, n=2, axis=0):
+    """Meta's folder in n shards; the embedding is cut along `axis`."""
+    folder.mkdir(exist_ok=True)
+    shards = [{"rope.freqs": torch.zeros(6)} for _ in range(n)]
+    for name, w in state_of(model).items():
+        kind, pieces = name.split(".")[-2], [w] * n
+        if w.dim() == 2:
+            along = axis if kind == "tok_embeddings" else int(kind in ("wo", "w2"))
+            repeat = max(1, n // model.config.n_kv_heads) if kind in ("wk", "wv") else 1
+            pieces = [piece for piece in w.chunk(n // repeat, along) for _ in range(repeat)]
+        for shard, piece in zip(shards, pieces):
+            shard[name] = piece.clone()
+    for i, shard in enumerate(shards):
+        torch.save(shard, folder / f"consolidated.{i:02}.pth")
+    (folder / "params.json").write_text(json.dumps(generate.write_params(model.config)))
+    return folder, state_of(model)
 
 
-class TestReadHF:
-    """Folders that transformers writes give the logits and the greedy text of transformers."""
-
-    @staticmethod
-    def check(oracle, path):
-        model = llama.load(path, dtype=torch.float32)
-        text = greedy(model)
-        assert len(set(text[0].tolist())) > 20  # it does not go round in circles
-        with torch.no_grad():
-            theirs = oracle(input_ids=text).logits
-            close(model(text), theirs, atol=1e-4)
-        assert torch.equal(theirs.argmax(-1)[:, :-1], text[:, 1:])
-        return model
-
-    @pytest.mark.parametrize("change", [
-        {}, {"dtype": torch.bfloat16}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1},
-        {"tie_word_embeddings": True}, {"head_dim": 24}, {"head_dim": 8, "dtype": torch.float16},
-        {"shard": "60KB", "dtype": torch.bfloat16}, {"rms_norm_eps": 0.3},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}])
-    def test_logits_and_greedy_text(self, tmp_path, change):
-        oracle = save_hf(tmp_path, **change)
-        self.check(oracle, tmp_path)
-        assert ("shard" in change) == (len(list(tmp_path.glob("*.safetensors"))) > 1)
-
-    @pytest.mark.parametrize("factor", [8.0, 32.0])
-    def test_scaled_frequencies_of_3_1_and_3_2(self, tmp_path, factor):
-        model = self.check(save_hf(tmp_path, rope_parameters=llama3_rope(factor)), tmp_path)
-        assert model.config.rope_scaling == factor
-        text = greedy(model)
-        wanted = model(text)
-        for other in (None, 40.0 - factor):  # 8 where the file says 32 is an old mistake
-            model.config = replace(model.config, rope_scaling=other)
-            assert (model(text) - wanted).abs().max() > 0.01
-
-    def test_the_wrong_layout_of_rope_fails(self, tmp_path, monkeypatch):
-        oracle = save_hf(tmp_path)
-        monkeypatch.setattr(llama.Weight, "turned", lambda weight, n, m: weight)
-        with pytest.raises(AssertionError):
-            self.check(oracle, tmp_path)
-
-    def test_config_of_transformers_4_and_older(self, tmp_path):
-        oracle = save_hf(tmp_path, num_key_value_heads=4, rope_parameters=llama3_rope(8.0))
-        config = json.loads((tmp_path / "config.json").read_text())
-        rope = config.pop("rope_parameters")
-        theta = rope.pop("rope_theta")
-        for name in ("head_dim", "num_key_value_heads", "attention_bias", "mlp_bias"):
-            del config[name]
-        (tmp_path / "config.json").write_text(json.dumps(
-            {**config, "rope_theta": theta, "rope_scaling": rope, "pretraining_tp": 2}))
-        self.check(oracle, tmp_path)
-        oldest = {name: config[name] for name in ("hidden_size", "intermediate_size", "vocab_size",
-                                                  "num_hidden_layers", "num_attention_heads")}
-        assert llama.read_hf_config({**oldest, "model_type": "llama", "max_sequence_length": 2048,
-                                     "architectures": ["LLaMAForCausalLM"]}) == LlamaConfig(
-            64, 3, 4, 4, 100, 97, 2048, 1e-6)
-
-    def test_files_of_torch_save_in_any_number(self, tmp_path):
-        oracle = save_hf(tmp_path, tie_word_embeddings=True)
-        state = {name: w.clone() for name, w in oracle.state_dict().items()}
-        assert "lm_head.weight" in state  # the same numbers as the embedding: skipped
-        (tmp_path / "model.safetensors").unlink()
-        state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)  # in old files
-        torch.save(state, tmp_path / "pytorch_model.bin")
-        self.check(oracle, tmp_path)
-        self.check(oracle, tmp_path / "pytorch_model.bin")
-        (tmp_path / "pytorch_model.bin").unlink()
-        files = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
-        for i, file in enumerate(files):
-            torch.save(dict(list(state.items())[i::2]), tmp_path / file)
-        self.check(oracle, tmp_path)  # without an index, and with one
-        index = {"weight_map": {name: files[i % 2] for i, name in enumerate(state)}}
-        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-        torch.save({"other": torch.zeros(1)}, tmp_path / "pytorch_model_other.bin")
-        self.check(oracle, tmp_path)
-        self.check(oracle, tmp_path / files[1])
-        torch.save(state, tmp_path / files[1])
-        with pytest.raises(ValueError, match="is in two files; try"):
-            llama.load(tmp_path)
-
-    def test_a_single_file_is_told_by_what_is_in_it(self, tmp_path):
-        oracle = save_hf(tmp_path)
-        self.check(oracle, tmp_path / "config.json")
-        file = (tmp_path / "model.safetensors").rename(tmp_path / "weights.of.mine")
-        self.check(oracle, file)
-
-    @pytest.mark.parametrize("named, change", [
-        ("model_type='mixtral'", {"model_type": "mixtral"}),
-        ("hidden_act='gelu'", {"hidden_act": "gelu"}),
-        ("attention_bias=True", {"attention_bias": True}), ("mlp_bias=True", {"mlp_bias": True}),
-        ("sliding_window=4096", {"sliding_window": 4096}),
-        ("quantization_config", {"quantization_config": {"bits": 4}}),
-        ("num_local_experts=8", {"num_local_experts": 8}),
-        ("partial_rotary_factor=0.5", {"partial_rotary_factor": 0.5}),
-        ("type='linear'", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
-        ("rope_type='yarn'", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}),
-        ("low_freq_factor=2.0", {"rope_scaling": {**llama3_rope(8.0), "low_freq_factor": 2.0}}),
-        ("original_max_position_embeddings=4096", {"rope_scaling": {
-            **llama3_rope(8.0), "original_max_position_embeddings": 4096}})])
-    def test_what_is_not_implemented_is_named(self, named, change):
-        plain = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 100,
-                 "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 97}
-        assert llama.read_hf_config({**plain, "rope_scaling": llama3_rope(8.0),
-                                     "pretraining_tp": 4, "use_cache": True}).rope_scaling == 8
-        with pytest.raises(ValueError, match=named):
-            llama.read_hf_config({**plain, **change})
+def save_hf(folder, model, dtype=torch.float32, size="1GB"):
+    """A folder that transformers writes."""
+    oracle = oracle_of(model).to(dtype)
+    oracle.save_pretrained(folder, max_shard_size=size)
+    assert (size != "1GB") == (len(list(folder.glob("*.safetensors"))) > 1)
+    return folder, {name: w.to(dtype) for name, w in state_of(model).items()}
 
 
-GGUF_NAMES = dict(zip(HF_NAMES, (
-    "token_embd", "output_norm", "output", "attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v",
-    "attn_output", "ffn_gate", "ffn_down", "ffn_up")))
-WIDE = replace(SMALL, dim=256, n_layers=1, n_heads=4, hidden_dim=512)  # whole blocks of 256
+def save_hf4(folder, model):
+    """The same with the fields of transformers 4, without those that have a default."""
+    save_hf(folder, model)
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "pretraining_tp": 2}
+    for name in ("head_dim", "num_key_value_heads", "attention_bias", "mlp_bias"):
+        del config[name]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, state_of(model)
 
 
-def write_gguf(path, config, state, kind=None, factor=None, extra=lambda writer: None):
-    """A GGUF file by the package gguf; matrices of `kind`, or fp32. {name: what it then holds}"""
+def save_bin(folder, model, names=("pytorch_model.bin",)):
+    """transformers' .bin, with an index if there are several; what stands beside is passed over."""
+    save_hf(folder, model)
+    (folder / "model.safetensors").rename(folder / "model (1).safetensors")
+    table = {hf_name(name): in_hf_order(name, w, model.config)
+             for name, w in state_of(model).items()}
+    table["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)  # in old files
+    if model.config.tie_embeddings:
+        table["lm_head.weight"] = table["model.embed_tokens.weight"]
+    for name in ("._pytorch_model.bin", "adapter_model.safetensors", "consolidated.safetensors"):
+        (folder / name).write_bytes(b"of no interest")
+    where = {name: names[i % len(names)] for i, name in enumerate(table)}
+    for file in names:
+        torch.save({name: w for name, w in table.items() if where[name] == file}, folder / file)
+    if len(names) > 1:
+        index = json.dumps({"weight_map": where})
+        (folder / "pytorch_model.bin.index.json").write_text(index)
+    return folder / names[-1], state_of(model)  # one of them stands for all
+
+
+def save_pt(folder, model, prefix=""):
+    """llama2.c's checkpoint of training, with the output beside the embedding that it is."""
+    table = {prefix + name: w for name, w in state_of(model).items()}
+    table[prefix + "output.weight"] = table[prefix + "tok_embeddings.weight"]
+    names = "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"
+    args = {name: getattr(model.config, name) for name in names}
+    folder.mkdir(exist_ok=True)
+    torch.save({"model": table, "model_args": args | {"multiple_of": 32, "dropout": 0.1},
+                "optimizer": {"state": {0: torch.zeros(3)}}}, folder / "ckpt.pt")
+    return folder / "ckpt.pt", state_of(model)
+
+
+def save_llama2c(folder, model, version=0):
+    """llama2.c's .bin, from its description. In version 2 groups of 8 share a scale."""
+    c, stored = model.config, state_of(model)
+    kinds = ("tok_embeddings layers.attention_norm layers.attention.wq layers.attention.wk "
+             "layers.attention.wv layers.attention.wo layers.ffn_norm layers.feed_forward.w1 "
+             "layers.feed_forward.w2 layers.feed_forward.w3 norm").split()
+    if version:
+        kinds = [kinds[i] for i in (1, 6, 10, 0, 2, 3, 4, 5, 7, 8, 9)]
+    parts = [stored[f"{kind.replace('layers', f'layers.{i}')}.weight"] for kind in kinds
+             for i in range(c.n_layers if "layers" in kind else 1)]
+    if version == 0:
+        parts.append(torch.full((c.max_seq_len * c.head_dim,), math.nan))  # cos and sin
+    if not c.tie_embeddings:
+        parts.append(stored["output.weight"])
+    vocab = c.vocab_size if c.tie_embeddings or version else -c.vocab_size
+    header = struct.pack("<7i", c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads, vocab,
+                         c.max_seq_len)
+    if version:
+        header = struct.pack("<Ii", 0x616b3432, version) + header
+        header += struct.pack("<Bi", c.tie_embeddings, 8) + bytes(256 - 41)
+    folder.mkdir(exist_ok=True)
+    with open(folder / "model.bin", "wb") as file:
+        file.write(header)
+        for part in parts:
+            data = part.numpy().tobytes()
+            if version == 2 and part.dim() == 2:
+                scales = part.view(-1, 8).abs().amax(1) / 127
+                int8 = (part.view(-1, 8) / scales[:, None]).round().to(torch.int8)
+                data = int8.numpy().tobytes() + scales.numpy().tobytes()
+                part.copy_(int8.float().mul(scales[:, None]).view_as(part))
+            file.write(data)
+    return folder / "model.bin", stored
+
+
+def save_gguf(folder, model, kind="F32", extra=lambda writer: None):
+    """A GGUF file by the package gguf, from transformers' weights as llama.cpp converts them."""
     import gguf
-    from gguf import quants
-    w, stored = gguf.GGUFWriter(path, "llama"), {}
-    w.add_context_length(config.max_seq_len)
-    w.add_embedding_length(config.dim)
-    w.add_block_count(config.n_layers)
-    w.add_feed_forward_length(config.hidden_dim)
-    w.add_head_count(config.n_heads)
-    w.add_head_count_kv(config.n_kv_heads)
-    w.add_layer_norm_rms_eps(config.norm_eps)
-    w.add_rope_freq_base(config.rope_theta)
-    w.add_rope_dimension_count(config.head_dim)
-    w.add_key_length(config.head_dim)
-    w.add_value_length(config.head_dim)
-    w.add_tokenizer_model("llama")
-    w.add_token_list([f"piece {i}" for i in range(config.vocab_size)])
-    w.add_token_scores([0.5] * config.vocab_size)
+    folder.mkdir(exist_ok=True)
+    c, stored = model.config, {}
+    w = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    for name, value in {
+            "context_length": c.max_seq_len, "embedding_length": c.dim, "block_count": c.n_layers,
+            "feed_forward_length": c.hidden_dim, "head_count": c.n_heads, "key_length": c.head_dim,
+            "head_count_kv": c.n_kv_heads, "layer_norm_rms_eps": c.norm_eps,
+            "rope_freq_base": c.rope_theta, "rope_dimension_count": c.head_dim,
+            "value_length": c.head_dim, "tokenizer_model": "llama",
+            "token_list": [f"piece {i}" for i in range(c.vocab_size)],
+            "token_scores": [0.5] * c.vocab_size}.items():
+        getattr(w, f"add_{name}")(value)
     extra(w)
-    if factor:
-        f = 1e4 ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
-        turns = 8192 * f / (2 * math.pi)
-        m = ((turns - 1) / 3).clamp(0, 1)
-        w.add_tensor("rope_freqs.weight", (f / ((1 - m) * f / factor + m * f)).numpy())
-    kind = gguf.GGMLQuantizationType[kind or "F32"]
+    if c.rope_scaling:
+        f = 1e4 ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
+        m = ((8192 * f / (2 * math.pi) - 1) / 3).clamp(0, 1)
+        w.add_tensor("rope_freqs.weight", (f / ((1 - m) * f / c.rope_scaling + m * f)).numpy())
+    kind = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    for name, x in state.items():
+    for name, x in state_of(model).items():
+        x = in_hf_order(name, x, c)
+        heads = {"wq": c.n_heads, "wk": c.n_kv_heads}.get(name.split(".")[-2])
+        if heads:  # llama.cpp's permute
+            x = x.reshape(heads, 2, len(x) // heads // 2, -1).transpose(1, 2).reshape(x.shape)
         layer, what = re.fullmatch(r"(layers\.\d+\.)?(.*)\.weight", name).groups()
-        name_there = f"{(layer or '').replace('layers', 'blk')}{GGUF_NAMES[what]}.weight"
+        theirs = f"{(layer or '').replace('layers', 'blk')}{GGUF_NAMES[what]}.weight"
+        stored[name] = x
         if x.dim() == 1 or kind.name == "F32":
-            w.add_tensor(name_there, x.numpy())
-            stored[name] = x
+            w.add_tensor(theirs, x.numpy())
             continue
         try:
-            data = quants.quantize(x.numpy(), kind)
+            data = gguf.quants.quantize(x.numpy(), kind)
         except NotImplementedError:  # gguf decodes this type alone: any blocks will do
             data = np.random.default_rng(0).integers(0, 60, (len(x), x.shape[1] // block * size),
                                                      dtype=np.uint8)
-        w.add_tensor(name_there, data, raw_dtype=kind)
-        stored[name] = torch.from_numpy(quants.dequantize(data, kind))
+        w.add_tensor(theirs, data, raw_dtype=kind)
+        stored[name] = torch.from_numpy(gguf.quants.dequantize(data, kind))
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
-    return stored
+    return folder / "model.gguf", stored
 
 
-class TestGGUF:
-    @pytest.mark.parametrize("kind", [None, "F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "Q4_K", "Q6_K",
-                                      "IQ4_NL"])
-    def test_types(self, tmp_path, kind):
-        state = {name: w.detach() for name, w in random_model(WIDE).state_dict().items()}
-        stored = write_gguf(tmp_path / "model", WIDE, state, kind)
-        model = llama.load(tmp_path / "model")
-        assert model.config == WIDE
-        assert model.norm.weight.dtype == {"F16": torch.float16, "BF16": torch.bfloat16}.get(
-            kind, torch.float32)
-        model = llama.load(tmp_path / "model", dtype=torch.float32)
-        assert state_equal(model, stored)
+TIED = {"tie_embeddings": True}
+TABLE = [  # (writer, its options, change of SMALL or a whole config)
+    (save_meta, {}, {}), (save_meta, {}, {"hidden_dim": 500}), (save_meta, {}, {"head_size": 20}),
+    (save_meta, {}, {"hidden_dim": 128}), (save_meta, {}, {**TIED, **SCALED, "rope_theta": 5e5}),
+    *((save_shards, {"n": n, "axis": axis}, {"vocab_size": 96, **change}) for n, axis, change in (
+        (2, 0, {}), (2, 1, {"n_kv_heads": 4}), (4, 0, {}), (4, 1, {"dim": 64, "n_heads": 8}),
+        (4, 1, {"n_kv_heads": 1, "head_size": 16}))),
+    *((save_hf, {}, change) for change in (
+        {}, {"n_kv_heads": 4}, {"n_kv_heads": 1}, TIED, {"norm_eps": 0.3}, {"rope_theta": 50.0},
+        {**SCALED, "rope_scaling": 8.0}, SCALED)),
+    (save_hf, {"dtype": BF16}, {}), (save_hf, {"dtype": FP16}, TIED),
+    (save_hf, {"dtype": BF16, "size": "60KB"}, {}), (save_hf4, {}, {"n_kv_heads": 4, **SCALED}),
+    (save_bin, {}, TIED), (save_bin, {"names": ("1.bin", "2.bin")}, {}),
+    *((save_pt, {"prefix": prefix}, {"hidden_dim": 128, **TIED})
+      for prefix in ("", "_orig_mod.", "module.")),
+    *((save_llama2c, {"version": version}, {"hidden_dim": 96, **tied})
+      for version in (0, 1, 2) for tied in ({}, TIED)),
+    (save_gguf, {}, SCALED), (save_gguf, {}, {**SCALED, **TIED, "rope_scaling": 8.0}),
+    (save_gguf, {}, {"head_size": 20}),
+    *((save_gguf, {"kind": kind}, WIDE) for kind in (
+        "F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "Q4_K", "Q6_K", "IQ4_NL"))]
 
-    @pytest.mark.parametrize("factor, change", [
-        (None, {"head_dim": 24}), (8.0, {}), (32.0, {"tie_word_embeddings": True})])
-    def test_logits_of_transformers(self, tmp_path, factor, change):
-        """Rows of wq and wk in the order of llama.cpp's conversion; its frequency factors."""
-        rope = {"rope_parameters": llama3_rope(factor)} if factor else {}
-        oracle = save_hf(tmp_path, **change, **rope)
-        state = llama.load(tmp_path).state_dict()  # names alone: all values are replaced
-        theirs = oracle.state_dict()
-        for name in state:
-            state[name] = theirs[hf_name(name)]
-            if name.endswith(("wq.weight", "wk.weight")):
-                heads = 4 if "wq" in name else 2
-                w = state[name].numpy()
-                state[name] = torch.from_numpy(w.reshape(
-                    heads, 2, w.shape[0] // heads // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape))
-        config = llama.load(tmp_path).config
-        write_gguf(tmp_path / "m.gguf", config, state, factor=factor)
-        assert TestReadHF.check(oracle, tmp_path / "m.gguf").config == config
 
-    @pytest.mark.parametrize("named, extra", [
-        ("expert_count", lambda w: w.add_expert_count(8)),
-        ("rope.scaling.type", lambda w: w.add_string(
-            "llama.rope.scaling.type", "linear")),
-        ("sliding_window", lambda w: w.add_sliding_window(4096)),
-        ("logit_scale", lambda w: w.add_logit_scale(0.5)),
-        ("rope_freqs.weight", lambda w: w.add_tensor("rope_freqs.weight", np.linspace(
-            1, 8, 32, dtype=np.float32))),
-        ("unknown blk.7.x", lambda w: w.add_tensor("blk.7.x", np.zeros(4, np.float32))),
-        ("type 26 need the package", lambda w: w.add_tensor("a", np.zeros((4, 4), np.int32)))])
-    def test_what_is_not_implemented_is_named(self, tmp_path, named, extra):
-        state = {name: w.detach() for name, w in random_model(WIDE).state_dict().items()}
-        write_gguf(tmp_path / "m", WIDE, state, extra=extra)
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("code in a pickle was executed",)
+
+
+class TestFormats:
+    """Whatever wrote a checkpoint: config, every number and the logits are those that it holds."""
+
+    @pytest.mark.parametrize("writer, options, change", TABLE)
+    def test_reads(self, tmp_path, writer, options, change):
+        config = change if isinstance(change, LlamaConfig) else replace(SMALL, **change)
+        path, stored = writer(tmp_path / "in", random_model(config), **options)
+        model = generate.load(path)
+        assert model.config == config and not model.training
+        wide = {name: w.float() for name, w in stored.items()}
+        assert state_equal(generate.load(path, dtype=torch.float32), wide)
+        half = {name: w.to(BF16) for name, w in stored.items()}
+        assert state_equal(generate.load(path, dtype=BF16), half)
+        dtype = FP16 if options.get("kind") == "F16" else BF16
+        is_half = options.get("kind") in ("F16", "BF16")
+        wanted = dtype if is_half else options.get("dtype", torch.float32)
+        assert model.norm.weight.dtype == wanted
+
+    @pytest.mark.parametrize("change", [{}, {"n_kv_heads": 1, **SCALED}])
+    def test_logits_of_transformers(self, tmp_path, hf, change):
+        """The order of wq and wk, and the frequencies, as transformers reads its own files."""
+        from transformers import LlamaForCausalLM
+        model = random_model(replace(SMALL, **change))
+        x = tokens(2, 60)
+        for writer in (save_hf, save_gguf):
+            path, _ = writer(tmp_path / writer.__name__, model)
+            folder = tmp_path / "save_hf"
+            with torch.no_grad():
+                wanted = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)(x).logits
+                close(generate.load(path)(x), wanted, atol=1e-4)
+
+    @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
+    def test_stories260k(self):
+        """A published file, and the greedy text that llama2.c's own program makes of it."""
+        folder = SHARED / "data" / "stories260K"
+        model = generate.load(folder / "stories260K.bin")
+        assert model.config == SIZES["stories260k"][0]
+        cache, ids = KVCache(model.config, 1, 200), [1]
+        with torch.no_grad():
+            for _ in range(200):
+                ids.append(int(model(torch.tensor([ids[-1:]]), cache)[0, -1].argmax()))
+        text = tokenizer.load_tokenizer(folder / "tok512.bin").decode(ids)
+        assert text.strip() == (folder / "expected_greedy_200.txt").read_text().strip()
+
+    def test_published_params(self):
+        llama3 = {"n_heads": 32, "n_kv_heads": 8, "norm_eps": 1e-05, "rope_theta": 500000.0,
+                  "use_scaled_rope": True, "vocab_size": 128256}
+        published = {  # as Meta's files have them
+            "7b": {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32,
+                   "norm_eps": 1e-06, "vocab_size": -1},
+            "llama2-70b": {"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3,
+                           "n_heads": 64, "n_kv_heads": 8, "n_layers": 80, "norm_eps": 1e-05,
+                           "vocab_size": -1},
+            "llama3.1-8b": {"dim": 4096, "ffn_dim_multiplier": 1.3, "multiple_of": 1024,
+                            "n_layers": 32, **llama3},
+            "llama3.2-1b": {"dim": 2048, "ffn_dim_multiplier": 1.5, "multiple_of": 256,
+                            "n_layers": 16, "max_batch_size": 6, **llama3}}
+        for name, params in published.items():
+            config = SIZES[name][0]
+            weights = {"tok_embeddings.weight": torch.empty(config.vocab_size, 1, device="meta")}
+            if not config.tie_embeddings:
+                weights["output.weight"] = torch.empty(config.vocab_size, 2, device="meta")
+            weights = {n: generate.Weight.of(w) for n, w in weights.items()}
+            assert generate.read_params(params, weights) == config
+        other = generate.read_params({**params, "rope_scaling_factor": 16, "max_seq_len": 9},
+                                     weights)
+        assert other == replace(config, rope_scaling=16, max_seq_len=9)
+        unknown = {**params, "n_layers": 3}  # a shape that is in no size: 3.1's factor
+        assert generate.read_params(unknown, weights).rope_scaling == 8
+
+    STRICT = {  # what the message says: what is done to the weights
+        "extra is .48,., not known": lambda w: w.update(extra=w["norm.weight"]),
+        "norm.weight is missing": lambda w: w.pop("norm.weight"),
+        "wk.weight is .24, 40.": lambda w: w.update(
+            {"layers.1.attention.wk.weight": torch.zeros(24, 40)}),
+        "norm.weight is of torch.int64": lambda w: w.update({"norm.weight": torch.arange(48)}),
+        "KeyError.*tok_emb": lambda w: w.pop("tok_embeddings.weight"),
+        "could run code": lambda w: w.update(x=Bomb())}
+
+    @pytest.mark.parametrize("named", STRICT)
+    def test_strict(self, tmp_path, named):
+        folder, weights = save_meta(tmp_path / "in", random_model(SMALL))
+        self.STRICT[named](weights)
+        torch.save(weights, folder / "consolidated.00.pth")
         with pytest.raises(ValueError, match=named):
-            llama.load(tmp_path / "m")
+            generate.load(folder)
 
-    def test_without_the_package(self, tmp_path, monkeypatch):
-        state = {name: w.detach() for name, w in random_model(WIDE).state_dict().items()}
-        write_gguf(tmp_path / "native", WIDE, state, "F16")
-        write_gguf(tmp_path / "quantised", WIDE, state, "Q8_0")
+    @pytest.mark.parametrize("gone", [[0], [1], [3], [2, 3], [0, 1, 2, 3]])
+    def test_a_missing_shard_is_named(self, tmp_path, gone):
+        folder, _ = save_shards(tmp_path, random_model(replace(SMALL, vocab_size=96)), 4, 1)
+        for i in gone:
+            (folder / f"consolidated.{i:02}.pth").unlink()
+        with pytest.raises(ValueError, match=f"consolidated.{gone[0]:02}.pth is missing"):
+            generate.load(folder)
+
+    @pytest.mark.parametrize("named, change", [
+        ("different tensors", {"extra": torch.zeros(3)}),
+        ("wq.weight in different shapes", {"layers.1.attention.wq.weight": torch.zeros(3, 48)})])
+    def test_shards_that_do_not_fit_together(self, tmp_path, named, change):
+        folder, _ = save_shards(tmp_path, random_model(replace(SMALL, vocab_size=96)))
+        shard = torch.load(folder / "consolidated.01.pth") | change
+        torch.save(shard, folder / "consolidated.01.pth")
+        with pytest.raises(ValueError, match=named):
+            generate.load(folder)
+
+    def test_an_adapter_alone_is_said_to_be_none(self, tmp_path):
+        (tmp_path / "adapter_model.safetensors").write_bytes(b"12345678{}")
+        with pytest.raises(ValueError, match="adapter"):
+            generate.load(tmp_path)
+
+    def test_oldest_config(self):
+        oldest = PLAIN_HF | {"max_sequence_length": 2048, "architectures": ["LLaMAForCausalLM"]}
+        assert generate.read_hf_config(oldest) == LlamaConfig(64, 3, 4, 4, 100, 97, 2048, 1e-6)
+
+    def test_a_single_file_is_told_by_what_is_in_it(self, tmp_path, hf):
+        folder, stored = save_hf(tmp_path, random_model(SMALL))
+        assert state_equal(generate.load(folder / "config.json"), stored)
+        file = (folder / "model.safetensors").rename(folder / "weights.of.mine")
+        assert state_equal(generate.load(file), stored)
+
+    HF_REFUSED = {
+        **{f"{name}={value!r}": {name: value} for name, value in (
+            ("model_type", "mixtral"), ("hidden_act", "gelu"), ("attention_bias", True),
+            ("mlp_bias", True), ("sliding_window", 4096), ("num_local_experts", 8),
+            ("partial_rotary_factor", 0.5))},
+        "quantization_config": {"quantization_config": {"bits": 4}},
+        "type='linear'": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        "rope_type='yarn'": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+        "low_freq_factor=2.0": {"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 2.0}},
+        "original_max_position_embeddings=4096": {"rope_scaling": {
+            **LLAMA3_ROPE, "original_max_position_embeddings": 4096}}}
+
+    @pytest.mark.parametrize("named", HF_REFUSED)
+    def test_an_option_of_transformers_that_is_not_implemented(self, named):
+        plain = PLAIN_HF | {"rope_scaling": LLAMA3_ROPE, "pretraining_tp": 4, "use_cache": True}
+        assert generate.read_hf_config(plain).rope_scaling == 8
+        with pytest.raises(ValueError, match=named):
+            generate.read_hf_config(PLAIN_HF | self.HF_REFUSED[named])
+
+    GGUF_REFUSED = {
+        "expert_count": lambda w: w.add_expert_count(8),
+        "rope.scaling.type": lambda w: w.add_string("llama.rope.scaling.type", "linear"),
+        "sliding_window": lambda w: w.add_sliding_window(4096),
+        "logit_scale": lambda w: w.add_logit_scale(0.5),
+        "split.count=2": lambda w: w.add_uint16("split.count", 2),
+        "rope_freqs.weight": lambda w: w.add_tensor(
+            "rope_freqs.weight", np.linspace(1, 8, 6, dtype=np.float32)),
+        "unknown blk.7.x": lambda w: w.add_tensor("blk.7.x", np.zeros(4, np.float32)),
+        "type 26": lambda w: w.add_tensor("a", np.zeros((4, 4), np.int32))}
+
+    @pytest.mark.parametrize("named", GGUF_REFUSED)
+    def test_an_option_of_gguf_that_is_not_implemented(self, tmp_path, named):
+        path, _ = save_gguf(tmp_path, random_model(SMALL), extra=self.GGUF_REFUSED[named])
+        with pytest.raises(ValueError, match=named):
+            generate.load(path)
+
+    def test_quantised_gguf_without_the_package(self, tmp_path, monkeypatch):
+        native, _ = save_gguf(tmp_path / "native", random_model(WIDE), "F16")
+        quantised, _ = save_gguf(tmp_path / "quantised", random_model(WIDE), "Q8_0")
         monkeypatch.setitem(sys.modules, "gguf", None)
-        llama.load(tmp_path / "native")
+        generate.load(native)
         with pytest.raises(ValueError, match="try pip install -U gguf"):
-            llama.load(tmp_path / "quantised")
+            generate.load(quantised)
 
 
 class TestExport:
-    @pytest.mark.parametrize("change", [
-        {}, {"dtype": torch.bfloat16, "tie_word_embeddings": True}, {"head_dim": 24},
-        {"rope_parameters": llama3_rope(32.0), "num_key_value_heads": 1}])
+    @pytest.mark.parametrize("dtype, change", [
+        (torch.float32, {}), (BF16, TIED), (torch.float32, {"head_size": 24}),
+        (torch.float32, {"n_kv_heads": 1, **SCALED})])
     @pytest.mark.parametrize("format", ["meta", "hf", "llama2c"])
-    def test_in_out_in_is_bit_equal(self, tmp_path, format, change):
-        oracle = save_hf(tmp_path / "in", **change)
-        model, out = llama.load(tmp_path / "in"), tmp_path / "out"
-        if format == "llama2c" and change.keys() & {"head_dim", "rope_parameters"}:
+    def test_in_out_in_is_bit_equal(self, tmp_path, hf, format, dtype, change):
+        from transformers import LlamaForCausalLM
+        source, stored = save_shards(tmp_path / "in", random_model(replace(SMALL, vocab_size=96,
+                                                                           **change)).to(dtype))
+        out = tmp_path / "out"
+        if format == "llama2c" and change.keys() & {"head_size", "rope_scaling"}:
             with pytest.raises(ValueError, match="head_size|rope_scaling"):
-                llama.export(tmp_path / "in", format, out)
+                generate.export(source, format, out)
             assert not out.exists()
             return
-        llama.export(tmp_path / "in", format, out)
-        again = llama.load(out, dtype=model.norm.weight.dtype)
-        assert again.config == model.config and state_equal(again, model.state_dict())
-        if format == "hf":
-            from transformers import LlamaForCausalLM
-            theirs = LlamaForCausalLM.from_pretrained(out)
-            assert theirs.dtype == model.norm.weight.dtype
-            x = tokens(2, 60)
-            assert torch.equal(theirs.float()(x).logits, oracle(x).logits)
+        generate.export(source, format, out)
+        again = generate.load(out, dtype=dtype)
+        assert again.config == generate.load(source).config and state_equal(again, stored)
         names = {"meta": {"consolidated.00.pth", "params.json"},
                  "hf": {"model.safetensors", "config.json"}}.get(format)
         assert names is None or {file.name for file in out.iterdir()} == names
+        if format == "hf":
+            theirs, x = LlamaForCausalLM.from_pretrained(out), tokens(2, 60, vocab=96)
+            assert theirs.dtype == dtype
+            with torch.no_grad():
+                close(again.float()(x), theirs.float()(x).logits, atol=1e-4)
 
-    def test_what_is_there_stays(self, tmp_path, monkeypatch):
-        save_meta(random_model(SMALL), tmp_path / "in")
+    def test_what_is_there_stays(self, tmp_path):
+        save_meta(tmp_path / "in", random_model(SMALL))
         with pytest.raises(ValueError, match="no format 'gguf'; try one of meta, hf, llama2c"):
-            llama.export(tmp_path / "in", "gguf", tmp_path / "out")
-        with pytest.raises(ValueError, match="exists already"):
-            llama.export(tmp_path / "in", "hf", tmp_path / "in")
-        with pytest.raises(ValueError, match="exists already"):
-            llama.export(tmp_path / "in", "llama2c", tmp_path / "in" / "params.json")
-        (tmp_path / "empty").mkdir()
+            generate.export(tmp_path / "in", "gguf", tmp_path / "out")
+        for format, out in (("hf", "in"), ("llama2c", "in/params.json")):
+            with pytest.raises(ValueError, match="exists already"):
+                generate.export(tmp_path / "in", format, tmp_path / out)
 
-        def full_disk(*args):
-            raise OSError("No space left on device")
-        monkeypatch.setattr(os, "fsync", full_disk)
-        for format in llama.EXPORTS:
-            with pytest.raises(OSError, match="could not be written.*No space"):
-                llama.export(tmp_path / "in", format, tmp_path / "empty" / format)
-        assert not [file for file in (tmp_path / "empty").rglob("*") if file.is_file()]
+    @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+    def test_a_full_disk_keeps_what_was_there(self, tmp_path):
+        import resource
+        save_meta(tmp_path / "in", random_model(SMALL))
+        before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # the kernel refuses larger files
+        old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            with pytest.raises(OSError, match="could not be written.*try to free space"):
+                save_meta(tmp_path / "in", random_model(SMALL, seed=2))
+            for format in generate.EXPORTS:
+                with pytest.raises(OSError, match="could not be written.*try to free space"):
+                    generate.export(tmp_path / "in", format, tmp_path / "out" / format)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, old)
+        assert before == {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
 
 
 def memory(field):
@@ -1271,78 +1271,79 @@ def memory(field):
 
 
 def peak_memory(act, field="VmRSS", most="VmHWM"):
-    """The most memory that act() held beyond what there was before, with mapped pages, in bytes."""
+    """The most memory that act() holds beyond what there was before, mapped pages included, in
+    bytes: the least of three runs, for the kernel counts pages by processor and a little late."""
+    used, libc = [], ctypes.CDLL(None)
+    for _ in range(3):
+        with contextlib.suppress(AttributeError):  # glibc: what is freed goes back to the system
+            libc.mallopt(-3, 1 << 18)
+            libc.malloc_trim(0)
+        before = memory(field)
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        held = act()
+        used.append(memory(most) - before)
+        del held
     with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not there to be used again
-    before = memory(field)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-    held = act()
-    return memory(most) - before, held
+        libc.mallopt(-3, 1 << 25)
+    return min(used)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 class TestStreaming:
-    """Loading takes the weights in their new type and one tensor, whatever the format."""
-    CONFIG = replace(SMALL, dim=256, n_heads=4, n_layers=12, hidden_dim=1024, vocab_size=4096)
-    KINDS = ["meta", "shards", "hf", "F32", "Q8_0", "llama2c"]
+    """Memory is taken tensor by tensor, whatever the format."""
+    CONFIG = replace(SMALL, dim=768, n_layers=2, hidden_dim=3072, vocab_size=1024)
+    LARGEST, SLACK = 4 * 3072 * 768, 15e6  # bytes in fp32; the kernel maps up to 2 MB at a time
+    WRITERS = {"meta": save_meta, "hf": save_hf, "F32": save_gguf, "llama2c": save_llama2c,
+               "Q8_0": partial(save_gguf, kind="Q8_0"), "shards": save_shards}
 
     @pytest.fixture(scope="class")
     @classmethod
     def saved(cls, tmp_path_factory):
+        """{kind: path to load}; shards are of 16 bits, as all published ones."""
         folder, model = tmp_path_factory.mktemp("saved"), Llama.create(cls.CONFIG, 0)
-        state = {name: w.detach() for name, w in model.state_dict().items()}
-        save_meta(model, folder / "meta")
-        write_shards(folder / "shards", model, 2, 0)
-        llama.export(folder / "meta", "hf", folder / "hf")
-        llama.export(folder / "meta", "llama2c", folder / "llama2c")
-        for kind in ("F32", "Q8_0"):
-            write_gguf(folder / kind, cls.CONFIG, state, kind)
-        return folder
+        paths = {}
+        for kind, writer in cls.WRITERS.items():
+            paths[kind], _ = writer(folder / kind, model.to(BF16) if kind == "shards" else model)
+        return paths
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_memory_is_not_doubled(self, saved, kind):
-        llama.load(saved / kind, dtype=torch.bfloat16)  # what is imported and allocated once
-        used, model = peak_memory(lambda: llama.load(saved / kind, dtype=torch.bfloat16))
-        largest = 4 * self.CONFIG.vocab_size * self.CONFIG.dim
-        assert model.norm.weight.dtype == torch.bfloat16
-        temporary = largest if kind == "Q8_0" else 0  # the package gguf takes twice
-        assert used < 2 * self.CONFIG.n_params + largest + temporary + 3e6
+    @pytest.mark.parametrize("kind", WRITERS)
+    def test_loading_takes_the_weights_and_one_tensor(self, saved, kind):
+        used = peak_memory(partial(generate.load, saved[kind], dtype=BF16))
+        temporary = 3 * self.LARGEST if kind == "Q8_0" else self.LARGEST  # in the package gguf
+        assert used < 2 * self.CONFIG.n_params + temporary + self.SLACK  # a layer has 35 MB
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
     @pytest.mark.parametrize("kind", ["meta", "F32", "llama2c"])
-    def test_memory_mapped(self, saved, kind):
-        used, _ = peak_memory(lambda: llama.load(saved / kind), "RssAnon", "RssAnon")
-        assert used < 4e6
+    def test_mapped(self, saved, kind):
+        assert peak_memory(partial(generate.load, saved[kind]), "RssAnon", "RssAnon") < 4e6
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-    def test_a_finished_block_leaves_memory(self, saved):
-        def finish(name, block):
-            assert all(p.sum().isfinite() for p in block.parameters())
-            return torch.nn.Identity()
-        used, _ = peak_memory(lambda: llama.load(saved / "F32", finish=finish))
-        assert used < 4 * self.CONFIG.vocab_size * self.CONFIG.dim + 8e6
+    def test_blocks_come_in_order_and_leave_memory(self, saved):
+        seen = []
+
+        def act():
+            seen.clear()
+            for name, tensors in generate.read_blocks(generate.open_checkpoint(saved["F32"])[1]):
+                assert all(x.sum().isfinite() and x.device.type == "cpu" for x in tensors.values())
+                seen.append(name)
+        assert peak_memory(act) < 35e6 + self.SLACK  # of 77 MB
+        assert seen == ["tok_embeddings", *(f"layers.{i}" for i in range(2)), "norm", "output"]
+
+    def test_exporting_takes_one_tensor(self, saved, tmp_path):
+        paths = iter("abc")
+
+        def act():
+            generate.export(saved["meta"], "hf", tmp_path / next(paths))
+        assert peak_memory(act) < self.LARGEST + self.SLACK
 
     @pytest.mark.parametrize("kind", ["meta", "hf"])
     def test_a_fresh_process_loads_no_compiler_and_keeps_the_file(self, saved, kind):
-        code = (f"import sys, llama; model = llama.load({str(saved / kind)!r}); "
+        code = (f"import sys, {generate.__name__} as g; model = g.load({str(saved[kind])!r}); "
                 "model.norm.weight.data.add_(1); sys.exit('torch._dynamo' in sys.modules)")
-        before = llama.load(saved / kind).norm.weight.clone()
+        before = generate.load(saved[kind]).norm.weight.clone()
         assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
-        assert torch.equal(llama.load(saved / kind).norm.weight, before)
-
-    def test_blocks_in_their_order(self, saved):
-        seen = []
-
-        def finish(name, block):
-            assert {p.device.type for p in block.parameters()} == {"cpu"}
-            seen.append(name)
-            return torch.nn.Identity() if name == "output" else block
-        model = llama.load(saved / "hf", finish=finish)
-        assert seen == ["tok_embeddings", *(f"layers.{i}" for i in range(12)), "norm", "output"]
-        assert isinstance(model.output, torch.nn.Identity)
+        assert torch.equal(generate.load(saved[kind]).norm.weight, before)
 
 
-LITTLE = LlamaConfig(16, 2, 2, 1, 24, 19, 32)
+LITTLE = LlamaConfig(16, 2, 2, 1, 32, 19, 32)
 
 
 def gguf_bytes(n_tensors, kind, rest, key=b"general.architecture"):
@@ -1358,21 +1359,20 @@ class TestMalformed:
     def good(cls, tmp_path_factory):
         """{name: (path to load, file to spoil)} of small checkpoints in every format."""
         folder, model = tmp_path_factory.mktemp("good"), random_model(LITTLE)
-        state = {name: w.detach() for name, w in model.state_dict().items()}
-        save_meta(model, folder / "meta")
-        llama.export(folder / "meta", "hf", folder / "hf")
-        write_gguf(folder / "gguf", LITTLE, state, "F16", 8.0)
-        args = {"dim": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 19,
-                "multiple_of": 24, "max_seq_len": 32, "hidden_dim": 24}
-        torch.save({"model": state, "model_args": args}, folder / "pt")
-        for version in (0, 1, 2):
-            write_llama2c(model, folder / f"bin{version}", version)
-        paths = {name: (folder / name,) * 2 for name in ("gguf", "pt", "bin0", "bin1", "bin2")}
-        return paths | {
-            "pth": (folder / "meta", folder / "meta" / "consolidated.00.pth"),
-            "params": (folder / "meta", folder / "meta" / "params.json"),
-            "safetensors": (folder / "hf", folder / "hf" / "model.safetensors"),
-            "config": (folder / "hf", folder / "hf" / "config.json")}
+        paths = {"gguf": (save_gguf, {"kind": "F16"}), "pt": (save_pt, {})}
+        paths |= {f"bin{version}": (save_llama2c, {"version": version}) for version in (0, 1, 2)}
+        for name, (writer, options) in paths.items():
+            path, _ = writer(folder / name, model, **options)
+            paths[name] = path, path
+        meta, hf = folder / "meta", folder / "hf"
+        save_meta(meta, model)
+        generate.export(meta, "hf", hf)
+        several, _ = save_hf(folder / "several", model, size="2KB")
+        return paths | {"index": (several, several / "model.safetensors.index.json"),
+                        "pth": (meta, meta / "consolidated.00.pth"),
+                        "params": (meta, meta / "params.json"),
+                        "safetensors": (hf, hf / "model.safetensors"),
+                        "config": (hf, hf / "config.json")}
 
     @staticmethod
     def refused(path, file, data, must=True):
@@ -1381,73 +1381,64 @@ class TestMalformed:
         file.unlink()  # a new file: the old one may be mapped
         file.write_bytes(data)
         try:
-            model = llama.load(path)
+            model = generate.load(path)
             assert not must and isinstance(model, Llama)
         except (ValueError, OSError) as error:
             text = str(error)
             assert text and "\n" not in text and len(text) < 1000
-            assert isinstance(error, OSError) or "; try " in text, text
+            assert isinstance(error, OSError) or str(path) in text and "; try " in text, text
             return text
         finally:
             file.unlink()
             file.write_bytes(whole)
 
-    SAFETENSORS = {
-        "dtype unknown": lambda h: h["lm_head.weight"].update(dtype="I64"),
-        "dtype a list": lambda h: h["lm_head.weight"].update(dtype=[]),
-        "no dtype": lambda h: h["lm_head.weight"].pop("dtype"),
-        "entry a number": lambda h: h.update({"lm_head.weight": 3}),
-        "shape negative": lambda h: h["lm_head.weight"].update(shape=[-19, -16]),
-        "shape of floats": lambda h: h["lm_head.weight"].update(shape=[19.0, 16.0]),
-        "shape of booleans": lambda h: h["model.norm.weight"].update(shape=[True, 16]),
-        "shape huge": lambda h: h["lm_head.weight"].update(shape=[2**62, 2**62]),
-        "shape of many": lambda h: h["lm_head.weight"].update(shape=[2] * 10**5),
-        "shape with 0": lambda h: h["lm_head.weight"].update(shape=[0, 16], data_offsets=[0, 0]),
-        "shape a text": lambda h: h["lm_head.weight"].update(shape="19"),
-        "shape another": lambda h: h["lm_head.weight"].update(shape=[16, 19]),
-        "offsets beyond": lambda h: h["lm_head.weight"].update(data_offsets=[10**9, 10**9 + 1216]),
-        "offsets negative": lambda h: h["lm_head.weight"].update(data_offsets=[-1216, 0]),
-        "offsets reversed": lambda h: h["lm_head.weight"].update(data_offsets=[1216, 0]),
-        "offsets three": lambda h: h["lm_head.weight"].update(data_offsets=[0, 1, 2]),
-        "offsets overlap": lambda h: h["lm_head.weight"].update(data_offsets=[4, 1220]),
-        "offsets odd": lambda h: h["lm_head.weight"].update(data_offsets=[1, 1217]),
-        "offsets short": lambda h: h["lm_head.weight"].update(data_offsets=[0, 1212]),
-        "missing": lambda h: h.pop("lm_head.weight"),
-        "unknown": lambda h: h.update(x=h["lm_head.weight"]),
-        "Meta's name": lambda h: h.update({"norm.weight": h.pop("model.norm.weight")}),
-        "a name of two lines": lambda h: h.update({"a\nb": h.pop("model.norm.weight")}),
-        "a list": lambda h: "[]", "no JSON": lambda h: "{", "deep": lambda h: "[" * 10**5,
-        "a name twice": lambda h: json.dumps(h)[:-1] + ', "model.norm.weight": '
-        + json.dumps(h["model.norm.weight"]) + "}",
-        "a number of many digits": lambda h: '{"a": ' + "9" * 5000 + "}"}
+    ENTRIES = [  # changes of one tensor's entry
+        {"dtype": "I64"}, {"dtype": []}, {"dtype": None}, {"shape": "19"}, {"shape": [16, 19]},
+        {"shape": [-19, -16]}, {"shape": [19.0, 16.0]}, {"shape": [True, 304]},
+        {"shape": [2**62, 2**62]}, {"shape": [2] * 10**5}, {"shape": [0, 16]},
+        {"shape": [0, 16], "data_offsets": [0, 0]}, {"data_offsets": [10**9, 10**9 + 1216]},
+        {"data_offsets": [-1216, 0]}, {"data_offsets": [1216, 0]}, {"data_offsets": [0, 1, 2]},
+        {"data_offsets": [4, 1220]}, {"data_offsets": [1, 1217]}, {"data_offsets": [0, 1212]}]
+    HEADERS = [  # other changes; a text takes the header's place
+        *(lambda h, change=change: h["lm_head.weight"].update(change) for change in ENTRIES),
+        lambda h: h["lm_head.weight"].pop("dtype") and None,
+        lambda h: h.update({"lm_head.weight": 3}),
+        lambda h: h.pop("lm_head.weight") and None, lambda h: h.update(x=h["lm_head.weight"]),
+        lambda h: h.update({"norm.weight": h.pop("model.norm.weight")}),
+        lambda h: h.update({"a\nb": h.pop("model.norm.weight")}),
+        lambda h: "[]", lambda h: "{", lambda h: "[" * 10**5,
+        lambda h: json.dumps(h)[:-1] + ', "model.norm.weight": {}}',
+        lambda h: '{"a": ' + "9" * 5000 + "}"]
 
-    @pytest.mark.parametrize("name", SAFETENSORS)
-    def test_safetensors(self, good, name):
+    @pytest.mark.parametrize("change", HEADERS)
+    def test_safetensors(self, good, change):
         path, file = good["safetensors"]
         size, = struct.unpack("<Q", (whole := file.read_bytes())[:8])
         header = json.loads(whole[8:8 + size])
-        text = self.SAFETENSORS[name](header)
-        text = (text if isinstance(text, str) else json.dumps(header)).encode()
-        text += b" " * (-len(text) % 8)  # aligned
+        text = (change(header) or json.dumps(header)).encode()
+        text += b" " * (-len(text) % 8)
         self.refused(path, file, struct.pack("<Q", len(text)) + text + whole[8 + size:])
 
-    def test_safetensors_lengths(self, good):
-        path, file = good["safetensors"]
-        whole = file.read_bytes()
-        for size in (0, 3, len(whole) - 8, len(whole) - 7, 2**63):
-            text = self.refused(path, file, struct.pack("<Q", size) + whole[8:])
-            assert ("the header" in text) == (size > len(whole) - 8)
-        for data in (b"", whole[:4], whole[:8], whole[:100], whole[:-1]):
-            self.refused(path, file, data)
+    NUMBERS = {  # (place in the file, its type in struct, values that lie)
+        "safetensors": [(0, "Q", (0, 3, 10**4, 2**63))],
+        "gguf": [(4, "I", (1, 0x03000000)), (8, "Q", (0, 2**63)), (16, "Q", (0, 2**64 - 1)),
+                 (24, "Q", (0, 10**4, 2**62))],
+        "bin0": [(4 * i, "i", (0, -1, 5, 2**31 - 1, -2**31)) for i in range(6)],
+        "bin1": [(8 + 4 * i, "i", (0, -1, 5, 2**31 - 1, -2**31)) for i in range(6)],
+        "bin2": [(4, "i", (3,)), (36, "B", (1,)), (37, "i", (0, -4, 7))]}
 
-    @pytest.mark.parametrize("at, form, value", [
-        (4, "I", 1), (4, "I", 0x03000000), (8, "Q", 0), (8, "Q", 2**63), (16, "Q", 0),
-        (16, "Q", 2**64 - 1), (24, "Q", 2**62), (24, "Q", 0), (24, "Q", 10**4)])
-    def test_gguf_header(self, good, at, form, value):
-        path, file = good["gguf"]
+    @pytest.mark.parametrize("name", NUMBERS)
+    def test_numbers_that_lie_and_files_cut_short(self, good, name):
+        path, file = good[name]
         whole = file.read_bytes()
-        self.refused(path, file, whole[:at] + struct.pack("<" + form, value)
-                     + whole[at + struct.calcsize(form):])
+        for at, form, values in self.NUMBERS[name]:
+            for value in values:
+                number = struct.pack("<" + form, value)
+                self.refused(path, file, whole[:at] + number + whole[at + len(number):])
+        for data in (b"", whole[:4], whole[:8], whole[:30], whole[:100], whole[:-4]):
+            self.refused(path, file, data)
+        if name.startswith("bin"):
+            self.refused(path, file, whole + b"0000")
 
     @pytest.mark.parametrize("data", [*(gguf_bytes(1, kind, value) for kind, value in (
         (9, struct.pack("<IQ", 9, 2**40)), (9, struct.pack("<IQ", 8, 2**60)),
@@ -1461,22 +1452,9 @@ class TestMalformed:
             ([16], 0, 2**63), ([15], 2, 0), ([0], 0, 0), ([16], 0, 1), ([2**40], 8, 0)))], ids=len)
     def test_gguf_values_and_tensors(self, tmp_path, data):
         (tmp_path / "m").write_bytes(gguf_bytes(0, 8, struct.pack("<Q", 9) + b"cut shor"))
-        with pytest.raises(ValueError, match="beyond the end"):
-            llama.gguf_fields(tmp_path / "m")
+        with pytest.raises(ValueError, match="beyond the file's end"):
+            generate.gguf_fields(tmp_path / "m")
         self.refused(tmp_path / "m", tmp_path / "m", data)
-
-    def test_llama2c(self, good):
-        for name, start in (("bin0", 0), ("bin1", 8), ("bin2", 8)):
-            path, file = good[name]
-            whole = file.read_bytes()
-            for at in range(start, start + 24, 4):
-                for n in (0, -1, 5, 2**31 - 1, -2**31):
-                    self.refused(path, file, whole[:at] + struct.pack("<i", n) + whole[at + 4:])
-            for data in (whole[:3], whole[:30], whole[:-4], whole + b"0000"):
-                self.refused(path, file, data)
-        for at, data in ((4, struct.pack("<i", 3)), (37, struct.pack("<i", 0)),
-                         (37, struct.pack("<i", -4)), (37, struct.pack("<i", 7)), (36, b"\1")):
-            self.refused(path, file, whole[:at] + data + whole[at + len(data):])
 
     @pytest.mark.parametrize("values", [
         [], {"model": {}}, {"model": [1], "model_args": {}}, {"model": {"a": 3}, "model_args": {}},
@@ -1494,24 +1472,17 @@ class TestMalformed:
 
     @pytest.mark.parametrize("text", ["", "[]", "3", "{", "null", '{"dim": 16}', "[" * 10**5,
                                       '{"model_type": "llama", "model_type": "llama"}', "\x00",
-                                      '{"model_type": "llama", "rope_scaling": [1]}', *(
-        json.dumps(llama.write_params(LITTLE) | change) for change in (
+                                      '{"model_type": "llama", "rope_scaling": [1]}',
+                                      '{"weight_map": {"a": "../../../etc/passwd"}}', *(
+        json.dumps(generate.write_params(LITTLE) | change) for change in (
             {"dim": "48"}, {"multiple_of": 0}, {"n_layers": 10**9}, {"moe": {}}, {"n_heads": None},
             {"dim": 10**400}, {"ffn_dim_multiplier": math.nan}, {"norm_eps": "x"}))])
     def test_json(self, good, text):
-        for name in ("params", "config"):
+        for name in ("params", "config", "index"):
             self.refused(*good[name], text.encode())
-        index = good["config"][0] / "model.safetensors.index.json"
-        index.write_text(text)
-        try:
-            self.refused(*good["config"], good["config"][1].read_bytes())
-            index.write_text('{"weight_map": {"a": "../../../etc/passwd"}}')
-            self.refused(*good["config"], good["config"][1].read_bytes())
-        finally:
-            index.unlink()
 
     @pytest.mark.parametrize("name", ["safetensors", "gguf", "pt", "pth", "bin0", "bin1", "bin2",
-                                      "params", "config"])
+                                      "params", "config", "index"])
     def test_any_bytes_changed(self, good, name):
         import resource
         path, file = good[name]
@@ -1532,169 +1503,27 @@ class TestMalformed:
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
 
 
-PACKED = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+PROSE = ("It is a truth universally acknowledged, that a single man in possession of 1000 pounds\n"
+         "    must be in want of a wife.  Don't you think so?\n\nÇa va: 42!\n")
 
 
-class TestProducts:
-    """Of every layout of W; of the quantised ones, whose W is another, by what eye shows of it."""
-    W = noise(48, 64) * torch.linspace(0.1, 3, 48)[:, None]
-
-    @staticmethod
-    def check(lay_out, dtype, w, far):
-        product, (n, k) = lay_out(w), w.shape
-        shown = product(torch.eye(k, dtype=dtype)).T.double()
-        for shape in ((1, k), (1, 1, k), (2, 3, k), (20, k)):
-            x = noise(*shape, seed=1, dtype=dtype)
-            wanted, found = x.double() @ shown.T, product(x)
-            assert found.dtype == dtype and (found - wanted).norm() < far * wanted.norm()
-        return product, (shown - w).abs()
-
-    @pytest.mark.parametrize("lay_out", [generate.Product, partial(generate.product, quantize="")])
-    @pytest.mark.parametrize("dtype, far", [
-        (torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 5e-3)])
-    def test_equation(self, lay_out, dtype, far):
-        product, wrong = self.check(partial(lay_out, dtype=dtype), dtype, self.W, far)
-        assert torch.all(wrong <= far * self.W.abs()) and product.nbytes == 48 * 64 * dtype.itemsize
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    def test_quantised(self, dtype):
-        """No weight is further from its own than half a step, and bf16's rounding."""
-        w = torch.cat((self.W, self.W + 9, torch.zeros(16, 64)))
-        low, high = w.view(112, 2, 32).aminmax(dim=-1, keepdim=True)
-        largest = w.abs().amax(1, True)
-        for kind, step, size in ((generate.Int8Product, largest / 127, 64 + 2),
-                                 (generate.Int4Product, (high - low) / 15, 32 + 2 * 2 * 2)):
-            product, wrong = self.check(kind, dtype, w, 2**-7)
-            most = step.view(112, -1, 1) / 2 + largest[..., None] / 200
-            assert torch.all(wrong.view(112, 2, 32) <= most) and product.nbytes == 112 * size
-
-    @pytest.mark.parametrize("shape, kind", [
-        ((48, 64), generate.Int4Product), ((40, 64), generate.Int8Product),
-        ((48, 50), generate.Int8Product)])
-    def test_chosen_by_shape(self, shape, kind):
-        lay_out = partial(generate.product, dtype=torch.bfloat16, quantize="int4")
-        assert type(self.check(lay_out, torch.bfloat16, noise(*shape), 2**-7)[0]) is kind
-
-    @PACKED
-    def test_packed(self):
-        for dtype, kind in ((torch.float16, "Product"), (torch.float32, "PackedProduct")):
-            assert type(generate.product(self.W, dtype, None)).__name__ == kind
-
-    @pytest.mark.parametrize("kind", [generate.Int8Product, generate.Int4Product])
-    def test_on_other_devices(self, kind):
-        """The branch without kernels of the CPU, by tensors that say to be elsewhere."""
-        class Elsewhere(torch.Tensor):
-            device = torch.device("cuda")
-        there, x = kind(self.W.as_subclass(Elsewhere)), noise(2, 3, 64)
-        found = there(x.as_subclass(Elsewhere)).as_subclass(torch.Tensor)
-        torch.testing.assert_close(found, kind(self.W)(x), rtol=0.01, atol=0.2)
-
-    def test_fused(self):
-        layer, x, at = random_model(SMALL).layers[0], noise(2, 7, 48), torch.arange(7)
-        attend = partial(llama.attention_equation, positions=at, boundaries=None)
-        more = (*llama.rope_table(SMALL, at), attend)
-        lay_out = partial(generate.Product, dtype=torch.float32)
-        close(generate.FusedAttention(layer.attention, lay_out)(x, *more),
-              layer.attention(x, *more))
-        close(generate.FusedFeedForward(layer.feed_forward, lay_out)(x), layer.feed_forward(x))
-
-    @PACKED
-    def test_every_packed_one_has_its_own_number(self):
-        first, second = (generate.PackedProduct(self.W, torch.float32) for _ in range(2))
-        del first
-        third = generate.PackedProduct(self.W, torch.float32)
-        assert int(second.number) != int(third.number)
+@pytest.fixture(scope="module")
+def words():
+    """A small SentencePiece model."""
+    return tokenizer.train_sentencepiece([PROSE * 5, "x = 12\n        y = 345\n" * 20], 400)
 
 
-class TestOpenModel:
-    @pytest.mark.parametrize("tied", [False, True])
-    def test_logits_and_scores_in_every_format(self, tmp_path, tied):
-        save_meta(random_model(replace(WIDE, tie_embeddings=tied)), tmp_path)
-        x, model = tokens(1, 40), llama.load(tmp_path)
-        nll = generate.token_nll(model, x[0].tolist()).mean().item()
-        for dtype, quantize, far in (
-                ("auto", None, 1e-5), ("bf16", None, 0.03), ("fp16", None, 0.005),
-                ("auto", "int8", 0.05), ("fp32", "int8", 0.04), ("auto", "int4", 0.4)):
-            found = generate.open_model(tmp_path, generate.DTYPES[dtype], quantize)
-            with torch.no_grad():
-                wanted = model(x)
-                assert (found(x) - wanted).norm() < far * wanted.norm(), (dtype, quantize)
-            bits = generate.token_nll(found, x[0].tolist()).mean().item()
-            assert bits == pytest.approx(nll, rel=far / 10 + 1e-6), (dtype, quantize)
-
-    def test_no_cuda_is_needed(self, monkeypatch):
-        """meta-llama/llama#50, #112 and six more: a machine with a CPU alone."""
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-        assert generate.best_device() == "cpu"
-
-    def test_no_compiler_is_needed(self, monkeypatch):
-        """nanoGPT#28, gpt-fast#68."""
-        monkeypatch.setattr(torch, "compile", lambda f: lambda x: [].pop())
-        with pytest.raises(ValueError, match="compiled here .pop.*; try without --compile"):
-            generate.check_compiler()
-
-    @pytest.mark.parametrize("quantize, prompt", [
-        (None, [1, 2]), ("int8", [1, 2]), (None, [1])])
-    def test_compiled_once_for_groups_of_layers(self, tmp_path, monkeypatch, quantize, prompt):
-        from torch._dynamo.testing import CompileCounter
-        torch._dynamo.reset()
-        save_meta(random_model(replace(SMALL, n_layers=4, dim=64, hidden_dim=96)), tmp_path)
-        model, counted = generate.open_model(tmp_path, None, quantize), CompileCounter()
-
-        def text():
-            return spelled(generate.generate(model, [prompt], 30, Sampling(0.0)), 0)
-        wanted = text()
-        compiled = partial(torch.compile, fullgraph=True, backend=counted)
-        monkeypatch.setattr(torch, "compile", lambda run, **options: compiled(run))
-        generate.compile_steps(model, 2)
-        counted.clear()
-        assert text() == wanted and model.through_one and counted.frame_count == 1
-
-
-class TestSampling:
-    def test_temperature(self):
-        logits = noise(3, 50) * 3
-        close(Sampling(1.0, 0, 1.0).probabilities(logits), logits.softmax(-1))
-        close(Sampling(0.5, 0, 1.0).probabilities(logits), (logits * 2).softmax(-1))
-        close(Sampling(1e-45).probabilities(logits), Sampling(0.0).probabilities(logits))
-        greedy = Sampling(0.0).probabilities(logits)
-        assert torch.equal(greedy.argmax(-1), logits.argmax(-1)) and torch.all(greedy.sum(-1) == 1)
-
-    @pytest.mark.parametrize("k, p", [(1, 1.0), (7, 1.0), (0, 0.9), (0, 0.3), (0, 1e-6),
-                                      (5, 0.5), (99, 1.0)])
-    def test_cuts_of_transformers(self, k, p):
-        from transformers import TopKLogitsWarper, TopPLogitsWarper
-        for logits in (noise(20, 50) * 3, noise(9, 600) * 3, noise(9, 600) * 0.1):  # 256, or all
-            wanted = TopKLogitsWarper(k)(None, logits) if k else logits
-            wanted = TopPLogitsWarper(p)(None, wanted) if p < 1 else wanted
-            close(Sampling(1.0, k, p).probabilities(logits), wanted.softmax(-1))
-
-    @pytest.mark.parametrize("sampling", [Sampling(1.0, 0, 1.0), Sampling(0.7, 5, 0.9)])
-    def test_draws_the_distribution(self, sampling):
-        logits, random = noise(1, 7) * 2, torch.Generator().manual_seed(0)
-        drawn = sampling.draw(logits.expand(20000, 7), [random] * 20000)
-        share = torch.bincount(torch.tensor([token for token, _ in drawn]), minlength=7) / 20000
-        p, plain = sampling.probabilities(logits)[0], logits[0].log_softmax(-1)
-        assert (share - p).abs().sum() < 0.02 and torch.all(share[p == 0] == 0)
-        assert all(x == pytest.approx(plain[token].item()) for token, x in drawn[:20])
-
-    def test_the_largest_random_number_draws_a_token(self, monkeypatch):
-        monkeypatch.setattr(torch, "rand", lambda n, **more: torch.tensor([1 - 2**-24]))
-        for seed in range(50):
-            logits, sampling = noise(4, 300, seed=seed) * 2, Sampling(1.0)
-            ids = [token for token, _ in sampling.draw(logits, [None] * 4)]
-            assert torch.all(sampling.probabilities(logits)[range(4), ids] > 0)
-
-    def test_bad_settings(self):
-        for bad in ({"temperature": -1.0}, {"temperature": math.nan}, {"top_k": -1},
-                    {"top_p": 0.0}, {"top_p": 1.5}):
-            with pytest.raises(ValueError, match="try"):
-                Sampling(**bad)
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, words):
+    """A small checkpoint with its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_meta(folder, random_model(replace(SMALL, dim=64, vocab_size=400, max_seq_len=128)))
+    words.save(folder / "tokenizer.model")
+    return folder
 
 
 @pytest.fixture
-def read(monkeypatch):
+def reads(monkeypatch):
     """Notes what models read, call by call: (after how many tokens, ids, what comes out)."""
     hidden, calls = Llama.hidden, []
 
@@ -1707,8 +1536,174 @@ def read(monkeypatch):
     return calls
 
 
-def spelled(steps, row):
-    return [token for step in steps for r, token, _ in step if r == row]
+def ids_of(steps, row=0):
+    """The new tokens of one row, from what generate yields."""
+    return [token for step in steps for found, token, _ in step if found == row]
+
+
+class TestProducts:
+    """Of every layout of W; of the quantised ones, whose W is another, by what eye shows of it."""
+    W = noise(48, 64) * torch.linspace(0.1, 3, 48)[:, None]
+
+    @staticmethod
+    def check(w, dtype, far, n_bytes, *options):
+        product, (n, k) = generate.product(w, dtype, *options), w.shape
+        shown = product(torch.eye(k, dtype=dtype)).T.double()
+        for shape in ((1, k), (1, 1, k), (2, 3, k), (20, k)):
+            x = noise(*shape, seed=1, dtype=dtype)
+            wanted, found = x.double() @ shown.T, product(x)
+            assert found.dtype == dtype and (found - wanted).norm() < far * wanted.norm()
+        assert sum(tensor.nbytes for tensor in product.buffers()) == n_bytes
+        return next(product.buffers()), (shown - w).abs()
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    @pytest.mark.parametrize("dtype, far", [
+        (torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 5e-3)])
+    def test_equation(self, compiled, dtype, far, monkeypatch):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+        size = 48 * 64 * dtype.itemsize
+        stored, wrong = self.check(self.W, dtype, far, size, None, compiled)
+        assert torch.all(wrong <= far * self.W.abs())
+        assert stored.is_mkldnn == (
+            torch.backends.mkldnn.is_available() and not compiled and dtype != torch.float16
+            and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("kind, size", [("int8", 66), ("int4", 40)])
+    def test_quantised(self, dtype, kind, size):
+        """No weight is further from its own than half a step, and bf16's rounding."""
+        w = torch.cat((self.W, self.W + 9, torch.zeros(16, 64)))
+        largest = w.abs().amax(1)[:, None, None]
+        low, high = w.view(112, 2, 32).aminmax(dim=-1, keepdim=True)
+        step = {"int8": largest / 127, "int4": (high - low) / 15}[kind]
+        _, wrong = self.check(w, dtype, 2**-7, 112 * size, kind)
+        assert torch.all(wrong.view(112, 2, 32) <= step / 2 + largest / 200)
+
+    def test_int8_where_int4_does_not_fit(self):
+        for shape, kind, size in (((48, 64), torch.uint8, 40), ((40, 64), torch.int8, 66),
+                                  ((48, 50), torch.int8, 52)):
+            stored, _ = self.check(noise(*shape), torch.bfloat16, 2**-7, shape[0] * size, "int4")
+            assert stored.dtype == kind
+
+    def test_on_other_devices(self):
+        """The branches without kernels of the CPU, by tensors that say to be elsewhere."""
+        class Elsewhere(torch.Tensor):
+            device = torch.device("cuda")
+        x, w = noise(2, 3, 64), self.W.as_subclass(Elsewhere)
+        for kind in (None, "int8", "int4"):
+            there = generate.product(w, torch.float32, kind)
+            assert next(there.buffers()).dtype == {None: torch.float32}.get(kind, torch.int8)
+            found = there(x.as_subclass(Elsewhere)).as_subclass(torch.Tensor)
+            torch.testing.assert_close(found, x @ self.W.T, rtol=0.02, atol=0.4)
+
+
+class TestOpenModel:
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_logits_and_scores_in_every_format(self, tmp_path, tied):
+        config = replace(SMALL, dim=64, hidden_dim=96, vocab_size=112, tie_embeddings=tied)
+        save_meta(tmp_path, random_model(config))
+        x, model = tokens(1, 40), generate.load(tmp_path)
+        nll = generate.token_nll(model, x[0].tolist()).mean().item()
+        for dtype, quantize, far in (
+                ("auto", None, 1e-5), ("bf16", None, 0.03), ("fp16", None, 0.005),
+                ("auto", "int8", 0.05), ("fp32", "int8", 0.04), ("auto", "int4", 0.4)):
+            found = generate.open_model(tmp_path, generate.DTYPES[dtype], quantize)
+            with torch.no_grad():
+                wanted = model(x)
+                assert (found(x) - wanted).norm() < far * wanted.norm(), (dtype, quantize)
+            bits = generate.token_nll(found, x[0].tolist()).mean().item()
+            assert bits == pytest.approx(nll, rel=far / 10 + 1e-6), (dtype, quantize)
+
+    def test_half_precision_on_a_cpu(self, tiny):
+        """Its cache is in fp32, and so must be the query that reads it."""
+        half, texts = generate.open_model(tiny, torch.float16), []
+        for model in (half, generate.load(tiny)):
+            steps = list(generate.generate(model, [[1, 50, 60], [1]], 12, Sampling(0.0)))
+            texts.append([ids_of(steps, 0), ids_of(steps, 1)])
+        assert texts[0] == texts[1]
+        assert generate.new_cache(half, 1, 4).held[0][0].dtype == torch.float32
+
+    def test_no_compiler_is_needed(self, monkeypatch):
+        """nanoGPT#28, gpt-fast#68."""
+        monkeypatch.setattr(torch, "compile", lambda f: lambda x: [].pop())
+        with pytest.raises(ValueError, match="compiled here .pop.*; try without --compile"):
+            generate.check_compiler()
+
+    @pytest.mark.parametrize("layers, dtype, quantize, prompt", [
+        (4, None, None, [1, 2]), (18, None, "int8", [1, 2]), (3, torch.float16, None, [1])])
+    def test_compiled_once_for_groups_of_layers(self, tmp_path, monkeypatch, layers, dtype,
+                                                quantize, prompt):
+        from torch._dynamo.testing import CompileCounter
+        torch._dynamo.reset()
+        config = replace(SMALL, n_layers=layers, dim=64, hidden_dim=96)
+        save_meta(tmp_path, random_model(config))
+        run = partial(generate.generate, prompts=[prompt], max_new_tokens=30,
+                      sampling=Sampling(0.0))
+        wanted = ids_of(run(generate.open_model(tmp_path, dtype, quantize)))
+        counted, groups, real = CompileCounter(), [], torch.compile
+
+        def compiled(run, **options):
+            compiled = real(run, fullgraph=True, backend=counted)
+            return lambda *args: groups.append(len(args[0])) or compiled(*args)
+        monkeypatch.setattr(torch, "compile", compiled)
+        monkeypatch.setattr(generate, "check_compiler", lambda: None)
+        model = generate.open_model(tmp_path, dtype, quantize, compiled=True)
+        assert ids_of(run(model)) == wanted and counted.frame_count == 1
+        assert groups == {4: [4], 18: [9, 9], 3: [3]}[layers] * 29
+
+
+class TestSampling:
+    def test_temperature(self):
+        logits = noise(3, 50) * 3
+        close(Sampling(1.0, 0, 1.0).probabilities(logits), logits.softmax(-1))
+        close(Sampling(0.5, 0, 1.0).probabilities(logits), (logits * 2).softmax(-1))
+        close(Sampling(1e-45).probabilities(logits), Sampling(0.0).probabilities(logits))
+        greedy = Sampling(0.0).probabilities(logits)
+        assert torch.equal(greedy.argmax(-1), logits.argmax(-1)) and torch.all(greedy.sum(-1) == 1)
+
+    @pytest.mark.parametrize("k, p", [(1, 1.0), (7, 1.0), (0, 1.0), (0, 0.9), (0, 0.3), (0, 1e-6),
+                                      (5, 0.5), (99, 1.0)])
+    def test_cuts_of_transformers(self, k, p):
+        from transformers import TopKLogitsWarper, TopPLogitsWarper
+        for logits in (noise(20, 50) * 3, noise(9, 600) * 3, noise(9, 600) * 0.1):  # 256, or all
+            wanted = logits
+            if k:
+                wanted = TopKLogitsWarper(k)(None, wanted)
+            if p < 1:
+                wanted = TopPLogitsWarper(p)(None, wanted)
+            close(Sampling(1.0, k, p).probabilities(logits), wanted.softmax(-1))
+
+    @pytest.mark.parametrize("sampling", [Sampling(1.0, 0, 1.0), Sampling(0.7, 5, 0.9)])
+    def test_draws_the_distribution(self, sampling):
+        logits = noise(1, 7) * 2
+        drawn = sampling.draw(logits.expand(20000, 7), [sampling.generator(0)] * 20000)
+        share = torch.bincount(torch.tensor([token for token, _ in drawn]), minlength=7) / 20000
+        p, plain = sampling.probabilities(logits)[0], logits[0].log_softmax(-1)
+        assert (share - p).abs().sum() < 0.02 and torch.all(share[p == 0] == 0)
+        assert all(x == pytest.approx(plain[token].item()) for token, x in drawn[:20])
+
+    def test_the_largest_random_number_draws_a_token(self):
+        class Largest:
+            def random(self):
+                return 1 - 2**-53  # in fp32 it is 1
+        for seed in range(50):
+            logits, sampling = noise(4, 300, seed=seed) * 2, Sampling(1.0)
+            ids = [token for token, _ in sampling.draw(logits, [Largest()] * 4)]
+            assert torch.all(sampling.probabilities(logits)[range(4), ids] > 0)
+
+    def test_no_two_seeds_are_one(self):
+        """torch's generator gave the same numbers for 0, 4096 and 28672."""
+        seeds = [*range(100), *range(4096, 40960, 4096), 2**20, 2**32, 2**64, -1]
+        draws = {Sampling(seed=seed).generator(number).random() for seed in seeds
+                 for number in (0, 1, 4096)}
+        assert len(draws) == 3 * len(set(seeds))
+        assert Sampling(seed=7).generator(2).random() == Sampling(seed=7).generator(2).random()
+
+    def test_bad_settings(self):
+        for bad in ({"temperature": -1.0}, {"temperature": math.nan}, {"top_k": -1},
+                    {"top_p": 0.0}, {"top_p": 1.5}):
+            with pytest.raises(ValueError, match="try"):
+                Sampling(**bad)
 
 
 class TestGenerate:
@@ -1716,11 +1711,11 @@ class TestGenerate:
 
     def test_greedy_is_the_argmax_of_the_whole_text(self):
         model, ids = random_model(SMALL).eval(), [1, 5, 9]
-        steps = list(generate.generate(model, [ids], 12, Sampling(0.0)))
-        for (_, token, logprob), in steps:
+        for (_, token, logprob), in generate.generate(model, [ids], 12, Sampling(0.0)):
             wanted, best = model(torch.tensor([ids]))[0, -1].log_softmax(-1).max(-1)
             assert token == best and logprob == pytest.approx(wanted.item(), abs=1e-4)
             ids = ids + [token]
+        assert len(ids) == 15
 
     @pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0, 20, 0.95, seed=3)])
     def test_a_batch_is_each_alone(self, sampling):
@@ -1728,7 +1723,7 @@ class TestGenerate:
         together = list(generate.generate(model, self.PROMPTS, 20, sampling))
         for row, prompt in enumerate(self.PROMPTS):
             alone = list(generate.generate(model, [prompt], 20, sampling))
-            assert spelled(together, row) == spelled(alone, 0)
+            assert ids_of(together, row) == ids_of(alone)
 
     def test_seed_and_number_make_the_sample(self):
         model = random_model(SMALL).eval()
@@ -1736,64 +1731,38 @@ class TestGenerate:
         def draw(seed, numbers):
             steps = list(generate.generate(model, [[1]] * len(numbers), 20,
                                            Sampling(1.0, seed=seed), numbers=numbers))
-            return [spelled(steps, row) for row in range(len(numbers))]
+            return [ids_of(steps, row) for row in range(len(numbers))]
         one, two = draw(0, [0, 1])
         assert one != two and draw(0, [1])[0] == two and draw(1, [0])[0] not in (one, two)
 
     def test_ends_with_a_stop_id_or_the_context(self):
         model = random_model(SMALL).eval()
-        free = spelled(list(generate.generate(model, [[1]], 20, Sampling(0.0))), 0)
+        free = ids_of(generate.generate(model, [[1]], 20, Sampling(0.0)))
         stop = frozenset([free[3]])
         steps = list(generate.generate(model, [[1], [1, 2]], 20, Sampling(0.0), stop))
-        assert spelled(steps, 0) == free[:free.index(free[3]) + 1]
+        assert ids_of(steps) == free[:free.index(free[3]) + 1]
         room = list(generate.generate(model, [[1] * 60, [1]], 100, Sampling(0.0)))
-        assert len(spelled(room, 0)) == 4 and len(spelled(room, 1)) == 63
+        assert len(ids_of(room)) == 4 and len(ids_of(room, 1)) == 63
         with pytest.raises(ValueError, match="no room in the context of 64"):
             next(generate.generate(model, [[1] * 64], 1, Sampling()))
+        with pytest.raises(ValueError, match="no token; try one with BOS"):
+            next(generate.generate(model, [[1], []], 1, Sampling()))
 
-    def test_equal_prompts_are_read_once(self, read):
+    def test_equal_prompts_are_read_once(self, reads):
         model, prompts = random_model(SMALL).eval(), [[1, 5, 9], [7, 3], [1, 5, 9], [1, 5, 9]]
         run = partial(generate.generate, model, max_new_tokens=9, sampling=Sampling(1.0))
         together = list(run(prompts, numbers=[0, 0, 1, 2]))
-        assert [ids for _, ids, _ in read][0] == [[1, 5, 9], [7, 3, 0]]
-        assert {torch.tensor(ids).shape for _, ids, _ in read[1:]} == {(4, 1)} and len(read) == 9
+        assert reads[0][1] == [[1, 5, 9], [7, 3, 0]]
+        assert {torch.tensor(ids).shape for _, ids, _ in reads[1:]} == {(4, 1)} and len(reads) == 9
         for row, number in enumerate([0, 0, 1, 2]):
-            assert spelled(together, row) == spelled([*run([prompts[row]], numbers=[number])], 0)
+            assert ids_of(together, row) == ids_of(run([prompts[row]], numbers=[number]))
 
-    @pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0, seed=3)])
-    @pytest.mark.parametrize("speculate", [1, 3, 99])
-    def test_guesses_change_nothing_but_the_steps(self, read, sampling, speculate):
-        model = random_model(replace(SMALL, vocab_size=5)).eval()  # where many guesses are right
-        prompts = [[1, 2, 3, 1, 2], [4], [1, 2, 2, 1, 2, 2, 1]]
-        for n, stops in ((7, []), (99, []), (99, [2])):
-            steps = []
-            for guesses in (0, speculate):
-                steps.append(list(generate.generate(model, prompts, n, sampling, frozenset(stops),
-                                                    speculate=guesses)))
-            plain, guessed = ([[new for step in kind for new in step if new[0] == row]
-                               for row in range(3)] for kind in steps)
-            for prompt, one, other in zip(prompts, plain, guessed):
-                assert [new[:2] for new in one] == [new[:2] for new in other]
-                close(torch.tensor([x for *_, x in one]), torch.tensor([x for *_, x in other]))
-                assert stops or len(other) == min(n, 64 - len(prompt))
-            assert len(steps[1]) < len(steps[0]) or n == 7 or stops
-
-    def test_guesses_by_hand(self):
-        text = generate.Text([1, 2, 3, 1, 2])
-        assert text.guess(2) == [3, 1] and text.guess(9) == [3, 1, 2] and text.guess(0) == []
-        text.add(7)
-        assert text.guess(3) == [] == generate.Text([5]).guess(3)
-        text.add(1)
-        text.add(2)
-        assert text.guess(2) == [7, 1]  # the last place counts
-
-    @pytest.mark.parametrize("speculate", [0, 3])
-    def test_a_cache_goes_on_where_it_ends(self, speculate):
-        model, cache = random_model(replace(SMALL, vocab_size=5)).eval(), KVCache(SMALL, 1, 64)
-        run = partial(generate.generate, model, sampling=Sampling(0.0), speculate=speculate)
-        whole = spelled(list(run([[1, 2, 3, 4, 1, 2]], 99)), 0)
+    def test_a_cache_goes_on_where_it_ends(self):
+        model, cache = random_model(SMALL).eval(), KVCache(SMALL, 1, 64)
+        run = partial(generate.generate, model, sampling=Sampling(0.0))
+        whole = ids_of(run([[1, 2, 3, 4, 1, 2]], 99))
         next(run([[1, 2, 3]], 1, cache=cache))
-        assert spelled(list(run([[1, 2, 3, 4, 1, 2]], 99, cache=cache)), 0) == whole
+        assert ids_of(run([[1, 2, 3, 4, 1, 2]], 99, cache=cache)) == whole
         assert len(whole) == 58
 
     def test_scores_that_are_not_finite_are_said(self):
@@ -1803,55 +1772,41 @@ class TestGenerate:
             next(generate.generate(model, [[1]], 1, Sampling()))
 
 
-class Letters:
-    """A tokenizer of one byte a token, for tests of what is built on tokenizers."""
-    vocab_size, bos_id, eos_id, stop_ids, adds_bos = 97, 1, 2, frozenset([2]), True
-
-    def encode(self, text, bos=False, **options):
-        return [1] * bos + [byte - 30 for byte in text.encode()]
-
-    def token_bytes(self, token):
-        return b"" if token < 3 else bytes([token + 30])
-
-
 class TestSample:
-    def push(self, text, stops=(), end="length"):
-        sample = generate.Sample(Letters(), "x", frozenset([2]), list(stops))
-        shown = [sample.push(byte - 30, -1.0) for byte in text.encode() if not sample.finish_reason]
-        shown.append(sample.push(2, -1.0) if end == "stop" else
-                     "" if sample.finish_reason else sample.end("length"))
+    @staticmethod
+    def push(words, data, stops=(), last="length"):
+        """The sample, and what it shows after each byte (whose token is 3 more) and at the end."""
+        sample, shown = generate.Sample(words, "x", list(stops)), []
+        for byte in data:
+            if not sample.finish_reason:
+                shown.append(sample.push(byte + 3, -1.0))
+        if last == "stop":
+            shown.append(sample.push(2, -1.0))
+        elif not sample.finish_reason:
+            shown.append(sample.end("length"))
         return sample, shown
 
-    def test_streams_and_ends(self):
-        sample, shown = self.push("abc")
-        assert shown == ["a", "b", "c", ""] and sample.json() == {
-            "prompt": "x", "ids": [67, 68, 69], "text": "abc", "logprobs": [-1.0] * 3,
+    def test_streams_and_ends(self, words):
+        sample, shown = self.push(words, b"abc")
+        assert shown == ["a", "b", "c", ""] and json.loads(sample.json()) == {
+            "prompt": "x", "ids": [100, 101, 102], "text": "abc", "logprobs": [-1.0] * 3,
             "finish_reason": "length"}
-        sample, shown = self.push("ab", end="stop")
-        assert (sample.text, sample.finish_reason, sample.ids) == ("ab", "stop", [67, 68])
+        sample, shown = self.push(words, b"ab", last="stop")
+        assert (sample.text, sample.finish_reason, sample.ids) == ("ab", "stop", [100, 101])
+        assert self.push(words, "é".encode()[:1])[1] == ["", "\ufffd"]
 
-    def test_stop_texts_never_show(self):
-        sample, shown = self.push("abEaENDc", ["END", "zzz"])
+    def test_stop_texts_never_show(self, words):
+        sample, shown = self.push(words, b"abEaENDc", ["END", "zzz"])
         assert "".join(shown) == sample.text == "abEa" and sample.finish_reason == "stop"
         assert shown[2] == "" and shown[3] == "Ea"  # E may begin a stop text until a follows
-        sample, shown = self.push("abEN", ["END"])
-        assert "".join(shown) == "abEN"
-
-    def test_half_a_character_at_the_end(self):
-        sample = generate.Sample(Letters(), "x", frozenset([2]), [])
-        assert sample.push("é".encode()[0] - 30, -1.0) == ""
-        assert sample.end("length") == sample.text == "\ufffd"
+        assert "".join(self.push(words, b"abEN", ["END"])[1]) == "abEN"
+        assert self.push(words, b"abcd", ["bc", "abc"])[0].text == ""  # the earliest one counts
 
 
 class TestScore:
-    def test_every_token_once(self):
-        model, ids = random_model(SMALL).eval(), tokens(61).tolist()
-        logits = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
-        wanted = -logits.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
-        close(generate.token_nll(model, ids), wanted)
-
-    @pytest.mark.parametrize("n", [2, 3, 65, 66, 96, 97, 98, 129, 200, 201])
-    def test_windows_overlap_by_half(self, n):
+    @pytest.mark.parametrize("n", [2, 3, 61, 65, 66, 96, 97, 98, 129, 200, 201])
+    def test_windows_overlap_by_half(self, n, monkeypatch):
+        monkeypatch.setattr(generate, "logit_rows", lambda V, D: 7)
         model, ids = random_model(SMALL).eval(), tokens(n, seed=n).tolist()
         found = generate.token_nll(model, ids)
         assert len(found) == n - 1
@@ -1863,6 +1818,270 @@ class TestScore:
     def test_figures(self):
         row = generate.figures(4, 4 * math.log(2), 2)
         assert row["perplexity"] == pytest.approx(2) and row["bits_per_byte"] == pytest.approx(2)
+
+
+LLAMA3_CHAT = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
+    "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim "
+    "+ '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+    "{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant"
+    "<|end_header_id|>\n\n' }}{% endif %}")
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}")
+LLAMA2_CHAT = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set "
+    "system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set "
+    "system_message = false %}{% endif %}{% for message in loop_messages %}{% if loop.index0 == 0 "
+    "and system_message != false %}{% set content = '<<SYS>>\n' + system_message + '\n<</SYS>>\n\n'"
+    " + message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}{% if "
+    "message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif "
+    "message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}")
+
+
+@pytest.fixture
+def chat_tokenizer(words, tmp_path):
+    """A function of (kind, chat template): (ours, the same as transformers reads it)."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    def make(kind, template):
+        begins, ends = {"llama2": ("<s>", "</s>"), "chatml": ("<|im_start|>", "<|im_end|>"),
+                        "llama3": ("<|begin_of_text|>", "<|eot_id|>")}[kind]
+        if kind == "llama2":
+            theirs = tokenizers.Tokenizer.from_str(
+                tokenizer.huggingface_files(words)["tokenizer.json"].decode())
+        else:
+            in_bytes = tokenizers.pre_tokenizers.ByteLevel(False)
+            vocab = {character: i for i, character in enumerate(sorted(in_bytes.alphabet()))}
+            theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+            theirs.pre_tokenizer, theirs.decoder = in_bytes, tokenizers.decoders.ByteLevel()
+            theirs.add_special_tokens([begins, ends, "<|start_header_id|>", "<|end_header_id|>"])
+        if kind == "llama3":
+            theirs.post_processor = tokenizers.processors.TemplateProcessing(
+                f"{begins} $A", None, [(begins, theirs.token_to_id(begins))])
+        settings = {"bos_token": begins, "eos_token": ends}
+        theirs.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps({"chat_template": template, **settings}))
+        return (tokenizer.load_tokenizer(tmp_path / "tokenizer.json"),
+                PreTrainedTokenizerFast(tokenizer_object=theirs, **settings))
+    return make
+
+
+class TestTurn:
+    """Turns as the templates that were published spell them, by transformers."""
+
+    @pytest.mark.parametrize("kind, template", [
+        ("llama3", LLAMA3_CHAT), ("chatml", CHATML), ("llama2", LLAMA2_CHAT)])
+    def test_equals_transformers(self, kind, template, chat_tokenizer, words):
+        ours, oracle = chat_tokenizer(kind, template)
+        for system in ("Be brief.\nNo wife", ""):
+            said = [("user", "a man? 12"), ("assistant", "It is 42!"), ("user", "in want\n\nof x")]
+            said = [("system", system)] * bool(system) + said
+            said = [{"role": role, "content": text} for role, text in said]
+            wanted = oracle.apply_chat_template(said, chat_template=template, tokenize=True,
+                                                add_generation_prompt=True, return_dict=False)
+            answer = {"llama2": " It is 42! "}.get(kind, "It is 42!")
+            first = generate.turn(ours, "a man? 12", system)
+            found = first + ours.encode(answer, continues=True)
+            assert found + generate.turn(ours, "in want\n\nof x", system, False) == wanted
+            if kind == "llama2":  # whose own file names no format
+                assert generate.turn(words, "a man? 12", system) == first
+        special = set(ours.special.values())
+        names = " x ".join(set(ours.special) - {"<s>", "</s>"})
+        assert (special & {*generate.turn(ours, names, names)}
+                == special & {*generate.turn(ours, "a", "a")})
+
+    def test_what_is_refused(self, words, chat_tokenizer):
+        for text, system in (("a [/INST] b", ""), ("a", "<</SYS>>")):
+            with pytest.raises(ValueError, match="is a mark of this chat format; try"):
+                generate.turn(words, text, system)
+        for template, said in (("{{ '<|user|>' }}", "none of llama3, chatml, llama2; try --prompt"),
+                               ("{{ '[INST]' }}", "none of llama3, chatml, llama2; try --prompt"),
+                               ("<|im_start|>", "needs <.im_start.>, which the tokenizer has not")):
+            with pytest.raises(ValueError, match=said):
+                generate.turn(chat_tokenizer("llama2", template)[0], "a")
+
+
+class TestChat:
+    @staticmethod
+    def talk(monkeypatch, folder, *said, more=()):
+        said = iter(said)
+
+        def typed(prompt):
+            for text in said:
+                return text
+            raise EOFError
+        monkeypatch.setattr("builtins.input", typed)
+        try:
+            generate.main([str(folder), "--chat", "--temperature", "0", "--system", "S", *more])
+        except KeyboardInterrupt:
+            pytest.fail("Ctrl-C ended more than an answer")
+
+    @staticmethod
+    def told(reads):
+        """Of each turn: where it began, what was read, and the whole text at its end."""
+        text, turns = [], []
+        for at, (ids,), _ in reads:
+            text[at:] = ids
+            if len(ids) > 1:
+                turns.append((at, ids, list(text)))
+        return turns
+
+    @pytest.mark.parametrize("stopped", [False, True])
+    def test_reads_what_is_new(self, tiny, words, reads, monkeypatch, capsys, stopped):
+        """And Ctrl-C ends an answer, not the conversation."""
+        noted = Llama.hidden
+
+        def interrupted(model, *args):
+            h = noted(model, *args)
+            if stopped and len(reads) == 4:
+                raise KeyboardInterrupt
+            return h
+        monkeypatch.setattr(Llama, "hidden", interrupted)
+        self.talk(monkeypatch, tiny, "a man", "", "of x", more=["--max-new-tokens", "6"])
+        out, err = capsys.readouterr()
+        assert err.startswith("a conversation in the format llama2; Ctrl-C") and "error" not in err
+        assert (" [stopped]" in out) == stopped
+        one, two, three = self.told(reads)
+        first = generate.turn(words, "a man", "S")
+        second = generate.turn(words, "", "S", False)
+        assert one == (0, first, first) and two[1][-len(second):] == second
+        answer = two[2][len(first):-len(second)]
+        assert len(answer) == 6 - 3 * stopped and len(two[1]) <= 1 + len(second)
+        assert out[:2] == words.decode(words.encode("x") + answer)[1:3]
+        model = generate.load(tiny)
+        for at, ids, text in (two, three):
+            h, = (h for start, (some,), h in reads if (start, some) == (at, ids))
+            close(h[0, -1], model.hidden(torch.tensor([text]))[0, -1], atol=1e-4)
+
+    def test_a_full_context_begins_anew(self, tiny, words, reads, monkeypatch, capsys):
+        self.talk(monkeypatch, tiny, "a man", "of x " * 9, "x " * 200, "[INST]",
+                  more=["--max-new-tokens", "999"])
+        err = capsys.readouterr().err
+        assert re.findall("error: (a text of|.INST. is)", err) == ["a text of", "[INST] is"]
+        assert "the context of 128 tokens is full: it begins anew" in err
+        ids = [generate.turn(words, text, "S") for text in ("a man", "of x " * 9)]
+        assert [turn[:2] for turn in self.told(reads)] == [(0, ids[0]), (0, ids[1])]
+
+
+class TestEnds:
+    """alpaca-lora#325, TinyLlama#55, vllm#4180 (Llama 3 has two): output that never ends."""
+
+    def test_every_stop_of_the_family(self, chat_tokenizer, words):
+        for ours in (words, chat_tokenizer("llama3", "")[0], chat_tokenizer("chatml", "")[0]):
+            model = random_model(replace(SMALL, vocab_size=ours.vocab_size))
+            assert ours.eos_id in ours.stop_ids
+            for stop in ours.stop_ids:
+                script = iter(F.one_hot(torch.tensor([40, 41, stop]), ours.vocab_size) * 9.0)
+                model.logits = lambda h: next(script)[None, None]
+                sample, = generate.sample_texts(model, ours, ["a"], 20, Sampling(0.0))
+                assert (sample.ids, sample.finish_reason) == ([40, 41], "stop")
+
+    def test_those_of_generation_config(self, tiny, tmp_path):
+        shutil.copy(tiny / "tokenizer.model", tmp_path)
+        for text, more in (('{"eos_token_id": [2, 35]}', {35}), ('{"eos_token_id": 7}', {7}),
+                           ("{}", set()), ('{"eos_token_id": null}', set()), ("[", set())):
+            (tmp_path / "generation_config.json").write_text(text)
+            assert generate.tokenizer_beside(tmp_path, 400).stop_ids == {2} | more
+
+    def test_a_padded_vocabulary_is_named(self, tiny):
+        """Chinese-LLaMA#87, llama2.c#263, build-nanogpt#95: gibberish by another vocabulary."""
+        with pytest.raises(ValueError, match="400 tokens and the model 448: .* padded; try"):
+            generate.tokenizer_beside(tiny, 448)
+
+
+class TestGenerateCommand:
+    def test_one_text_and_many(self, tiny, words, capsys):
+        options = [str(tiny), "--prompt", "a man", "--max-new-tokens", "5"]
+        generate.main([*options, "--json"])
+        row = json.loads(capsys.readouterr().out)
+        text = "a man" + row["text"]
+        generate.main(options)
+        assert capsys.readouterr().out == text + "\n" and len(row["ids"]) == 5
+        generate.main([*options, "--num-samples", "2"])
+        assert capsys.readouterr().out.startswith(f"--- 1 of 2\n{text}\n--- 2 of 2\na man")
+        generate.main([str(tiny), "--prompt", "", "--stop", "the", "--json"])
+        assert "the" not in json.loads(capsys.readouterr().out)["text"]
+        for bad in (["--stop", ""], ["--chat", "--bench", "4"], ["--bench", "65"]):
+            with pytest.raises(ValueError, match="; try"):
+                generate.main([str(tiny), *bad])
+
+    def test_bench(self, tiny, capsys):
+        generate.main([str(tiny), "--bench", "4", "--quantize", "int8"])
+        row = json.loads(capsys.readouterr().out)
+        assert list(row) == ["prefill_tokens_per_s", "decode_tokens_per_s", "weight_gb",
+                             "bandwidth_gb_s", "bandwidth_fraction", "load_s", "first_token_s",
+                             "dtype", "quantize"]
+        matrices = 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 100 * 64) + 400 * 64
+        scales = 3 * (2 * 64 + 2 * 32 + 2 * 100 + 64) + 400
+        assert row["weight_gb"] * 1e9 == matrices + 2 * (scales + 7 * 64 + 400 * 64)
+        assert row["dtype"] == "bfloat16" and row["decode_tokens_per_s"] > 0
+
+    def test_score_says_ids_and_windows(self, tiny, words, tmp_path, capsys):
+        lines = [json.dumps({"text": text}) for text in (PROSE * 3, "in want of a wife")]
+        (tmp_path / "t.jsonl").write_text("\n".join(lines))
+        options = [str(tiny), "--score", str(tmp_path / "t.jsonl")]
+        generate.main([*options, "--json"])
+        long, short, total = map(json.loads, capsys.readouterr().out.splitlines())
+        assert [(row["window"], row["stride"]) for row in (long, short)] == [(128, 64), (128, 0)]
+        ids = words.encode("in want of a wife", bos=True)
+        scores = generate.load(tiny)(torch.tensor([ids]))[0].log_softmax(-1)
+        close(torch.tensor(short["logprobs"]), scores[range(len(ids) - 1), ids[1:]])
+        for row, text in ((long, PROSE * 3), (short, "in want of a wife")):
+            assert row["ids"] == words.encode(text)
+            assert row["nll"] == pytest.approx(-sum(row["logprobs"]), rel=1e-4)
+        assert total["tokens"] == len(long["ids"] + short["ids"]) and "ids" not in total
+        generate.main(options)
+        said = capsys.readouterr().out.splitlines()
+        assert [", in windows of 128 tokens, 64 apart" in line for line in said] == [1, 0, 0]
+        with pytest.raises(ValueError, match="holds no text; try"):
+            (tmp_path / "empty.txt").write_text("")
+            generate.main([str(tiny), "--score", str(tmp_path / "empty.txt")])
+
+    @pytest.mark.parametrize("format", generate.EXPORTS)
+    def test_export(self, tiny, words, tmp_path, capsys, format):
+        out, options = tmp_path / "out" / "model", ["--prompt", "a man", "--temperature", "0"]
+        out.parent.mkdir()
+        generate.main([str(tiny), "--export", format, str(out)])
+        with pytest.raises(ValueError, match="exists already"):
+            generate.main([str(tiny), "--export", format, str(out)])
+        if format == "meta":
+            assert (out / "tokenizer.model").read_bytes() == words.data
+        for path in (tiny, out):
+            generate.main([str(path), *options, "--max-new-tokens", "9"])
+        said = capsys.readouterr().out
+        assert said[:len(said) // 2] == said[len(said) // 2:] and "a man" in said
+        if format == "hf":
+            from transformers import AutoTokenizer, LlamaForCausalLM
+            theirs = AutoTokenizer.from_pretrained(out)
+            assert theirs.encode(PROSE) == words.encode(PROSE, bos=True)
+            assert (theirs.bos_token, theirs.eos_token) == ("<s>", "</s>")
+            model, x = LlamaForCausalLM.from_pretrained(out), tokens(1, 40, vocab=400)
+            close(model(x).logits, generate.load(tiny)(x), atol=1e-4)
+            ends = model.generation_config
+            assert (ends.bos_token_id, ends.eos_token_id) == (1, [2])
+
+    def test_gguf_with_its_vocabulary(self, tiny, words, tmp_path, capsys):
+        pytest.importorskip("gguf")
+        names = [words.processor.id_to_piece(i) for i in range(400)]
+
+        def vocabulary(w):
+            w.kv_data[0].pop("tokenizer.ggml.tokens")
+            w.kv_data[0].pop("tokenizer.ggml.scores")
+            w.add_token_list(names)
+            w.add_token_scores([words.processor.get_score(i) for i in range(400)])
+            w.add_token_types([2, 3, 3] + [6] * 256 + [1] * 141)
+            w.add_bos_token_id(1)
+            w.add_eos_token_id(2)
+        file, _ = save_gguf(tmp_path / "m", generate.load(tiny), extra=vocabulary)
+        for path in (tiny, file):
+            generate.main([str(path), "--prompt", "a man", "--temperature", "0", "--json"])
+        ours, theirs = capsys.readouterr().out.splitlines()
+        assert ours == theirs and len(json.loads(ours)["ids"]) > 20
 
 
 PAT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"  # Llama 3's
@@ -2276,18 +2495,18 @@ class TestFromGGUF:
         fields = self.fields(theirs, model="llama", scores=scores, add_space_prefix=front,
                              bos_token_id=1, eos_token_id=2)
         fields["tokenizer.ggml.token_type"][0] = 2
-        ours = tokenizer.from_gguf(fields)
+        ours = tokenizer.tokenizer_from_gguf(fields)
         TestHuggingFace().equal(ours, theirs)
         assert ours.adds_bos and (ours.bos_id, ours.stop_ids) == (1, {2, 420})
         with pytest.raises(ValueError, match="no token has id -1; try"):
-            tokenizer.from_gguf(fields | {"tokenizer.ggml.bos_token_id": -1})
+            tokenizer.tokenizer_from_gguf(fields | {"tokenizer.ggml.bos_token_id": -1})
         used = next(i for i in ours.encode(NOVEL) if len(ours.tokens[i]) > 2)
         fields["tokenizer.ggml.token_type"][used] = 5  # unused
-        assert used not in tokenizer.from_gguf(fields).encode(NOVEL)
+        assert used not in tokenizer.tokenizer_from_gguf(fields).encode(NOVEL)
         fields["tokenizer.ggml.token_type"][420] = 4
-        assert tokenizer.from_gguf(fields).token_bytes(420) == b"<|im_end|>"
+        assert tokenizer.tokenizer_from_gguf(fields).token_bytes(420) == b"<|im_end|>"
         if front:
-            assert len(check_lies(tokenizer.from_gguf, fields)) > 100
+            assert len(check_lies(tokenizer.tokenizer_from_gguf, fields)) > 100
 
     @pytest.mark.parametrize("pre, kind", [
         ("llama-bpe", "llama-bpe"), ("smollm", "smollm"), ("gpt-2", "gpt-2"), ("default", "gpt-2")])
@@ -2297,15 +2516,16 @@ class TestFromGGUF:
         fields = self.fields(theirs, model="gpt2", pre=pre, bos_token_id=bos, eos_token_id=eos,
                              eot_token_id=eot)
         fields["tokenizer.chat_template"] = "{{ 2 }}"
-        ours = tokenizer.from_gguf(fields)
+        ours = tokenizer.tokenizer_from_gguf(fields)
         TestHuggingFace().equal(ours, theirs)
         assert ours.adds_bos is (kind == "llama-bpe") and ours.chat_template == "{{ 2 }}"
         assert (ours.bos_id, ours.eos_id) == (bos, eos) and {eos, eot} <= ours.stop_ids
-        assert not tokenizer.from_gguf(fields | {"tokenizer.ggml.add_bos_token": False}).adds_bos
+        without = fields | {"tokenizer.ggml.add_bos_token": False}
+        assert not tokenizer.tokenizer_from_gguf(without).adds_bos
         with pytest.raises(ValueError, match="pre .qwen2.*; try"):
-            tokenizer.from_gguf(fields | {"tokenizer.ggml.pre": "qwen2"})
+            tokenizer.tokenizer_from_gguf(fields | {"tokenizer.ggml.pre": "qwen2"})
         if kind == "smollm":
-            assert len(check_lies(tokenizer.from_gguf, fields)) > 100
+            assert len(check_lies(tokenizer.tokenizer_from_gguf, fields)) > 100
 
 
 class TestStreamDecoder:
@@ -2447,6 +2667,767 @@ class TestTokenizerCommand:
         assert (status, out, err.count("\n"), err[:7]) == (2, "", 1, "error: ") and message in err
 
 
+class TestArrange:
+    CONFIG = LlamaConfig(32, 4, 8, 4, 36, 64, 32)
+
+    def arrange(self, options, size, near, seq_len=32, **change):
+        """options are dp tp pp, `-` where one is not given."""
+        dp, tp, pp = [None if option == "-" else option for option in options.split()]
+        return arrange(replace(self.CONFIG, **change), 8, seq_len, size, near, dp,
+                       tp and int(tp), pp and int(pp))
+
+    @pytest.mark.parametrize("options, size, near, layout", [
+        ("- - -", 1, 1, {}), ("none - -", 1, 1, {}), ("- - -", 4, 4, {"shards": 4}),
+        ("- - -", 8, 2, {"shards": 8}), ("ddp - -", 4, 2, {"replicas": 4}),
+        ("- 2 -", 4, 4, {"tp": 2, "shards": 2}), ("none 4 -", 4, 4, {"tp": 4}),
+        ("ddp - 2", 4, 4, {"pp": 2, "replicas": 2}),
+        ("fsdp 2 2", 8, 8, {"pp": 2, "tp": 2, "shards": 2}),
+        ("- - 4", 4, 4, {"pp": 4}), ("- 4 -", 32, 8, {"tp": 4, "shards": 8}),
+        ("hybrid - -", 8, 4, {"replicas": 2, "shards": 4}),  # the state within a machine
+        ("hybrid 2 -", 8, 4, {"replicas": 2, "shards": 2, "tp": 2}),
+        ("hybrid - -", 6, 4, {"replicas": 3, "shards": 2})])
+    def test_possible(self, options, size, near, layout):
+        found = self.arrange(options, size, near)
+        assert found == Layout(**layout) and found.size == size
+
+    @pytest.mark.parametrize("options, size, change, message", [
+        ("- 3 -", 3, {}, "--tp 3 does not divide n_kv_heads=4; try --tp with one of 1, 2, 4"),
+        ("- 4 -", 4, {"hidden_dim": 38}, "--tp 4 .* hidden_dim=38; try --tp with one of 1, 2$"),
+        ("- 4 -", 4, {"vocab_size": 61}, "--tp 4 .* vocab_size=61; try --tp with one of 1$"),
+        ("- 4 -", 4, {"seq_len": 30}, "--tp 4 .* seq_len=30; try --tp with one of 1, 2$"),
+        ("- - 5", 5, {}, "--pp 5: 4 layers .*; try --pp with up to 4"),
+        ("- 4 -", 6, {}, "6 processes .* --tp 4 x --pp 1; try .* product is one of 1, 2, 3, 6"),
+        ("- 2 4", 4, {}, "4 processes .* --tp 2 x --pp 4; try .* is one of 1, 2, 4"),
+        ("- - -", 9, {}, "9 data-parallel .* 8 sequences of a step; try at most 8 processes, or"),
+        ("ddp 2 -", 18, {}, "9 data-parallel .*; try at most 16 processes, or a larger"),
+        ("hybrid 4 -", 8, {"near": 2}, "over the 2 processes .* takes 4; try --dp fsdp"),
+        ("none 2 -", 4, {}, "--dp none .* 2 x 2 .*--dp ddp or --dp fsdp, or 2 processes")])
+    def test_impossible(self, options, size, change, message):
+        with pytest.raises(ValueError, match=message) as error:
+            self.arrange(options, size, **{"near": size, **change})
+        assert "\n" not in str(error.value)
+
+    def test_rows_that_do_not_divide_are_filled_up(self):
+        assert [Layout(1, 4, pp=2).passes(2048, rows) for rows in (3, 4)] == [172, 128]
+        assert Layout(pp=4).bubble(16) == 3 / 16 and Layout(tp=4).bubble(1) == 0
+        assert [train.stage_layers(SIZES["llama3.1-405b"][0], stage, 16) for stage in range(16)
+                ] == [7, *[8] * 14, 7]
+
+
+def saved_by_autograd(config, rows, seq_len, dtype, attention, backward):
+    """Bytes of activations that a layer in dtype really keeps for its backward."""
+    model = random_model(replace(config, n_layers=1), attention=attention, backward=backward,
+                         dtype=dtype)
+    x = torch.zeros(rows, seq_len, config.dim, dtype=dtype, requires_grad=True)
+    known = [*model.parameters(), *llama.rope_table(config, torch.arange(seq_len))]
+    known, held = {p.untyped_storage().data_ptr() for p in known}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if tensor.shape[:1] != (seq_len,) and storage.data_ptr() not in known:  # not rope's
+            held[storage.data_ptr()] = tensor, storage.nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.run_layers(x, seq_len, None)
+    return sum(size for _, size in held.values())
+
+
+class TestCost:
+    def test_flops(self):
+        config = SIZES["65b"][0]
+        matrices = 65285660672 - 32000 * 8192
+        assert train.flops_per_token(config, 2048) == 6 * matrices + 6 * 80 * 8192 * 2048
+        tied = SIZES["stories15m"][0]
+        assert train.flops_per_token(tied, 256) == 6 * 15191712 + 6 * 6 * 288 * 256
+
+    @pytest.mark.parametrize("backward, attention", [
+        ("manual", "fused"), ("manual", "tiled"), ("manual", "equation"), ("autograd", "fused"),
+        ("autograd", "equation")])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("change", [{}, {"n_kv_heads": 4, "hidden_dim": 64},
+                                        {"head_size": 20, "dim": 96}])
+    def test_memory_counts_what_is_saved(self, change, dtype, backward, attention):
+        config = replace(SMALL, n_layers=2, **change)
+        real = saved_by_autograd(config, 3, 40, dtype, attention, backward)
+        found = memory_needed(config, Layout(), 3, 40, dtype, attention, backward)
+        if backward == "manual" and attention == "equation":
+            real += 16 * 3 * config.n_heads * 40**2 // 2  # of one layer at a time
+        assert found["activations"] == pytest.approx(2 * real, rel=0.01)
+        assert sum(found[name] for name in ("weights", "gradients", "AdamW")) == (
+            16 * config.n_params + 4 * 21)  # a count of steps for each parameter
+        if backward == "autograd":
+            again = memory_needed(config, Layout(), 3, 40, dtype, attention, "recompute")
+            inputs = 2 * 3 * 40 * config.dim * dtype.itemsize
+            assert again["activations"] == inputs + found["activations"] // 2
+
+    def fit(self, name="7b", seq_len=2048, layout=Layout(), micro_batch=None, batch=2**22):
+        return train.fit_memory(SIZES[name][0], layout, batch // seq_len, seq_len, torch.bfloat16,
+                                "fused", "manual", "cpu", layout.size, micro_batch, name)
+
+    @pytest.mark.parametrize("there, name, seq_len, advice", [
+        (25e9, "7b", 2048,
+         "7b needs about 11[0-9] GB .*has 25 GB free for it; try --size llama3.2-1b"),
+        (25e9, "llama3.1-405b", 8192, "405b needs about .*; try --size"),
+        (4e8, "stories15m", 65536, "try .*--seq-len 32768")])
+    def test_what_does_not_fit_is_said_at_once(self, there, name, seq_len, advice, monkeypatch):
+        assert train.memory_there("cpu") > 1e8
+        monkeypatch.setattr(train, "memory_there", lambda device: int(there))
+        with pytest.raises(ValueError, match=advice):
+            self.fit(name, seq_len)
+
+    def test_fewer_sequences_at_once_where_more_do_not_fit(self, monkeypatch):
+        monkeypatch.setattr(train, "memory_there", lambda device: int(6e8))
+        size, roomy = self.fit("stories15m", 256)
+        assert size in (1, 2, 4, 8, 16) and not roomy
+        monkeypatch.setattr(train, "memory_there", lambda device: 2**50)
+        assert self.fit("stories15m", 256) == (32, True)  # 8192 tokens
+        assert self.fit("stories15m", 256, Layout(pp=2), batch=2**14) == (8, True)  # 4 x pp passes
+        assert self.fit("stories15m", 256, micro_batch=7) == (7, True)
+
+    def test_matmul_rate(self):
+        assert 1e8 < train.matmul_flops("cpu", torch.float32) < 1e15
+        assert train.matmul_flops("mps", torch.float32) is None
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_weights_are_those_of_torch(self, tied):
+        """Uneven shards: 48, 24, 100 and 97 rows over 7 ranks."""
+        from torch.distributed.fsdp import fully_shard
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+        config = replace(SMALL, tie_embeddings=tied)
+        dist.init_process_group("fake", rank=0, world_size=7, store=FakeStore())
+        try:
+            with torch.device("meta"):
+                model = Llama(config)
+            mesh = dist.init_device_mesh("cpu", (7,))
+            for part in (*model.layers, model):
+                fully_shard(part, mesh=mesh)
+            real = sum(p.to_local().numel() for p in model.parameters())
+        finally:
+            dist.destroy_process_group()
+        memory = memory_needed(config, Layout(shards=7), 1, 8, torch.float32, "fused", "manual")
+        assert memory["weights"] == memory["gradients"] == 4 * real > 4 * config.n_params / 7
+        assert memory["AdamW"] == 8 * real + 4 * len(list(model.parameters()))
+
+    def test_memory_falls_as_the_work_is_split(self):
+        config = replace(SMALL, n_layers=8, n_heads=8, n_kv_heads=8, dim=64, hidden_dim=128,
+                         vocab_size=512)
+
+        def need(layout, micro_batches=1, place=0):
+            return memory_needed(config, layout, 2, 32, torch.bfloat16, "fused", backward,
+                                 micro_batches, place)
+        for backward in llama.BACKWARD:
+            one, ddp, fsdp, hybrid = (need(Layout(replicas, shards)) for replicas, shards in
+                                      ((1, 1), (8, 1), (1, 8), (4, 2)))
+            assert ddp["weights"] == one["weights"] == 2 * hybrid["weights"] == 8 * fsdp["weights"]
+            assert fsdp["activations"] == ddp["activations"] <= one["activations"]
+            # Under autograd two inputs of products and two norms' weights are whole on each rank.
+            layers = {"manual": 0, "autograd": 8, "recompute": 1}[backward]
+            whole = layers * 3 * 2 * (2 * 32 * 64 + 64) * 2
+            assert 4 * need(Layout(tp=4))["activations"] == one["activations"] + whole
+            first, last = need(Layout(pp=4), 8, 0), need(Layout(pp=4), 8, 3)
+            if backward == "manual":  # a quarter of the layers, of four micro-batches or one
+                assert first["activations"] == one["activations"] == 4 * last["activations"]
+            assert first["logits"] == 0 < last["logits"] == one["logits"]
+
+    def test_buffers_and_logits(self):
+        config, x = SIZES["7b"][0], 4 * 2048 * 4096 * 2
+        root, matrices = (2 * 32000 + 1) * 4096, 32000 * 4096
+        layer = (config.n_params - root) // 32
+
+        def need(*layout):
+            found = memory_needed(config, Layout(*layout), 4, 2048, torch.bfloat16, "fused",
+                                  "manual", 8)
+            return found["buffers"], found["logits"] - 12 * llama.logit_rows(
+                32000 // layout[3], 4096) * 32000 // layout[3]
+        assert need(1, 1, 1, 1) == (0, 4 * matrices)
+        assert need(2, 1, 1, 1) == (2 * config.n_params + 4 * root, 4 * matrices)
+        assert need(1, 2, 1, 1) == (2 * (root + 2 * layer) + 6 * root, 8 * matrices)
+        assert need(1, 1, 1, 2) == (2 * x, 4 * matrices // 2)
+        first = 16 * layer + matrices  # in a pipeline whole copies, and no logits but at its end
+        assert memory_needed(config, Layout(1, 2, 2), 4, 2048, torch.bfloat16, "fused", "manual",
+                             8)["buffers"] == 6 * first
+
+    def test_bytes_on_the_wire(self):
+        config = SIZES["7b"][0]
+
+        def wire(layout, backward="manual", micro_batches=3, place=0):
+            return wire_bytes(config, layout, 4, 2048, torch.bfloat16, backward, micro_batches,
+                              place)
+        P, root, x = config.n_params, (2 * 32000 + 1) * 4096, 4 * 2048 * 4096 * 2
+        nothing = {"replicas": 0, "shards": 0, "pp": 0, "tp": 0}
+        assert wire(Layout()) == nothing
+        assert wire(Layout(8)) == {**nothing, "replicas": 2 * 4 * P * 7 // 8}  # once, in fp32
+        fsdp = wire(Layout(1, 8))["shards"]
+        assert fsdp == 3 * (2 * P + 2 * (P - root) + 4 * P) * 7 // 8
+        assert wire(Layout(2, 8)) == {**nothing, "shards": fsdp, "replicas": 2 * 4 * P // 8 // 2}
+        half = wire(Layout(2, pp=2), place=1)["replicas"] // 4  # the parameters of the last stage
+        assert wire(Layout(1, 8, pp=2), place=1)["shards"] == 6 * half * 7 // 8
+        for backward, exchanges in (("manual", 10), ("autograd", 8), ("recompute", 12)):
+            tensor = wire(Layout(tp=8), backward)
+            assert tensor == {**nothing, "tp": 3 * (32 * exchanges + 4) * x * 7 // 8}
+        crossings = [wire(Layout(tp=2, pp=4), place=place)["pp"] for place in range(4)]
+        assert crossings == [3 * n * x // 2 for n in (1, 2, 2, 1)]
+
+
+def planned(size="7b", gpus=8, dp=None, tp=None, pp=None, gpu="H100", mfu=None, **change):
+    """The plan of a size, in a layout that is asked for as on the command line."""
+    config, recipe = SIZES[size]
+    recipe, seq_len = recipe.filled()[0], config.max_seq_len
+    run = SimpleNamespace(size=size, config=config, recipe=recipe, seq_len=seq_len, dtype="bf16",
+                          attention="fused", backward="manual", micro_batch=None, steps=None)
+    vars(run).update(change)
+    run.rows = recipe.batch_tokens // run.seq_len
+    run.layout = arrange(config, run.rows, run.seq_len, gpus, min(gpus, train.NODE), dp, tp, pp)
+    return train.plan(run, gpus, gpu, mfu)
+
+
+class TestPlan:
+    @pytest.mark.parametrize("gpu_hours, watts, mwh, tons, within", [
+        (809472, 400, 356, 137, 0.005), (1082880, 400, 475, 183, 0.005),  # OPT, BLOOM: Table 15
+        (82432, 400, 36, 14, 0.005), (135168, 400, 59, 23, 0.005),
+        (530432, 400, 233, 90, 0.005), (1022362, 400, 449, 173, 0.005),
+        (184320, 400, None, 31.22, 0.005), (368640, 400, None, 62.44, 0.005),  # Llama 2
+        (1038336, 350, None, 153.90, 0.005), (1720320, 400, None, 291.42, 0.005),
+        (1.3e6, 700, None, 390, 0.035), (6.4e6, 700, None, 1900, 0.035),  # Llama 3 to 3.2
+        (1.46e6, 700, None, 420, 0.035), (7.0e6, 700, None, 2040, 0.035),
+        (30.84e6, 700, None, 8930, 0.035), (370e3, 700, None, 107, 0.035),
+        (460e3, 700, None, 133, 0.035)])
+    def test_energy_and_carbon_of_the_papers(self, gpu_hours, watts, mwh, tons, within):
+        found = train.energy(gpu_hours, watts)
+        unit = 1 if mwh else 0  # Table 15 is cut to whole numbers
+        assert found[1] == pytest.approx(tons, rel=within, abs=unit)
+        assert mwh is None or found[0] == pytest.approx(mwh, rel=within, abs=unit)
+
+    def test_65b_takes_21_days(self):
+        """At the paper's 380 tokens/s on each of 2,048 A100: 49.7 % of their FLOP/s."""
+        mfu = 380 * train.flops_per_token(SIZES["65b"][0], 2048) / 312e12
+        found = planned("65b", 2048, gpu="A100", mfu=mfu, tp=8)
+        assert found["tokens_per_s"] == pytest.approx(380 * 2048)
+        assert found["days"] == pytest.approx(20.8, abs=0.05)
+        assert found["mfu_as_papers"] == pytest.approx(0.497, abs=5e-4)
+        assert found["gpu_hours"] == pytest.approx(1022362, rel=0.005)
+        assert found["tco2eq"] == pytest.approx(173, rel=0.005)
+
+    def test_405b_as_it_was_trained(self):
+        found = planned("llama3.1-405b", 16384, tp=8, pp=16, seq_len=8192)
+        assert {"replicas": 1, "shards": 128, "tp": 8, "pp": 16}.items() <= found.items()
+        assert found["each"]["needs"] < 72e9 and found["fits"] == "yes"
+        assert found["bubble"] == 15 / 16 and 0.2 < found["mfu"] < 0.3
+
+    @pytest.mark.parametrize("options, nearest", [
+        ({"gpus": 8, "dp": "ddp"}, "--dp fsdp --tp 1 --pp 1"),
+        ({"gpus": 1}, "more --gpus or --backward recompute"),
+        ({"size": "llama3-70b", "gpus": 64, "pp": 8, "dp": "ddp"}, "--dp fsdp --tp 4 --pp 8")])
+    def test_what_does_not_fit_says_what_does(self, options, nearest):
+        found = planned(**options)
+        assert found["each"]["needs"] > 72e9 and found["fits"] == f"no; try {nearest}"
+
+    def test_recomputing_takes_a_third_longer_in_less_memory(self):
+        one, two = planned(backward="manual"), planned(backward="recompute")
+        assert two["step_s"] == pytest.approx(4 / 3 * one["step_s"])
+        assert two["memory"]["activations"] < one["memory"]["activations"] / 4
+
+    def test_cpu(self):
+        found = planned("tiny", 2, gpu="cpu", steps=50, dtype="fp32")
+        assert found["steps"] == 50 and found["tokens"] == 50 * 2048 and 0 < found["days"] < 1
+        with pytest.raises(ValueError, match="only the bf16 .*; try --dtype bf16"):
+            planned(dtype="fp32")
+
+    def test_text(self):
+        lines = train.plan_text(planned()).splitlines()
+        assert len(lines) <= 40 and max(map(len, lines)) <= 80
+        for line in ("params                6,738,415,616", "memory weights        3.37 GB",
+                     "each has              80.00 GB", "fits                  yes"):
+            assert line in lines
+
+
+def tensors_of(parameters):
+    """What a state holds of these parameters, with other values in each tensor of AdamW."""
+    parameters = dict(parameters)
+    optimizer = train.make_optimizer(parameters, Recipe(0.1, 1, 1, eps=1e-8))
+    for i, p in enumerate(parameters.values()):
+        optimizer.state[p]["exp_avg"].fill_(i)
+    return train.state_tensors(parameters, optimizer)
+
+
+def save_now(folder, tensors, step, before=None):
+    saving = train.save_state(folder, tensors, {"step": step, "skipped": 7}, before)
+    saving.wait()
+    return saving
+
+
+def files(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+class TestState:
+    @pytest.fixture
+    def states(self, tmp_path):
+        """A folder with states of steps 1 to 3, of which two are kept, and the last tensors."""
+        tensors, saving = tensors_of(random_model(SMALL).named_parameters()), None
+        for step in (1, 2, 3):
+            tensors["model.norm.weight"].fill_(step)
+            saving = train.save_state(tmp_path, tensors, {"step": step, "skipped": step}, saving)
+        saving.wait()
+        return tmp_path, tensors
+
+    def test_there_and_back_keeps_two(self, states):
+        folder, tensors = states
+        assert files(folder) == ["step-000000002", "step-000000003"]
+        wanted = {name: t.clone() for name, t in tensors.items()}
+        for t in tensors.values():
+            t.fill_(-1)
+        assert train.load_state(folder, tensors) == {"step": 3, "skipped": 3}
+        assert all(torch.equal(t, wanted[name]) for name, t in tensors.items())
+        kinds = {name.split(".")[0] for name in tensors}
+        assert kinds == {"model", "exp_avg", "exp_avg_sq", "step"}
+        assert train.load_state(folder / "none", tensors) is None
+
+    @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "facts.json"])
+    @pytest.mark.parametrize("size", [None, 0, 30])
+    def test_damaged_is_named_and_passed_over(self, states, name, size, capsys):
+        """A file of the newest state is gone, or cut to so many bytes."""
+        folder, tensors = states
+        file = folder / "step-000000003" / name
+        data = file.read_bytes()
+        file.unlink()
+        if size is not None:
+            file.write_bytes(data[:size])
+        assert train.load_state(folder, tensors)["step"] == 2
+        assert torch.all(tensors["model.norm.weight"] == 2)
+        said = capsys.readouterr().err
+        assert "step-000000003 is damaged" in said and said.count("\n") == 1
+        shutil.rmtree(folder / "step-000000002")
+        with pytest.raises(ValueError, match="no state in .* is good; try --fresh"):
+            train.load_state(folder, tensors)
+
+    @pytest.mark.parametrize("name, least", [(".metadata", 12), ("__0_0.distcp", 9),
+                                             ("facts.json", 12)])
+    def test_no_flipped_bit_is_loaded(self, states, name, least):
+        """Such a state is passed over, or the bit is one of padding, which means nothing."""
+        folder, tensors = states
+        wanted, passed_over = {name: t.clone() for name, t in tensors.items()}, 0
+        file = folder / "step-000000003" / name
+        data = file.read_bytes()
+        for bit in tokens(12, vocab=8 * len(data)).tolist():
+            flipped = bytearray(data)
+            flipped[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(flipped)
+            if train.load_state(folder, tensors)["step"] == 2:
+                passed_over += 1
+            else:
+                assert all(torch.equal(t, wanted[name]) for name, t in tensors.items())
+        assert passed_over >= least
+
+    @pytest.mark.parametrize("word", ["mkdir", "BytesStorageMetadata", None])
+    def test_hostile_metadata_is_not_executed(self, states, capsys, word):
+        """Metadata of someone who means it, checksum included; None: as it was."""
+        from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+        folder, tensors = states
+        state, mark = folder / "step-000000003", folder / "executed"
+        metadata, facts = train.SafeReader(state).metadata, {"step": 3, "skipped": 3}
+
+        class Bomb:
+            def __reduce__(self):
+                return os.mkdir, (str(mark),)
+        if word == "BytesStorageMetadata":  # would be unpickled when it is loaded
+            metadata.state_dict_metadata["model.norm.weight"] = BytesStorageMetadata()
+        (state / ".metadata").write_bytes(pickle.dumps(Bomb() if word == "mkdir" else metadata))
+        facts["crc32"] = train.checksum(state, facts)
+        (state / "facts.json").write_text(json.dumps(facts))
+        assert train.load_state(folder, tensors)["step"] == (2 if word else 3)
+        assert not mark.exists() and (word or "") in capsys.readouterr().err
+
+    def test_a_full_disk_keeps_the_older_states(self, states):
+        folder, tensors = states
+        with full_disk(100_000):
+            with pytest.raises(OSError, match="state of step 4 could not be written.*try to free"):
+                save_now(folder, tensors, 4)
+        assert files(folder) == ["step-000000002", "step-000000003"]
+        assert train.load_state(folder, tensors)["step"] == 3
+
+    @pytest.mark.parametrize("free", [0, 2**60])
+    def test_a_save_is_of_its_moment(self, tmp_path, monkeypatch, free):
+        monkeypatch.setattr(train, "memory_there", lambda device: free)
+        tensors, release, write = {"x": torch.ones(3)}, threading.Event(), train.Writer.write_data
+
+        def slow(*args):
+            assert release.wait(60)
+            return write(*args)
+        monkeypatch.setattr(train.Writer, "write_data", slow)
+        if free == 0:  # no room for a copy: nobody may change it before it is saved
+            release.set()
+        saving = train.save_state(tmp_path, tensors, {"step": 1})
+        assert (tmp_path / "step-000000001").exists() == (free == 0)
+        tensors["x"].fill_(2)
+        wanted = torch.get_rng_state()
+        release.set()
+        saving = train.save_state(tmp_path, tensors, {"step": 2}, saving)  # waits for the first
+        assert (tmp_path / "step-000000001").exists()
+        saving.wait()
+        saving.wait()  # once is enough
+        torch.rand(3)
+        assert train.load_state(tmp_path, tensors)["step"] == 2 and torch.all(tensors["x"] == 2)
+        assert torch.equal(torch.get_rng_state(), wanted)
+        shutil.rmtree(tmp_path / "step-000000002")
+        assert train.load_state(tmp_path, tensors)["step"] == 1 and torch.all(tensors["x"] == 1)
+
+    def test_ctrl_c_is_no_damage(self, states, monkeypatch):
+        def pressed(*args, **options):
+            raise KeyboardInterrupt
+        monkeypatch.setattr(train.SafeReader, "read_data", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            train.load_state(*states)
+
+    def test_a_state_of_a_later_step_goes(self, states):
+        folder, tensors = states
+        (folder / "step-000000009").mkdir()  # damaged: the run went back to step 3
+        (folder / "saving").mkdir()  # of a save that was cut short
+        save_now(folder, tensors, 4)
+        assert files(folder) == ["step-000000003", "step-000000004"]
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_export_is_the_model(self, tmp_path, tied):
+        model = random_model(replace(SMALL, tie_embeddings=tied))
+        save_now(tmp_path / "state", tensors_of(model.named_parameters()), 1)
+        train.export_state(tmp_path / "state" / "step-000000001", model.config, tmp_path)
+        found = torch.load(tmp_path / "consolidated.00.pth")
+        assert list(found) == [name for name, _ in model.named_parameters()]
+        loaded = train.load(tmp_path)
+        assert loaded.config == model.config
+        for name, w in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], w)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    def test_export_holds_one_tensor(self, tmp_path, monkeypatch):
+        config, used = replace(SMALL, n_layers=24, dim=256, hidden_dim=512), []
+        weights = {f"model.{name}": torch.randn(shape)
+                   for name, shape in train.shapes(config).items()}
+        save_now(tmp_path, weights, 1)
+        owner = sys.modules[train.write_meta.__module__]
+
+        def anonymous():
+            status = Path("/proc/self/status").read_text()
+            return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
+
+        def measured(file, weight, dtype, write=owner.write_tensor):
+            write(file, weight, dtype)
+            used.append(anonymous() - before)
+        monkeypatch.setattr(owner, "write_tensor", measured)
+        before = anonymous()
+        train.export_state(tmp_path / "step-000000001", config, tmp_path / "out")
+        assert len(used) == 24 * 9 + 3 and max(used) < 4 * config.n_params / 5
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file of this process may grow beyond so many bytes."""
+    import resource
+    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+SMALL_EVEN = replace(SMALL, n_layers=4, vocab_size=96)
+LAYOUTS_OF_STATES = {"stages": Layout(pp=4), "grid": Layout(shards=2, tp=2),
+                     "four": Layout(shards=4), "hybrid": Layout(replicas=2, shards=2)}
+
+
+def rank_states(folder):
+    """One of four ranks: states through every layout, disks that are full, damage, wrong bits."""
+    folder, report, source, saving = Path(folder), {}, "one", None
+    with train.join("cpu", 60) as world:
+        rank = world.rank
+        torch.manual_seed(rank)
+        for name, layout in LAYOUTS_OF_STATES.items():
+            engine = train.Engine(SMALL_EVEN, layout, "cpu", 1, seed=100)
+            tensors = tensors_of(engine.parameters)
+            facts = train.load_state(folder / source, tensors)
+            saving = train.save_state(folder / name, tensors, facts, saving)
+            saving.wait()
+            source = name
+        with full_disk(2_000 if rank == 2 else 2**40):
+            try:
+                save_now(folder / "hybrid", tensors, 2, saving)
+            except OSError as error:
+                dist.barrier()
+                report["full"] = str(error), files(folder / "hybrid")
+            dist.barrier()
+        save_now(folder / "hybrid", tensors, 2, saving)
+        if rank == 0:
+            (folder / "hybrid" / "step-000000002" / "__3_0.distcp").write_bytes(b"")
+        dist.barrier()
+        report["damaged"] = train.load_state(folder / "hybrid", tensors)
+        train.replicas_agree(tensors)
+        if rank == 1:
+            tensors["model.norm.weight"].to_local().view(torch.int32)[3] ^= 1
+        try:
+            train.replicas_agree(tensors)
+        except SystemExit as end:
+            report["wrong"] = end.code
+        (folder / f"report-{rank}").write_text(json.dumps(report))
+        dist.barrier()
+        Path(folder / f"pid-{rank}").write_text(str(os.getpid()))
+        time.sleep(60)  # until the test ends the parent
+
+
+def rank_world(folder):
+    """One of two ranks. At first one is killed while it writes; then all meet a mistake."""
+    with train.join("cpu", 60) as world:
+        rank, state, x = world.rank, Path(folder, "state"), {"x": torch.ones(4)}
+        facts = train.load_state(state, x)
+        if facts is None:  # the first time
+            save_now(state, x, 1)
+            write = train.Writer.write_data
+
+            def killed(*args):
+                if rank == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return write(*args)
+            train.Writer.write_data = killed
+        save_now(state, x, 2)
+        made = train.together(lambda: {"made by": rank})
+        everywhere = train.together(lambda: rank + 5, everywhere=True)
+        Path(folder, f"world-{rank}").write_text(
+            repr([*world, torch.get_num_threads(), facts, made, everywhere]))
+
+        def fail_on_1():
+            if rank == 1:
+                raise OSError(28, "No space left on device", "shards")
+        try:
+            train.together(fail_on_1, everywhere=True)
+        except OSError as error:
+            Path(folder, f"error-{rank}").write_text(str(error))
+        raise ValueError("there is no such corpus; try --data")
+
+
+def rank_start(folder, case, n):
+    """The process that starts n ranks."""
+    command = [sys.executable, "-W", "ignore", __file__, "rank", case, folder]
+    sys.exit(train.start(int(n), command, Path(folder) / "state"))
+
+
+def start_ranks(folder, case, n):
+    """Starts a process that starts n ranks; what they say comes into folder/err."""
+    command = [sys.executable, "-W", "ignore", __file__, "rank", "start", str(folder), case, str(n)]
+    with open(folder / "err", "w") as err:
+        return subprocess.Popen(command, stderr=err, cwd=HERE)
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def alive(pid):
+    """Neither gone nor only waiting to be asked for its status."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """What four ranks made of a state of one process: the folder, that state, their reports and
+    what they said. Then the process that started them is killed, while they sleep."""
+    folder = tmp_path_factory.mktemp("four")
+    torch.manual_seed(7)
+    wanted = tensors_of(random_model(SMALL_EVEN).named_parameters())
+    save_now(folder / "one", wanted, 1)
+    parent, pids = start_ranks(folder, "states", 4), [folder / f"pid-{rank}" for rank in range(4)]
+    until(lambda: all(pid.exists() for pid in pids) or parent.poll() is not None)
+    assert parent.poll() is None, (folder / "err").read_text()
+    pids = [int(pid.read_text()) for pid in pids]
+    assert all(map(alive, pids))
+    parent.kill()
+    parent.wait()
+    time.sleep(1)  # ranks look every half a second
+    reports = [json.loads((folder / f"report-{rank}").read_text()) for rank in range(4)]
+    return folder, wanted, reports, (folder / "err").read_text(), pids
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder of rank_world, the status and what was said."""
+    folder = tmp_path_factory.mktemp("two")
+    status = start_ranks(folder, "world", 2).wait(60)
+    return folder, status, (folder / "err").read_text().splitlines()
+
+
+class TestStatesOfRanks:
+    @pytest.mark.parametrize("layout", LAYOUTS_OF_STATES)
+    def test_there_and_back_through_every_layout(self, four, layout):
+        folder, wanted, *_ = four
+        tensors = {name: torch.full_like(t, -1) for name, t in wanted.items()}
+        torch.manual_seed(8)
+        assert train.load_state(folder / layout, tensors) == {"step": 1, "skipped": 7}
+        assert all(torch.equal(t, wanted[name]) for name, t in tensors.items())
+        assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(7).get_state())
+        written = {file.name for file in (folder / layout / "step-000000001").glob("*.distcp")}
+        assert written == {f"__{rank}_0.distcp" for rank in range(4)}
+
+    def test_one_full_disk_is_told_to_all(self, four):
+        for report in four[2]:
+            message, there = report["full"]
+            assert re.match(r"the state of step 2 could not be written \(.*; try to free", message)
+            assert there == ["step-000000001"]
+
+    def test_damage_is_seen_by_all(self, four):
+        assert [report["damaged"] for report in four[2]] == 4 * [{"step": 1, "skipped": 7}]
+        said = [line for line in four[3].splitlines() if "damaged" in line]
+        assert len(said) == 1 and "step-000000002 is damaged and passed over" in said[0]
+
+    def test_a_rank_killed_while_it_writes(self, two):
+        folder, _, said = two
+        assert files(folder / "state") == ["step-000000001", "step-000000002"]
+        assert said[0] == "rank 1 was killed by signal 9; going on from the last good state"
+
+
+class TestReplicasAgree:
+    def test_a_wrong_bit_ends_all_ranks(self, four):
+        assert [report["wrong"] for report in four[2]] == 4 * [1]
+        said = re.findall("error: (.*) is not what the other copies are (.*):", four[3])
+        assert said == [("model.norm.weight of rank 1 or 3", "(1 such tensors)")]
+
+
+class TestJoin:
+    def test_place_and_threads(self, two):
+        from tokenizer import cores
+        for rank in range(2):
+            found = eval((two[0] / f"world-{rank}").read_text())
+            assert found[:5] == [rank, 2, rank, 2, max(1, cores() // 2)]
+            assert found[5] == {"step": 1, "skipped": 7}  # of the state that was good
+
+    def test_a_mistake_of_all_is_one_line(self, two):
+        _, status, said = two
+        assert status == 2 and said[1:] == ["error: there is no such corpus; try --data"]
+
+    def test_the_mistake_of_one_rank_has_its_number(self, monkeypatch):
+        begin = partial(dist.init_process_group, store=dist.HashStore(), rank=0, world_size=1)
+        monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: begin("gloo"))
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        threads = torch.get_num_threads()
+        try:
+            with pytest.raises(ValueError, match="^rank 1: no disk here; try another"):
+                with train.join("cpu", 60):
+                    raise ValueError("no disk here; try another")
+        finally:
+            dist.destroy_process_group()
+            torch.set_num_threads(threads)
+
+    def test_alone_nothing_is_started(self):
+        with train.join("cpu", 60) as world:
+            assert world == (0, 1, 0, 1) and not dist.is_initialized()
+
+
+class TestTogether:
+    def test_result_is_everyones(self, two):
+        for rank in range(2):
+            assert eval((two[0] / f"world-{rank}").read_text())[6:] == [{"made by": 0}, 5]
+
+    def test_error_is_everyones(self, two):
+        for rank in range(2):
+            assert "No space left on device" in (two[0] / f"error-{rank}").read_text()
+
+    def test_alone(self):
+        assert train.together(lambda: 7) == train.together(lambda: 7, everywhere=True) == 7
+
+
+@pytest.fixture
+def handlers():
+    """Puts pytest's handlers of signals back."""
+    kept = {number: signal.getsignal(number) for number in train.STOPS}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+class TestStopper:
+    @pytest.mark.parametrize("number", train.STOPS)
+    def test_first_it_is_noted_then_it_acts(self, number, handlers, capsys):
+        before, stopper = signal.getsignal(number), train.Stopper()
+        os.kill(os.getpid(), number)
+        assert stopper.signal == number and signal.getsignal(number) == signal.SIG_DFL
+        assert "stopping after this step" in capsys.readouterr().err
+        stopper.close()
+        assert signal.getsignal(number) == before
+
+    def test_what_is_ignored_stays_ignored(self, handlers):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        stopper = train.Stopper()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stopper.signal == 0
+        stopper.close()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("handlers")
+class TestStart:
+    """The ranks are lines for a shell; $AGAIN starts came before."""
+
+    def start(self, folder, line):
+        (folder / "state").mkdir(exist_ok=True)
+        line = f"cd {folder}; AGAIN=$TORCHELASTIC_RESTART_COUNT; touch $AGAIN-$RANK; {line}"
+        return train.start(2, ["sh", "-c", line], folder / "state")
+
+    def test_a_dead_rank_is_started_again_with_the_others(self, tmp_path, capfd):
+        status = self.start(tmp_path, "[ $AGAIN = 3 ] && exit; [ $RANK = 0 ] && sleep 60;"
+                            "mkdir state/step-$AGAIN; [ $AGAIN = 0 ] && exit 1; kill -9 $$")
+        assert status == 0 and files(tmp_path)[-3:] == ["3-0", "3-1", "state"]
+        lines = capfd.readouterr().err.splitlines()
+        assert lines[0] == "rank 1 ended with status 1; going on from the last good state"
+        assert lines[1:] == 2 * ["rank 1 was killed by signal 9; going on from the last good state"]
+
+    @pytest.mark.parametrize("state", ["state/step-1", "state"])
+    def test_twice_without_a_new_state_is_the_end(self, tmp_path, capfd, state):
+        line = f"mkdir -p {state}; [ $RANK = 1 ] && kill -9 $$; sleep 60"
+        assert self.start(tmp_path, line) == 1
+        first, last = capfd.readouterr().err.splitlines()
+        assert "going on" in first
+        assert last.startswith("error: rank 1 was killed by signal 9, again")
+        assert "1-0" in files(tmp_path) and "2-0" not in files(tmp_path)
+
+    @pytest.mark.parametrize("status", [2, 143, 130, 129, 0])
+    def test_what_was_meant_is_not_tried_again(self, tmp_path, status, capfd):
+        """Asked to stop, others may still save; after a mistake they may wait for ever."""
+        line = f"[ $RANK = 0 ] && sleep 0.4; touch saved-$RANK; exit {status}"
+        assert self.start(tmp_path, line) == status
+        assert ("saved-0" in files(tmp_path)) == (status != 2)
+        assert capfd.readouterr().err == "" and "1-0" not in files(tmp_path)
+
+    @pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
+    def test_a_signal_is_passed_on_once_and_ranks_may_save(self, tmp_path, name):
+        line = (f"trap 'echo got >> got-$RANK' {name}; touch ready-$RANK; while [ ! -e got-$RANK ];"
+                "do sleep 0.02; done; sleep 0.3; touch saved-$RANK; exit 77")
+        number = signal.Signals[f"SIG{name}"]
+
+        def send():
+            until(lambda: {"ready-0", "ready-1"} <= set(files(tmp_path)))
+            os.kill(os.getpid(), number)
+        thread = threading.Thread(target=send)
+        thread.start()
+        assert self.start(tmp_path, line) == 128 + number
+        thread.join()
+        for rank in range(2):
+            assert (tmp_path / f"got-{rank}").read_text() == "got\n"
+            assert (tmp_path / f"saved-{rank}").exists()
+
+    def test_ignored_hangups_stay_ignored(self, tmp_path):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert self.start(tmp_path, "kill -HUP $PARENT_PID; sleep 0.1") == 0
+
+    def test_without_the_parent_no_rank_lives(self, four):
+        assert not any(alive(pid) for pid in four[4])
+
+
 def shards(folder, sizes, weights=None):
     """Token shards of counted numbers, so that a token says where it stands."""
     sources = []
@@ -2460,59 +3441,65 @@ def shards(folder, sizes, weights=None):
 
 
 class TestBatches:
+    def batches(self, folder, sizes, weights=None, seed=0, **options):
+        return train.Batches(folder, shards(folder, sizes, weights), 16, 4, seed, **options)
+
     def test_a_function_of_seed_step_and_number(self, tmp_path):
-        sources = shards(tmp_path, [5000])
-        one, two, other = (train.Batches(tmp_path, sources, 16, 64, seed) for seed in (0, 0, 1))
+        one, two, other = (self.batches(tmp_path, [5000], seed=seed) for seed in (0, 0, 1))
         for step in (9, 3, 7):
-            assert one.step(step).shape == (4, 17) and torch.equal(one.step(step), two.step(step))
-            assert one.step(step)[2].tolist() == one.sequence(4 * step + 2).tolist()
-        assert not torch.equal(one.step(0), other.step(0))
-        assert not torch.equal(one.step(0), one.step(1))
-        assert torch.all(one.step(0).diff() == 1)  # T + 1 in a row
+            found = one.step(step)["tokens"]
+            assert found.shape == (4, 16) and torch.equal(found, two.step(step)["tokens"])
+            assert found[2].tolist() == one.sequence(4 * step + 2)[:-1].tolist()
+        assert not torch.equal(one.step(0)["tokens"], other.step(0)["tokens"])
+        assert not torch.equal(one.step(0)["tokens"], one.step(1)["tokens"])
+        assert torch.equal(one.step(0)["targets"], one.step(0)["tokens"] + 1)
 
     def test_every_epoch_reads_everything_evenly(self, tmp_path):
-        batches = train.Batches(tmp_path, shards(tmp_path, [5000]), 16, 64, 0)
-        seen = np.zeros(5000)
+        batches, seen = self.batches(tmp_path, [5000]), np.zeros(5000)
         for step in range(3 * 5000 // 64):
-            for row in batches.step(step):
-                seen[row[:-1]] += 1
+            for row in batches.step(step)["tokens"]:
+                seen[row] += 1
         assert np.mean(seen == 0) < 0.01 and seen.max() <= 6
         assert batches.epochs(3 * 5000 // 64) == [pytest.approx(3, rel=0.02)]
 
     def test_weights(self, tmp_path):
-        sources = shards(tmp_path, [900, 5000, 300], [1, 2.0, 7])
-        batches = train.Batches(tmp_path, sources, 16, 64, 0)
-        from_source = torch.stack([batches.step(s)[:, 0] // 10_000 for s in range(250)]).flatten()
-        share = [(from_source == k).float().mean().item() for k in range(3)]
+        batches = self.batches(tmp_path, [900, 5000, 300], [1, 2.0, 7])
+        begins = torch.cat([batches.step(step)["tokens"][:, 0] for step in range(250)])
+        share = [(begins // 10_000 == k).float().mean().item() for k in range(3)]
         assert share == [pytest.approx(p, abs=0.01) for p in (0.1, 0.2, 0.7)]
-        free = train.Batches(tmp_path, shards(tmp_path, [900, 5000, 300]), 16, 64, 0)
+        free = self.batches(tmp_path, [900, 5000, 300])
         assert free.epochs(100) == [pytest.approx(100 * 64 / 6200, rel=1e-3)] * 3
 
     def test_last_token_is_reached_and_too_little_is_said(self, tmp_path):
-        batches = train.Batches(tmp_path, shards(tmp_path, [20]), 16, 64, 0)
+        batches = self.batches(tmp_path, [20])
         assert {int(batches.sequence(g)[0]) for g in range(50)} == {0, 1, 2, 3}
-        assert batches.step(5).shape == (4, 17)
         with pytest.raises(ValueError, match="text0 has 16 tokens"):
-            train.Batches(tmp_path, shards(tmp_path, [16]), 16, 64, 0)
+            self.batches(tmp_path, [16])
 
     def test_damaged_shards_are_said(self, tmp_path):
-        sources = shards(tmp_path, [900])
+        source, = shards(tmp_path, [900])
         for change in ({"train_tokens": 901}, {"dtype": "x"}, {"val_tokens": -9}, {"name": 3}):
             with pytest.raises(ValueError, match="shards in .* are damaged; try --fresh"):
-                train.Batches(tmp_path, [{**sources[0], **change}], 16, 64, 0)
+                train.Batches(tmp_path, [{**source, **change}], 16, 4, 0)
         with pytest.raises(ValueError, match="damaged"):
-            train.Batches(tmp_path, [{}], 16, 64, 0)
+            train.Batches(tmp_path, [{}], 16, 4, 0)
 
     def test_held_out_windows(self, tmp_path):
-        batches = train.Batches(tmp_path, shards(tmp_path, [900]), 16, 64, 0)
-        (ratio, windows), = batches.held_out(10**6)
-        targets = np.concatenate([w[1:] for w in windows])
-        assert ratio == 3 and targets.tolist() == list(range(1, 101))  # each token once
-        assert len(batches.held_out(60)[0][1]) == 4
+        batches = self.batches(tmp_path, [900])
+        windows, size = batches.held_out(10**6)
+        targets = windows[:, 1:][windows[:, 1:] >= 0]
+        assert size == 300 and targets.tolist() == list(range(1, 101))  # each token once
+        assert len(batches.held_out(60)[0]) == 4
 
-    def test_document_starts(self):
-        x = torch.tensor([[5, 1, 6, 7], [6, 6, 1, 1]])
-        torch.testing.assert_close(train.document_starts(x, 1), starts(0, 1, 4, 6, 7, 8))
+    def test_documents(self, tmp_path):
+        rows = torch.tensor([[5, 1, 6, 7, 1], [6, 6, 1, 1, -1]])
+        batch = train.next_tokens(rows, bos_id=1)
+        assert batch["targets"].tolist() == [[1, 6, 7, 1], [6, 1, 1, -1]]
+        assert torch.equal(batch["tokens"], rows[:, :4])
+        close(train.document_starts(batch["begins"]), starts(0, 1, 4, 6, 7, 8))
+        assert "begins" not in train.next_tokens(rows)
+        assert torch.equal(self.batches(tmp_path, [900], bos_id=40).step(0)["begins"],
+                           self.batches(tmp_path, [900]).step(0)["tokens"] == 40)
 
 
 class TestRecipe:
@@ -2536,110 +3523,127 @@ class TestRecipe:
         optimizers = [torch.optim.AdamW([p], lr=0.01, betas=(0.9, 0.95), eps=1e-8,
                                         weight_decay=0.5 if p.dim() > 1 else 0.0)
                       for p in oracle.values()]
-        optimizer = train.make_optimizer(dict(model.named_parameters()), recipe)
+        optimizers.append(train.make_optimizer(dict(model.named_parameters()), recipe))
         for step in range(3):
-            for (name, p), ours in zip(oracle.items(), model.parameters()):
+            for p, ours in zip(oracle.values(), model.parameters()):
                 p.grad = noise(*p.shape, seed=step)
                 ours.grad = p.grad.clone()
-            for each in (optimizer, *optimizers):
+            for each in optimizers:
                 each.step()
         for name, p in model.named_parameters():
             close(p, oracle[name], atol=1e-6)
             assert not torch.equal(p, before[name])
 
 
-def engine_of(model, micro_batch=4, **options):
+def engine_of(model, micro_batch=4):
     """One rank that holds all of it, with the weights of a model."""
-    engine = train.Engine(model.config, train.Layout(), "cpu", micro_batch, dtype=model.dtype,
-                          **options)
-    engine.stages[0].load_state_dict(model.state_dict())
+    engine = train.Engine(model.config, train.Layout(), "cpu", micro_batch, dtype=model.dtype)
+    engine.stage.load_state_dict(model.state_dict())
     return engine
 
 
 class TestTrainStep:
-    def step(self, engine, clip=1e9, lr=0.1, batch=None):
-        model, recipe = engine.stages[0], Recipe(0.1, 1, 1, eps=1e-8, weight_decay=0.0)
+    def step(self, engine, clip=1e9, lr=0.1, batch=None, objective=train.pretrain):
+        recipe, seen = Recipe(0.1, 1, 1, eps=1e-8, weight_decay=0.0), {}
         optimizer = train.make_optimizer(engine.parameters, recipe)
-        seen = {}
         optimizer.register_step_pre_hook(lambda *_: seen.update(
-            {name: p.grad.clone() for name, p in model.named_parameters()}))
-        batch = tokens(6, 21) if batch is None else batch
-        return train.train_step(engine, optimizer, batch, lr, clip)[:2], seen
+            {name: p.grad.clone() for name, p in engine.parameters.items()}))
+        batch = batch or train.next_tokens(tokens(6, 21))
+        return train.train_step(engine, optimizer, batch, objective, lr, clip)[:2], seen
+
+    def norm_of(self, grads):
+        return torch.cat([grad.flatten() for grad in grads]).norm().item()
 
     def test_frozen_weights_stay(self):
         engine = engine_of(random_model(SMALL))
-        model = engine.stages[0].requires_grad_(False)
+        model = engine.stage.requires_grad_(False)
         model.output.requires_grad_(True)
         optimizer = train.make_optimizer(engine.parameters, SIZES["tiny"][1])
-        train.train_step(engine, optimizer, tokens(2, 9), 1, 1)
+        train.train_step(engine, optimizer, train.next_tokens(tokens(2, 9)), train.pretrain, 1, 1)
         changed = {name for (name, p), before in zip(model.named_parameters(),
                    random_model(SMALL).parameters()) if not torch.equal(p, before)}
         assert changed == {"output.weight"}
 
     def test_accumulation_is_one_batch(self):
-        (loss, norm), whole = self.step(engine_of(random_model(SMALL), 6))
-        x = tokens(6, 21)
+        """Of micro-batches with unlike numbers of targets too."""
+        batch = train.next_tokens(tokens(6, 21))
+        batch["targets"][3, 5:] = batch["targets"][5, 1:] = -1
         model = random_model(SMALL)
-        model.loss(x[:, :-1], x[:, 1:]).backward()
-        wanted = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
-        assert norm == pytest.approx(wanted, rel=1e-4)
-        for micro_batch in (1, 2, 4):
-            (other, same), parts = self.step(engine_of(random_model(SMALL), micro_batch))
-            assert (other, same) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4))
-            for name, grad in whole.items():
-                close(parts[name], grad, atol=1e-6)
+        wanted = model.loss(batch["tokens"], batch["targets"])
+        wanted.backward()
+        for micro_batch in (1, 2, 4, 6):
+            (loss, norm), grads = self.step(engine_of(random_model(SMALL), micro_batch),
+                                            batch=batch)
+            assert loss == pytest.approx(wanted.item(), rel=1e-5)
+            assert norm == pytest.approx(self.norm_of(grads.values()), rel=1e-4)
+            for name, p in model.named_parameters():
+                close(grads[name], p.grad, atol=1e-6)
+
+    def test_any_objective(self):
+        """The engine knows an objective's sum and its targets alone."""
+        def doubled(model, batch):
+            chosen = {"tokens": batch["tokens"], "targets": batch["chosen"]}
+            return 2 * train.pretrain(model, chosen)
+        batch = train.next_tokens(tokens(6, 21))
+        batch["chosen"] = batch["targets"].roll(1, 1)
+        (loss, _), grads = self.step(engine_of(random_model(SMALL)), batch=batch, objective=doubled)
+        model = random_model(SMALL)
+        wanted = 2 * model.loss(batch["tokens"], batch["chosen"])
+        wanted.backward()
+        assert loss == pytest.approx(wanted.item(), rel=1e-5)
+        close(grads["norm.weight"], model.norm.weight.grad)
 
     def test_clips_to_the_norm(self):
         (_, norm), grads = self.step(engine_of(random_model(SMALL)), clip=1e-3)
-        clipped = torch.cat([g.flatten() for g in grads.values()]).norm().item()
-        assert norm > 0.01 and clipped == pytest.approx(1e-3, rel=1e-3)
+        assert norm > 0.01 and self.norm_of(grads.values()) == pytest.approx(1e-3, rel=1e-3)
         (_, norm), grads = self.step(engine_of(random_model(SMALL)), clip=1e9)
-        whole = torch.cat([g.flatten() for g in grads.values()]).norm().item()
-        assert whole == pytest.approx(norm, rel=1e-4)
+        assert self.norm_of(grads.values()) == pytest.approx(norm, rel=1e-4)
 
     def test_learning_rate_is_the_one_given(self):
         engine = engine_of(random_model(SMALL))
-        model = engine.stages[0]
-        before = model.norm.weight.detach().clone()
+        before = engine.stage.norm.weight.detach().clone()
         self.step(engine, lr=1e-3)  # AdamW's first step moves each weight by lr
-        close((model.norm.weight - before).abs(), torch.full((48,), 1e-3), atol=1e-5)
+        close((engine.stage.norm.weight - before).abs(), torch.full((48,), 1e-3), atol=1e-5)
 
     def test_not_finite_changes_nothing(self):
         engine = engine_of(random_model(SMALL), 3)
-        model = engine.stages[0]
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        handle = model.layers[1].feed_forward.w2.weight.register_hook(lambda g: g * math.inf)
+        before = {name: p.detach().clone() for name, p in engine.parameters.items()}
+        weight = engine.parameters["layers.1.feed_forward.w2.weight"]
+        handle = weight.register_hook(lambda grad: grad * math.inf)
         (loss, norm), _ = self.step(engine)
         assert math.isfinite(loss) and not math.isfinite(norm)
         handle.remove()
-        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-        assert all(p.grad is None for p in model.parameters())
+        for name, p in engine.parameters.items():
+            assert torch.equal(p, before[name]) and p.grad is None
 
     def test_mask_across_documents(self):
-        batch = tokens(2, 21).clamp(min=2)
-        batch[:, 8] = 1
-        (loss, _), _ = self.step(engine_of(random_model(SMALL), 2, bos_id=1), batch=batch)
-        model, x = random_model(SMALL), batch[:, :-1]
-        documents = starts(0, 8, 20, 28, 40)
-        assert loss == pytest.approx(model.loss(x, batch[:, 1:], documents).item(), rel=1e-5)
-        assert loss != pytest.approx(model.loss(x, batch[:, 1:]).item(), rel=1e-5)
+        rows = tokens(2, 21).clamp(min=2)
+        rows[:, 8] = 1
+        (loss, _), _ = self.step(engine_of(random_model(SMALL), 2),
+                                 batch=train.next_tokens(rows, bos_id=1))
+        model, x, y = random_model(SMALL), rows[:, :-1], rows[:, 1:]
+        assert loss == pytest.approx(model.loss(x, y, starts(0, 8, 20, 28, 40)).item(), rel=1e-5)
+        assert loss != pytest.approx(model.loss(x, y).item(), rel=1e-5)
 
 
 class TestEvaluate:
     @pytest.mark.parametrize("bos_id", [None, 50])
     def test_bits_per_byte(self, tmp_path, bos_id):
-        sources = shards(tmp_path, [900])
+        sources, model, nll = shards(tmp_path, [900]), random_model(SMALL), 0
         (np.arange(101) % 97).astype("<u2").tofile(tmp_path / "0.val.bin")
-        batches, model = train.Batches(tmp_path, sources, 16, 64, 0), random_model(SMALL)
-        loss, bpb = train.evaluate(engine_of(model, bos_id=bos_id), batches, 10**6)
-        nll = 0
+        batches = train.Batches(tmp_path, sources, 16, 4, 0, bos_id)
+        engine = engine_of(model)
+        loss, bpb = train.evaluate(engine, batches, 10**6)
         for at in range(0, 100, 16):
             x = torch.arange(at, min(at + 17, 101)) % 97
             cut = [2] if at == 48 and bos_id else []  # token 50 begins a document
-            each = model.nll(x[None, :-1], x[None, 1:], starts(0, *cut, len(x) - 1))
-            nll += each.sum().item()
+            nll += model.loss(x[None, :-1], x[None, 1:], starts(0, *cut, len(x) - 1), "sum").item()
         assert loss == pytest.approx(nll / 100, rel=1e-5)
         assert bpb == pytest.approx(nll / math.log(2) / 300, rel=1e-5)  # 3 bytes a token
+        assert all(p.grad is None for p in engine.parameters.values())
+
+
+# Many ranks. A case is a function rank_CASE(*words), run by `test_llama.py rank CASE WORD ...`.
 
 
 class Case(NamedTuple):
@@ -2650,41 +3654,37 @@ class Case(NamedTuple):
     options: dict
 
 
-def case(steps=20, bos_id=None, backward="manual", dtype=None, tied=False, n_layers=2,
-         hidden_dim=36, **layout):
+def case(steps=3, bos_id=12, backward="manual", dtype=None, tied=False, n_layers=2, hidden_dim=36,
+         **layout):
     config = LlamaConfig(32, n_layers, 8, 4, hidden_dim, 64, 16, tie_embeddings=tied)
     return Case(train.Layout(**layout), config, bos_id, steps,
                 {"backward": backward, "dtype": dtype})
 
 
-LAYOUTS = {
-    "ddp 2": {"replicas": 2}, "fsdp 2": {"shards": 2}, "fsdp 4": {"shards": 4, "hidden_dim": 38},
-    "tp 2": {"tp": 2}, "tp 4": {"tp": 4}, "fsdp 2 x tp 2": {"shards": 2, "tp": 2},
-    "pp 2": {"pp": 2, "n_layers": 3}, "pp 2 x fsdp 2": {"pp": 2, "shards": 2, "n_layers": 3}}
-CASES = {f"{name}, {kind}": case(**layout, **change) for name, layout in LAYOUTS.items()
-         for kind, change in {"documents": {"bos_id": 12}, "tied": {"tied": True, "steps": 3}
-                              }.items()} | {
-    "hybrid 2 x 2": case(3, 12, replicas=2, shards=2),
-    "ddp 2 x tp 2": case(3, 12, replicas=2, tp=2),
-    "pp 2 x tp 2, tied": case(3, 12, pp=2, tp=2, tied=True),
-    "pp 2 x 2 stages": case(3, 12, pp=2, interleave=2, n_layers=5),
-    "pp 2 x 2 stages, tied": case(3, pp=2, interleave=2, n_layers=4, tied=True),
-    "tp 2, autograd": case(2, 12, "autograd", tp=2),
-    "tp 2, recompute": case(2, 12, "recompute", tp=2),
-    "fsdp 2, bf16": case(3, 12, dtype=torch.bfloat16, shards=2),
-    "tp 2, bf16": case(2, 12, dtype=torch.bfloat16, tp=2)}
+TIED_CASE, HALF = {"tied": True, "bos_id": None}, {"dtype": torch.bfloat16, "steps": 2}
+CASES = {
+    "ddp 4": case(replicas=4), "fsdp 4": case(8, shards=4, hidden_dim=38),
+    "fsdp 4, tied": case(shards=4, **TIED_CASE), "fsdp 4, bf16": case(shards=4, **HALF),
+    "hybrid 2 x 2": case(replicas=2, shards=2), "tp 4": case(8, tp=4),
+    "tp 4, tied": case(tp=4, **TIED_CASE),
+    "tp 4, autograd": case(2, backward="autograd", tp=4),
+    "tp 4, recompute": case(2, backward="recompute", tp=4), "tp 4, bf16": case(tp=4, **HALF),
+    "fsdp 2 x tp 2": case(20, shards=2, tp=2), "ddp 2 x tp 2": case(replicas=2, tp=2),
+    "pp 4": case(pp=4, n_layers=5), "pp 2 x fsdp 2": case(8, pp=2, shards=2, n_layers=3),
+    "pp 2 x fsdp 2, tied": case(pp=2, shards=2, n_layers=3, **TIED_CASE),
+    "pp 2 x ddp 2": case(pp=2, replicas=2), "pp 2 x tp 2, tied": case(pp=2, tp=2, tied=True)}
 
 
-def step_batch(step):
-    """Tokens of a step, some at the edges of each rank's part of 64 words; rows that 2 and 4 ranks
-    share evenly and not, and some with a rank that has none."""
+def step_rows(step):
+    """Tokens of a step, some at the edges of each rank's part of 64 words; rows that ranks share
+    evenly and not, and some with a rank that has none."""
     return 3 * tokens((8, 7, 5)[step % 3], 17, vocab=22, seed=step)
 
 
-def held_out_batch():
-    batch = step_batch(2)
-    batch[4, 9:] = -1
-    return batch
+def held_out_rows():
+    rows = step_rows(2)
+    rows[4, 9:] = -1
+    return rows
 
 
 def whole(tensor):
@@ -2695,36 +3695,36 @@ def whole(tensor):
 def grow(parameters):
     """Weights that make every part of a layer matter."""
     for p in parameters:
-        llama.local(p).mul_(8 if p.dim() == 2 else 1)
+        llama.local_shard(p).mul_(8 if p.dim() == 2 else 1)
 
 
 def as_rank(layout, config, bos_id, steps, options):
     """What this process finds as one of a layout, in two micro-batches a step and more."""
-    micro_batch = 4 // (layout.dp * layout.pp)
-    engine = train.Engine(config, layout, "cpu", micro_batch, bos_id=bos_id, **options)
-    named = engine.parameters
+    micro_batch = max(1, 4 // (layout.dp * layout.pp))
+    engine = train.Engine(config, layout, "cpu", micro_batch, **options)
+    named, batch = engine.parameters, partial(train.next_tokens, bos_id=bos_id)
     found = {"initial": {name: whole(p.detach()) for name, p in named.items()}}
     grow(named.values())
     optimizer = train.make_optimizer(named, Recipe(3e-3, 1, 1, eps=1e-8))
     with Calls() as calls:
-        engine.loss(step_batch(1))
+        engine.loss(batch(step_rows(1)), train.pretrain, train=True)
     names = ("allreduce_", "_allgather_base_", "_reduce_scatter_base_", "broadcast_")
     calls = [f"{name} {tree_leaves(each)[0].dtype}".replace("torch.", "") for name in names
              for each in calls.args.get(f"{name}.default", ())]
     found["calls"] = {call: calls.count(call) for call in calls}
-    engine.complete()
     found["gradients"] = {name: whole(p.grad) for name, p in named.items()}
     state = [x for values in optimizer.state.values() for x in values.values()]
     for name, held in {"weights": named.values(), "gradients": [p.grad for p in named.values()],
                        "AdamW": state}.items():
-        found[f"bytes of {name}"] = sum(llama.local(x).nbytes for x in held)
+        found[f"bytes of {name}"] = sum(llama.local_shard(x).nbytes for x in held)
     optimizer.zero_grad()
-    found["steps"] = [train.train_step(engine, optimizer, step_batch(i), 3e-3, 1.0)[:2]
-                      for i in range(steps)]
-    with torch.no_grad():
-        found["nll"], = engine.add_up(engine.loss(held_out_batch()))
-    return found | {"place": engine.pp_rank, "rows": len(engine.rows(step_batch(0))),
-                    "micro_batches": engine.layout.passes(len(step_batch(0)), engine.micro_batch)}
+    found["steps"] = [train.train_step(engine, optimizer, batch(step_rows(i)), train.pretrain,
+                                       3e-3, 1.0)[:2] for i in range(steps)]
+    held_out = batch(held_out_rows())
+    found["nll"], = engine.add_up(engine.loss(held_out, train.pretrain, train=False))
+    return found | {"place": engine.pp_rank,
+                    "rows": len(engine.rows(batch(step_rows(0)))["tokens"]),
+                    "micro_batches": layout.passes(8, micro_batch)}
 
 
 @functools.cache
@@ -2735,13 +3735,13 @@ def alone(config, bos_id, steps, dtype):
     found = {"initial": {name: whole(p.detach()) for name, p in named.items()}}
     grow(named.values())
 
-    def loss(batch, reduction="mean"):
-        x, y = batch[:, :-1].clamp(min=0), batch[:, 1:].flatten()
+    def loss(rows):
+        x, y = rows[:, :-1].clamp(min=0), rows[:, 1:].flatten()
         begin = [at for at, token in enumerate(x.flatten()) if at % 16 == 0 or token == bos_id]
         logits = model(x, boundaries=starts(*begin, x.numel()) if bos_id else None)
-        return F.cross_entropy(logits.flatten(0, 1), y, reduction=reduction, ignore_index=-1)
+        return F.cross_entropy(logits.flatten(0, 1), y, ignore_index=-1)
 
-    loss(step_batch(1)).backward()
+    loss(step_rows(1)).backward()
     found["gradients"] = {name: whole(p.grad) for name, p in named.items()}
     matrices, norms = ([p for p in named.values() if p.dim() == n] for n in (2, 1))
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": norms, "weight_decay": 0}],
@@ -2749,60 +3749,45 @@ def alone(config, bos_id, steps, dtype):
     found["steps"] = []
     for i in range(steps):
         optimizer.zero_grad()
-        value = loss(step_batch(i))
+        value = loss(step_rows(i))
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
         optimizer.step()
         found["steps"].append((value.item(), norm.item()))
     with torch.no_grad():
-        return found | {"nll": loss(held_out_batch(), "sum").item()}
+        return found | {"nll": loss(held_out_rows()).item()}
 
 
 def exchanged():
-    """What g and g_bar of two ranks make of 3 of 6 tokens each, in rows of 2, and of a gradient."""
-    import torch.distributed as dist
+    """What g and g_bar of four ranks make of 3 of 12 tokens each, in rows of 2, and of a gradient.
+    """
     tp, found = llama.TensorParallel(dist.group.WORLD), {}
-    for name, x in (("g", noise(3, 4, seed=tp.rank)), ("g_bar", noise(3, 2, 4, seed=tp.rank))):
+    for name, x in (("g", noise(3, 4, seed=tp.rank)), ("g_bar", noise(6, 2, 4, seed=tp.rank))):
         x = x.double().requires_grad_()
         y = getattr(tp, name)(x, 2)
-        dy = noise(*y.shape, seed=2 + tp.rank, dtype=y.dtype)
+        dy = noise(*y.shape, seed=4 + tp.rank, dtype=y.dtype)
         y.backward(dy)
         found[name] = [z.detach() for z in (x, y, dy, x.grad)]
     return found
 
 
-def run_rank(rank, size, folder):
-    """All that one of `size` processes has to find out, each case in a file."""
-    torch.distributed.init_process_group("gloo", f"file://{folder}/{size}", rank=rank,
-                                         world_size=size)
-    for name, of_case in CASES.items():
-        if of_case.layout.size == size:
-            torch.save(as_rank(*of_case), f"{folder}/{name} {rank}")
-    if size == 2:
-        torch.save(exchanged(), f"{folder}/exchanged {rank}")
-    torch.distributed.destroy_process_group()
-
-
-def run_worlds(folder):
-    for size in (2, 4):
-        torch.multiprocessing.start_processes(run_rank, (size, folder), size, start_method="fork")
+def rank_layouts(folder):
+    """One of four: what it finds in each case, in a file."""
+    with train.join("cpu", 60) as world:
+        for name, of_case in CASES.items():
+            torch.save(as_rank(*of_case), f"{folder}/{name} {world.rank}")
+        torch.save(exchanged(), f"{folder}/exchanged {world.rank}")
 
 
 @pytest.fixture(scope="module")
 def found_by(tmp_path_factory):
-    """name of a case -> what each rank found. Two and four processes run all cases; they are forks
-    of a fresh one, where no threads are yet."""
-    folder = tmp_path_factory.mktemp("ranks")
-    code = f"import test_llama; test_llama.run_worlds({str(folder)!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
-                          timeout=120)
-    assert done.returncode == 0, done.stderr
+    """name of a case -> what each rank found."""
+    folder = tmp_path_factory.mktemp("layouts")
+    assert start_ranks(folder, "layouts", 4).wait(120) == 0, (folder / "err").read_text()
 
     @functools.cache
     def read(name):
-        paths = sorted(folder.glob(f"{name} ?"))
-        assert paths
-        return [torch.load(path) for path in paths]
+        return [torch.load(folder / f"{name} {rank}") for rank in range(4)]
     return read
 
 
@@ -2815,7 +3800,7 @@ def compared(request, found_by):
 
 
 class TestLayouts:
-    """The same training by one process and by many."""
+    """The same training by one process and by four."""
 
     def test_initial_weights_are_those_of_one_process_bit_for_bit(self, compared):
         _, ranks, oracle = compared
@@ -2847,9 +3832,8 @@ class TestLayouts:
         case, ranks, _ = compared
         dtype = case.options["dtype"] or torch.float32
         for place in range(case.layout.pp):
-            planned = train.memory_needed(
-                case.config, 1, 16, dtype, "fused", case.options["backward"], case.layout,
-                ranks[0]["micro_batches"], place)
+            planned = train.memory_needed(case.config, case.layout, 1, 16, dtype, "fused",
+                                          case.options["backward"], 2, place)
             there = [rank for rank in ranks if rank["place"] == place]
             for what in ("weights", "gradients", "AdamW"):
                 assert max(rank[f"bytes of {what}"] for rank in there) == planned[what]
@@ -2857,8 +3841,8 @@ class TestLayouts:
     def test_work_is_split(self, compared):
         case, ranks, _ = compared
         layout = case.layout
-        assert all(rank["rows"] == 8 // layout.dp for rank in ranks)
-        assert all(rank["micro_batches"] >= 2 for rank in ranks)
+        for rank in ranks:
+            assert rank["rows"] == 8 // layout.dp and rank["micro_batches"] >= 2
         held = sum(rank["bytes of weights"] for rank in ranks) / 4
         norms, tables = case.config.dim * (2 * case.config.n_layers + 1), 64 * 32
         copies = layout.replicas * (layout.tp - 1) * norms  # norms are whole on each
@@ -2867,20 +3851,18 @@ class TestLayouts:
         assert held == layout.replicas * case.config.n_params + copies
 
     def test_a_quarter_of_the_state_on_each_of_four(self, found_by):
-        whole = 16 * CASES["fsdp 4, documents"].config.n_params
-        for rank in found_by("fsdp 4, documents"):
+        state = 16 * CASES["fsdp 4"].config.n_params
+        for rank in found_by("fsdp 4"):
             held = sum(rank[f"bytes of {what}"] for what in ("weights", "gradients", "AdamW"))
-            assert held == pytest.approx(whole / 4, rel=0.1)
+            assert held == pytest.approx(state / 4, rel=0.1)
 
     @pytest.mark.parametrize("name, sums, gathers, reductions", [
         # by 2 layers and the root, of 2 micro-batches; the root's weights stay for the backward
-        ("ddp 2, documents", 3, 0, 0),  # once a step
-        ("fsdp 2, documents", 0, 2 * (2 * 2 + 1), 2 * 3),
-        ("fsdp 2, bf16", 0, 2 * (2 * 2 + 1), 2 * 3),
+        ("ddp 4", 3, 0, 0),  # once a step
+        ("fsdp 4", 0, 2 * (2 * 2 + 1), 2 * 3), ("fsdp 4, bf16", 0, 2 * (2 * 2 + 1), 2 * 3),
         ("hybrid 2 x 2", 3, 2 * (2 * 2 + 1), 2 * 3),  # between the replicas once a step
-        # of 2 layers g and g_bar, forward and backward, h and h again; embedding and loss
-        ("tp 2, documents", 0, 2 * (2 * 6 + 3), 2 * (2 * 4 + 2)),
-        ("pp 2, documents", 0, 0, 0)])
+        # of 2 layers g and g_bar, forward and backward, h and h again; embedding and loss; norms
+        ("tp 4", 1, 2 * (2 * 6 + 3), 2 * (2 * 4 + 2)), ("pp 4", 0, 0, 0)])
     def test_collectives_of_a_step(self, name, sums, gathers, reductions, found_by):
         half = "bf16" in name  # in which weights travel, not gradients
         wanted = {"allreduce_ float32": sums, "_reduce_scatter_base_ float32": reductions,
@@ -2895,805 +3877,48 @@ class TestTensorParallel:
         for name in ("g", "g_bar"):
             x, y, dy, dx = (torch.stack(each) for each in zip(*(rank[name] for rank in ranks)))
             parts, wholes, gathered, summed = (x, dy, y, dx) if name == "g" else (dy, x, dx, y)
-            for rank in range(2):  # all tokens on each rank; of its own, the sum of all ranks'
-                close(gathered[rank], parts.view(3, 2, 4), atol=0)
-                close(summed[rank], wholes.sum(0).view(2, 3, 4)[rank], atol=1e-12)
+            for rank in range(4):  # all tokens on each rank; of its own, the sum of all ranks'
+                close(gathered[rank], parts.view(6, 2, 4), atol=0)
+                close(summed[rank], wholes.sum(0).view(4, 3, 4)[rank], atol=1e-12)
             close((x * dx).sum(), (y * dy).sum(), atol=1e-12)
-
-    def test_backward_multiplies_while_others_send(self):
-        """The order of LayerByHand's table: "z<" asks for z, "z>" waits for it, a dot is a product
-        with a weight, and Wo that for the gradient of Wo."""
-        order, names = [], iter("n H m y dy m dm dh n dn".split())
-
-        class Order(TorchDispatchMode):
-            def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-                made = operation(*args, **(kwargs or {}))
-                if operation is torch.ops.aten.mm.default:
-                    order.append(weights.get(tuple(made.shape), "."))
-                return made
-
-        class Noted(llama.Alone):
-            def gather(self, x, T):
-                name = next(names)
-                order.append(f"{name}<")
-                return lambda: order.append(f"{name}>") or x
-
-            scatter_sum = gather
-
-        layer, x = random_model(SMALL).layers[0], noise(1, 7, 48).requires_grad_()
-        weights = {tuple(p.shape): name.split(".")[-2] for name, p in layer.named_parameters()}
-        forward, backward = llama.ATTENTION["fused"]
-        attend = partial(forward, positions=torch.arange(7))
-        with Order():
-            y = layer(x, *llama.rope_table(SMALL, torch.arange(7)), attend, backward, Noted())
-            del order[:]
-            y.sum().backward()
-        assert " ".join(order) == (
-            "dy< m< dy> . . . dm< w2 m> w3 w3 dm> dh< n< dh> . . . . dn< wo n> wo wv wv dn>")
-
-
-class TestArrange:
-    CONFIG = LlamaConfig(32, 4, 8, 4, 36, 64, 32)
-
-    def arrange(self, options, size, near, **change):
-        args = train.parser().parse_args(
-            ["--batch-tokens", "256", "--seq-len", "32", *options.split()])  # 8 rows
-        world = train.World(0, size, 0, near or size)
-        return train.arrange(args, replace(self.CONFIG, **change), world)
-
-    @pytest.mark.parametrize("options, size, near, layout", [
-        ("", 1, 1, {}), ("--dp none", 1, 1, {}), ("", 4, 4, {"shards": 4}),
-        ("", 8, 2, {"shards": 8}), ("--dp ddp", 4, 2, {"replicas": 4}),
-        ("--tp 2", 4, 4, {"tp": 2, "shards": 2}), ("--tp 4 --dp none", 4, 4, {"tp": 4}),
-        ("--pp 2 --dp ddp", 4, 4, {"pp": 2, "replicas": 2}),
-        ("--pp 2 --tp 2 --dp fsdp", 8, 8, {"pp": 2, "tp": 2, "shards": 2}),
-        ("--pp 2 --interleave 2", 4, 4, {"pp": 2, "interleave": 2, "shards": 2}),
-        ("--pp 4", 4, 4, {"pp": 4}), ("--tp 4", 32, 8, {"tp": 4, "shards": 8}),
-        ("--dp hybrid", 8, 4, {"replicas": 2, "shards": 4}),  # the state within a machine
-        ("--dp hybrid --tp 2", 8, 4, {"replicas": 2, "shards": 2, "tp": 2}),
-        ("--dp hybrid", 6, 4, {"replicas": 3, "shards": 2})])
-    def test_possible(self, options, size, near, layout):
-        assert self.arrange(options, size, near) == train.Layout(**layout)
-
-    def test_hybrid_wants_ranks_of_one_machine(self):
-        with pytest.raises(ValueError, match="over the 2 processes .* takes 4; try --dp fsdp"):
-            self.arrange("--dp hybrid --tp 4", 8, 2)
-
-    @pytest.mark.parametrize("options, size, change, message", [
-        ("--tp 3", 3, {}, "--tp 3 does not divide n_kv_heads=4; try --tp with one of 1, 2, 4"),
-        ("--tp 4", 4, {"hidden_dim": 38}, "--tp 4 .* hidden_dim=38; try --tp with one of 1, 2$"),
-        ("--tp 4", 4, {"vocab_size": 61}, "--tp 4 .* vocab_size=61; try --tp with one of 1$"),
-        ("--tp 4 --seq-len 30", 4, {}, "--tp 4 .* seq_len=30; try --tp with one of 1, 2$"),
-        ("--pp 5", 5, {}, "--pp 5 .*: 4 layers .*; try --interleave 1 with --pp up to 4"),
-        ("--interleave 2", 4, {}, "--interleave 2: .*; try --interleave 1 with --pp up to 4"),
-        ("--pp 2 --interleave 3", 2, {}, "4 layers .*; try --pp 2 with --interleave up to 2"),
-        ("--tp 4", 6, {}, "6 processes .* --tp 4 x --pp 1; try .* product is one of 1, 2, 3, 6"),
-        ("--tp 2 --pp 4", 4, {}, "4 processes .* --tp 2 x --pp 4; try .* is one of 1, 2, 4"),
-        ("", 9, {}, "9 data-parallel ranks .* 8 sequences of a step; try at most 8 processes, or"),
-        ("--tp 2 --dp ddp", 18, {}, "9 data-parallel .*; try at most 16 processes, or a larger"),
-        ("--dp none --tp 2", 4, {}, "--dp none .* 2 x 2 .*--dp ddp or --dp fsdp, or 2 processes")])
-    def test_impossible(self, options, size, change, message):
-        with pytest.raises(ValueError, match=message) as error:
-            self.arrange(options, size, size, **change)
-        assert "\n" not in str(error.value)
-
-
-class TestCost:
-    def test_flops(self):
-        config = SIZES["65b"][0]
-        matrices = 65285660672 - 32000 * 8192
-        assert train.flops_per_token(config, 2048) == 6 * matrices + 6 * 80 * 8192 * 2048
-        tied = SIZES["stories15m"][0]
-        assert train.flops_per_token(tied, 256) == 6 * 15191712 + 6 * 6 * 288 * 256
-
-    @pytest.mark.parametrize("backward, attention", [
-        ("manual", "fused"), ("manual", "tiled"), ("autograd", "fused"), ("autograd", "equation")])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_memory_counts_what_is_saved(self, dtype, backward, attention):
-        config = replace(SMALL, n_layers=2)
-        model = random_model(config, dtype=dtype, attention=attention, backward=backward)
-        inside, layers = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-        def walk(layer, inputs, output):
-            """What the nodes of the graph between output and input hold."""
-            inside.update(table.untyped_storage().data_ptr() for table in inputs[1:3])
-            nodes, done = [output.grad_fn], {None, inputs[0].grad_fn}
-            while nodes:
-                node = nodes.pop()
-                if node in done:
-                    continue
-                done.add(node)
-                nodes += [following for following, _ in node.next_functions]
-                held = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
-                for x in tree_leaves([*held, getattr(node, "saved_tensors", ())]):
-                    if isinstance(x, torch.Tensor):
-                        layers[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        model.layers[0].register_forward_hook(walk)
-        model.hidden(tokens(3, 32))
-        real = sum(size for at, size in layers.items() if at not in inside)
-        found = train.memory_needed(config, 3, 32, dtype, attention, backward)
-        assert found["activations"] == pytest.approx(2 * real, rel=0.03)
-        held = found["weights"] + found["gradients"] + found["AdamW"]
-        assert held == 16 * config.n_params + 4 * 21  # a count of steps for each parameter
-        if backward == "autograd":
-            again = train.memory_needed(config, 3, 32, dtype, attention, "recompute")
-            inputs = 2 * 3 * 32 * 48 * dtype.itemsize
-            assert again["activations"] == inputs + found["activations"] // 2
-
-    @pytest.mark.parametrize("there, options, advice", [
-        (25e9, ["--size", "7b"],
-         "7b needs about 115 GB .*has 25 GB free for it; try --size llama3.2-1b"),
-        (25e9, ["--size", "llama3.1-405b"], "405b needs about .*; try --size"),
-        (2e8, ["--set", "max_seq_len=65536", "--batch-tokens", "65536"], "try .*--seq-len 32768")])
-    def test_what_does_not_fit_is_said_at_once(self, there, options, advice, monkeypatch):
-        assert train.memory_there("cpu") > 1e8
-        monkeypatch.setattr(train, "memory_there", lambda device: int(there))
-        with pytest.raises(ValueError, match=advice):
-            train.main(options)
-
-    def test_fewer_sequences_at_once_where_more_do_not_fit(self, monkeypatch):
-        args = train.parser().parse_args(["--size", "stories15m", "--seq-len", "256"])
-        monkeypatch.setattr(train, "memory_there", lambda device: int(6e8))
-        config, _ = train.resolve(args, "cpu")
-        rows, roomy = train.fit_memory(args, config, "cpu", train.Layout(), train.World())
-        assert rows in (1, 2, 4, 8, 16) and not roomy
-
-    def test_matmul_rate(self):
-        assert 1e8 < train.matmul_flops("cpu", torch.float32) < 1e15
-        assert train.matmul_flops("mps", torch.float32) is None
-
-    def test_bench(self, capsys):
-        train.main(["--set", "n_layers=1", "vocab_size=300", "--bench", "2",
-                    "--batch-tokens", "512"])
-        row = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert set(row) == {"tokens_per_s", "mfu", "peak_gflops", "step_s", "peak_rss_gb", "loss",
-                            "params", "backward", "dtype", "world", "layout"}
-        assert row["loss"] == pytest.approx(math.log(300), rel=0.05)
-        assert row["tokens_per_s"] == pytest.approx(512 / row["step_s"])
-        config = replace(SIZES["tiny"][0], n_layers=1, vocab_size=300)
-        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * train.flops_per_token(config, 256)
-                                           / row["peak_gflops"] / 1e9)
-
-
-def tensors_of(model):
-    parameters = dict(model.named_parameters())
-    optimizer = train.make_optimizer(parameters, Recipe(0.1, 1, 1, eps=1e-8))
-    return train.state_tensors(parameters, optimizer)
-
-
-def planned(capsys, *options):
-    train.main(["--plan", "--json", *map(str, options)])
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-class TestPlan:
-    @pytest.mark.parametrize("gpu_hours, watts, mwh, tons, within", [
-        (809472, 400, 356, 137, 0.005), (1082880, 400, 475, 183, 0.005),  # OPT, BLOOM: Table 15
-        (82432, 400, 36, 14, 0.005), (135168, 400, 59, 23, 0.005),
-        (530432, 400, 233, 90, 0.005), (1022362, 400, 449, 173, 0.005),
-        (184320, 400, None, 31.22, 0.005), (368640, 400, None, 62.44, 0.005),  # Llama 2
-        (1038336, 350, None, 153.90, 0.005), (1720320, 400, None, 291.42, 0.005),
-        (1.3e6, 700, None, 390, 0.035), (6.4e6, 700, None, 1900, 0.035),  # Llama 3 to 3.2
-        (1.46e6, 700, None, 420, 0.035), (7.0e6, 700, None, 2040, 0.035),
-        (30.84e6, 700, None, 8930, 0.035), (370e3, 700, None, 107, 0.035),
-        (460e3, 700, None, 133, 0.035)])
-    def test_energy_and_carbon_of_the_papers(self, gpu_hours, watts, mwh, tons, within):
-        found = train.energy(gpu_hours, watts)
-        unit = 1 if mwh else 0  # Table 15 is cut to whole numbers
-        assert found[1] == pytest.approx(tons, rel=within, abs=unit)
-        assert mwh is None or found[0] == pytest.approx(mwh, rel=within, abs=unit)
-
-    def test_65b_takes_21_days(self, capsys):
-        """At the paper's 380 tokens/s on each of 2,048 A100: 49.7 % of their FLOP/s."""
-        mfu = 380 * train.flops_per_token(SIZES["65b"][0], 2048) / 312e12
-        found = planned(capsys, "--size", "65b", "--gpus", 2048, "--gpu", "A100", "--mfu", mfu)
-        assert found["tokens_per_s"] == pytest.approx(380 * 2048)
-        assert found["days"] == pytest.approx(20.8, abs=0.05)
-        assert found["mfu_as_papers"] == pytest.approx(0.497, abs=5e-4)
-        assert found["gpu_hours"] == pytest.approx(1022362, rel=0.005)
-        assert found["tco2eq"] == pytest.approx(173, rel=0.005)
-
-    def test_the_peak_of_many_layers_from_few(self):
-        """What is traced with few layers and drawn out is what all of them need, traced."""
-        config, options = replace(SIZES["65b"][0], n_layers=10), {"dtype": torch.bfloat16}
-        for layout in (train.Layout(shards=64), train.Layout(pp=2, shards=4)):
-            whole = train.simulate(config, layout, 0, 1, 2 * layout.size, 512,
-                                   Recipe(1.0, 1, 1, eps=1.0), **options)["peak"]
-            drawn_out = train.peak_bytes(config, layout, 1, 2 * layout.pp, 512, **options)
-            assert drawn_out - train.KERNELS == pytest.approx(whole, rel=0.02)
-
-    @pytest.mark.parametrize("fixed", [[], ["--tp", 8, "--pp", 16, "--dp", "fsdp"]])
-    def test_405b_as_it_was_trained(self, fixed, capsys):
-        found = planned(capsys, "--size", "llama3.1-405b", "--gpus", 16384, "--seq-len", 8192,
-                        *fixed)
-        assert {"replicas": 1, "shards": 128, "tp": 8, "pp": 16}.items() <= found["layout"].items()
-        assert sum(found["memory"]["manual"].values()) < 72e9
-        assert found["bubble"] == 15 / 16 / found["interleave"]
-        config = SIZES["llama3.1-405b"][0]
-        assert [train.stage_layers(config, s, 16) for s in range(16)] == [7, *[8] * 14, 7]
-
-    @pytest.mark.parametrize("tied", [False, True])
-    def test_rank_params_are_those_of_torch(self, tied):
-        """Uneven shards: 48, 24, 100 and 97 rows over 7 ranks."""
-        import torch.distributed as dist
-        from torch.distributed.fsdp import fully_shard
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-        config = replace(SMALL, tie_embeddings=tied)
-        dist.init_process_group("fake", rank=0, world_size=7, store=FakeStore())
-        try:
-            with torch.device("meta"):
-                model = Llama(config)
-            mesh = dist.init_device_mesh("cpu", (7,))
-            for part in (*model.layers, model):
-                fully_shard(part, mesh=mesh)
-            real = sum(p.to_local().numel() for p in model.parameters())
-        finally:
-            dist.destroy_process_group()
-        layout = train.Layout(shards=7)
-        assert train.rank_params(config, layout) == real > config.n_params / 7
-        memory = train.memory_needed(config, 1, 8, torch.float32, "fused", "manual", layout)
-        assert memory["weights"] == memory["gradients"] == 4 * real
-        assert memory["AdamW"] == 8 * real + 4 * len(list(model.parameters()))
-
-    @pytest.mark.parametrize("tied", [False, True])
-    @pytest.mark.parametrize("pp, interleave", [(1, 1), (2, 1), (3, 1), (3, 2), (7, 1)])
-    def test_every_parameter_has_its_ranks(self, pp, interleave, tied):
-        config = replace(SMALL, n_layers=7, tie_embeddings=tied, vocab_size=96)
-        for tp in (1, 2):
-            layout = train.Layout(1, 1, pp, tp, interleave)
-            held = tp * sum(train.rank_params(config, layout, place) for place in range(pp))
-            norms = (tp - 1) * 15 * 48  # whole on each tensor parallel rank
-            assert held == config.n_params + norms + tied * (pp > 1) * 96 * 48
-
-    @pytest.mark.parametrize("p, v, m", [(2, 2, 4), (4, 2, 8), (4, 3, 4), (3, 5, 9)])
-    def test_in_flight_is_that_of_torch(self, p, v, m):
-        from torch.distributed.pipelining import schedules
-        for rank in range(p):
-            warmup = schedules._get_warmup_ops(rank, v, p, p, m, multiply_factor=2)
-            ops = schedules._get_1f1b_rank_ops(
-                v, p, warmup, v * m - warmup, warmup, rank,
-                lambda step: step // p % v * p + rank,
-                lambda step: (v - 1 - (step - warmup) // p % v) * p + rank)
-            kept = np.cumsum([1 if op.computation_type.name == "FORWARD" else -1
-                              for op in ops if op])
-            assert train.Layout(pp=p, interleave=v).in_flight(m, rank) == max(kept)
-            assert train.Layout(pp=p).in_flight(m, rank) == p - rank
-
-    def test_memory_falls_as_the_work_is_split(self):
-        config = replace(SMALL, n_layers=8, n_heads=8, n_kv_heads=8, dim=64, hidden_dim=128,
-                         vocab_size=512)
-        for backward in llama.BACKWARD:
-            need = partial(train.memory_needed, config, 2, 32, torch.bfloat16, "fused", backward)
-            one = need()
-            ddp, fsdp, hybrid = (need(train.Layout(replicas, 8 // replicas))
-                                 for replicas in (8, 1, 4))
-            assert ddp["weights"] == one["weights"] == 2 * hybrid["weights"] == 8 * fsdp["weights"]
-            assert fsdp["activations"] == ddp["activations"] <= one["activations"]
-            tp = need(train.Layout(tp=4))
-            times = 4 * tp["activations"] / one["activations"]
-            assert times == 1 if backward == "manual" else 1 < times < 2  # gathered inputs, whole
-            first, last = (need(train.Layout(pp=4), 8, place) for place in (0, 3))
-            if backward == "manual":  # a quarter of the layers, of four micro-batches or one
-                assert first["activations"] == one["activations"] == 4 * last["activations"]
-            assert first["logits"] == 0 < last["logits"] == one["logits"]
-
-    def test_bytes_on_the_wire(self):
-        config, wire = SIZES["7b"][0], partial(train.wire_bytes, SIZES["7b"][0], 4, 2048,
-                                                torch.bfloat16)
-        P, root, x = config.n_params, (2 * 32000 + 1) * 4096, 4 * 2048 * 4096 * 2
-        nothing = {"replicas": 0, "shards": 0, "pp": 0, "tp": 0}
-        assert wire("manual", train.Layout(), 3, 0) == nothing
-        ddp = wire("manual", train.Layout(8), 3, 0)  # one all-reduce, in fp32
-        assert ddp == {**nothing, "replicas": 2 * 4 * P * 7 // 8}
-        fsdp = wire("manual", train.Layout(1, 8), 3, 0)["shards"]
-        assert fsdp == 3 * (2 * P + 2 * (P - root) + 4 * P) * 7 // 8
-        hybrid = wire("manual", train.Layout(2, 8), 3, 0)
-        assert hybrid == {**nothing, "shards": fsdp, "replicas": 2 * 4 * P // 8 // 2}
-        once = wire("manual", train.Layout(1, 8, pp=2), 3, 1)["shards"]
-        assert once == 6 * train.rank_params(config, train.Layout(pp=2), 1) * 7 // 8
-        for backward, exchanges in (("manual", 10), ("autograd", 8), ("recompute", 12)):
-            tensor = wire(backward, train.Layout(tp=8), 3, 0)
-            assert tensor == {**nothing, "tp": 3 * (32 * exchanges + 4) * x * 7 // 8}
-        crossings = [wire("manual", train.Layout(tp=2, pp=4, interleave=2), 8, place)["pp"]
-                     for place in range(4)]
-        assert crossings == [8 * n * x // 2 for n in (3, 4, 4, 3)]
-
-    def test_rings_use_the_cards_of_all_their_ranks(self):
-        gpu = train.GPUS["H100"]
-        assert train.bandwidth(gpu, 8, 1) == train.bandwidth(gpu, 2, 4) == gpu.inside
-        assert train.bandwidth(gpu, 128, 8) == train.bandwidth(gpu, 2, 64) == gpu.between
-        assert train.bandwidth(gpu, 16, 2) == 4 * gpu.between
-        assert train.bandwidth(gpu, 16, 1) == 8 * gpu.between < gpu.inside
-
-    @pytest.mark.parametrize("options, layout", [
-        (["--size", "stories110m"], {"replicas": 8, "shards": 1}),  # the simplest that is as fast
-        (["--size", "7b"], {"replicas": 1, "shards": 8}),
-        (["--size", "7b", "--dp", "ddp"], {"shards": 1}),
-        (["--size", "7b", "--tp", "2", "--gpus", "16", "--dp", "hybrid"],
-         {"replicas": 2, "shards": 4}),
-        (["--size", "7b", "--pp", "4", "--interleave", "4"], {"pp": 4, "interleave": 4})])
-    def test_search(self, options, layout, capsys):
-        found = planned(capsys, *options)
-        assert layout.items() <= found["layout"].items()
-        assert set(found["why"]) == {"tp", "pp", "dp", "micro_batch", "interleave"}
-        sizes = found["layout"]
-        dp = sizes["replicas"] * sizes["shards"]
-        assert dp * sizes["tp"] * sizes["pp"] == found["gpus"]
-        rows = found["micro_batch"] * found["micro_batches"] * dp
-        assert rows * SIZES[found["size"]][0].max_seq_len == found["tokens"] // found["steps"]
-        assert 0.3 < found["mfu"] < 0.5
-
-    def test_rows_that_do_not_divide_are_filled_up(self, capsys):
-        uneven, even = (planned(capsys, "--size", "7b", "--micro-batch", n, "--pp", 2, "--gpus", 8)
-                        for n in (3, 4))
-        assert uneven["micro_batches"] == 172 and even["micro_batches"] == 128  # 2048 / 4 rows
-        assert uneven["mfu"] < even["mfu"]
-
-    def test_cpu(self, capsys):
-        found = planned(capsys, "--gpu", "cpu", "--gpus", 2, "--steps", 50)
-        assert found["flops_per_token"] == train.flops_per_token(SIZES["tiny"][0], 256)
-        assert found["steps"] == 50 and found["tokens"] == 50 * 2048 and 0 < found["days"] < 1
-
-    def test_text(self, capsys):
-        train.main(["--plan", "--size", "7b"])
-        text = capsys.readouterr().out.splitlines()
-        assert len(text) <= 30 and max(map(len, text)) <= 100
-        assert any(re.fullmatch(r"  weights +3.37 +3.37 +3.37", line) for line in text)
-        assert "\n".join(text) in (HERE / "README.md").read_text()
-
-    @pytest.mark.parametrize("options, message", [
-        ("--tp 3", "--tp 3 does not divide n_kv_heads=32; try --tp with one of 1, 2, 4, 8"),
-        ("--tp 3 --gpus 24", "--tp 3 .*; try --tp with one of 1, 2, 4, 8"),
-        ("--tp 4 --pp 4", "8 processes .*; try --tp and --pp whose product is one of 1, 2, 4, 8"),
-        ("--pp 64 --gpus 64", "--pp 64 .* try --interleave 1 with --pp up to 32"),
-        ("--pp 2 --interleave 17", "--interleave 17.*try --pp 2 with --interleave up to 16"),
-        ("--tp 2 --pp 2 --dp none", "--dp none .*; try --dp ddp or --dp fsdp"),
-        ("--gpus 4099", "4099 .* cannot share the 2048 sequences of a step; try at most 2048 "),
-        ("--gpus 1", "7b needs .* GB on each of 1 devices, which have 72 .*; try --gpus 2"),
-        ("--dtype fp32", "try --dtype bf16"), ("--gpu K80", "invalid choice: 'K80'")])
-    def test_mistakes(self, options, message):
-        with pytest.raises(ValueError, match=message):
-            train.main(["--plan", "--size", "7b", *options.split()])
-class TestTrace:
-    """Hand-counted allocations and collectives; then a real process against its plan."""
-
-    def test_live_bytes_and_their_peak(self):
-        with FakeTensorMode(), train.Trace() as trace:
-            a = torch.zeros(1000)          # 4000 bytes
-            b = torch.zeros(500)           # 6000
-            assert trace.live == 6000
-            b = a.double()                 # the 8000 are there before the 2000 go
-            assert (trace.live, trace.peak) == (12000, 14000)
-            view = a[10:20].view(2, 5)     # nothing new, and it keeps all of a
-            del a
-            assert trace.live == 12000
-            del view, b
-        assert (trace.live, trace.peak) == (0, 14000)
-
-    def test_a_storage_that_is_resized(self):
-        with FakeTensorMode(), train.Trace() as trace:
-            x = torch.zeros(1000)
-            x.untyped_storage().resize_(0)
-            assert trace.live == 0
-            x.untyped_storage().resize_(8000)
-            assert trace.live == 8000
-            x.add_(1)
-            del x
-        assert (trace.live, trace.peak) == (0, 8000)
-        assert torch.zeros(5).untyped_storage().resize_(8).nbytes() == 8  # torch's own again
-
-    LAYER = 4 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64)  # bytes of a layer's weights in fp32
-    ENDS = 4 * (2 * 64 * 512 + 64)                     # of embedding, output and last norm
-
-    def simulate(self, rank=0, backward="manual", T=16, rows=32, micro=2, **layout):
-        config = LlamaConfig(64, 4, 4, 4, 128, 512, 64)
-        return train.simulate(config, train.Layout(**layout), rank, micro, rows, T,
-                              Recipe(1e-3, 1, None, 10, eps=1e-8), backward=backward,
-                              dtype=torch.float32)
-
-    def test_collectives_of_a_world_that_does_not_exist(self):
-        """FSDP over 16: a layer is gathered for forward and again for backward, the ends once."""
-        found = self.simulate(rank=5, shards=16)
-        assert found["collectives"] == {
-            ("_allgather_base_", 16, self.LAYER): 8, ("_allgather_base_", 16, self.ENDS): 1,
-            ("_reduce_scatter_base_", 16, self.LAYER): 4,
-            ("_reduce_scatter_base_", 16, self.ENDS): 1, ("allreduce_", 16, 24): 1}
-        weights = (4 * self.LAYER + self.ENDS) // 16
-        assert sum(4 * math.prod(s) for s in found["shards"].values()) == weights
-        assert weights * 3 <= found["state"] < weights * 3 + 400  # AdamW's counters
-
-    def test_tensor_and_pipeline_parallel(self):
-        found = self.simulate(rank=0, tp=2, pp=2, T=16, rows=8, micro=2)
-        assert {name.split(".")[1] for name in found["shards"] if "layers" in name} == {"0", "1"}
-        assert found["shards"]["layers.0.attention.wq.weight"] == (32, 64)
-        assert found["shards"]["layers.0.attention.wo.weight"] == (64, 32)
-        activation = 2 * 16 * 64 * 4 // 2  # of 2 rows, split over tp: sent on for each of 4 parts
-        assert found["collectives"]["send", 2, activation] == 4
-        assert found["collectives"]["recv_", 2, activation] == 4
-
-    def test_nothing_of_it_is_left(self):
-        assert self.simulate(shards=2) == self.simulate(shards=2)
-        assert not torch.distributed.is_initialized()
-
-    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-    def test_the_plan_is_true(self):
-        """The peak of a real process beyond its start, in real steps, where malloc gives back."""
-        code = """if True:
-            import re
-            from train import *
-            keep_freed_memory(False)
-            torch.set_num_threads(2)
-            status = Path("/proc/self/status")
-            def kb(name):
-                return int(re.search(name + r":\\s+(\\d+)", status.read_text())[1])
-            config, layout = LlamaConfig(512, 3, 8, 8, 1376, 8000, 256), Layout()
-            start, options = kb("VmRSS"), {"dtype": torch.bfloat16}
-            engine = Engine(config, layout, "cpu", 8, **options)
-            optimizer = make_optimizer(engine.parameters, Recipe(1e-4, 1, 1, eps=1e-8))
-            train_step(engine, optimizer, torch.randint(8000, (16, 257)), 1e-4, 1.0)
-            real = 1024 * (kb("VmHWM") - start)
-            print(real, peak_bytes(config, layout, 8, 2, 256, **options))"""
-        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True,
-                              text=True)
-        real, planned = map(int, done.stdout.split())
-        assert real == pytest.approx(planned, rel=0.1)
-
-
-class TestState:
-    @pytest.fixture
-    def states(self, tmp_path):
-        tensors = tensors_of(random_model(SMALL))
-        states = train.States(tmp_path)
-        for step in (1, 2, 3):
-            tensors["model.norm.weight"].fill_(step)
-            states.save(step, tensors, {"skipped": step})
-        states.wait()
-        return tmp_path, tensors
-
-    def test_there_and_back_keeps_two(self, states):
-        folder, tensors = states
-        assert sorted(f.name for f in folder.iterdir()) == ["step-000000002", "step-000000003"]
-        wanted = {name: t.clone() for name, t in tensors.items()}
-        for t in tensors.values():
-            t.fill_(-1)
-        assert train.States(folder).load(tensors) == {"step": 3, "skipped": 3}
-        assert all(torch.equal(t, wanted[name]) for name, t in tensors.items())
-        kinds = {name.split(".")[0] for name in tensors}
-        assert kinds == {"model", "exp_avg", "exp_avg_sq", "step"}
-        assert train.States(folder / "none").load(tensors) is None
-
-    @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "facts.json", "manifest.json"])
-    def test_damaged_is_named_and_passed_over(self, states, name, capsys):
-        folder, tensors = states
-        file = folder / "step-000000003" / name
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 1  # one bit
-        file.write_bytes(data)
-        assert train.States(folder).load(tensors)["step"] == 2
-        assert torch.all(tensors["model.norm.weight"] == 2)
-        said = capsys.readouterr().err
-        assert "step-000000003 is damaged" in said and said.count("\n") == 1
-        shutil.rmtree(folder / "step-000000002")
-        with pytest.raises(ValueError, match="no state in .* is good; try --fresh"):
-            train.States(folder).load(tensors)
-
-    def hostile(self, state, data):
-        """Replaces the metadata and all hashes, as someone who means it would."""
-        if data is not None:
-            (state / ".metadata").write_bytes(data)
-        (state / "manifest.json").unlink()
-        manifest = {file.name: train.sha256(file) for file in state.iterdir()}
-        (state / "manifest.json").write_text(json.dumps(manifest))
-
-    @pytest.mark.parametrize("facts", ["{}", "[]", '{"step": "x"}', '{"step": -5, "skipped": 0}',
-                                       '{"step": 3}', "nonsense"])
-    def test_hostile_facts(self, states, facts, capsys):
-        folder, tensors = states
-        (folder / "step-000000003" / "facts.json").write_text(facts)
-        self.hostile(folder / "step-000000003", None)
-        assert train.States(folder).load(tensors)["step"] == 2
-        assert "is damaged and passed over" in capsys.readouterr().err
-
-    def test_hostile_metadata_is_not_executed(self, states, capsys, tmp_path):
-        folder, tensors = states
-        mark = tmp_path.parent / "executed"
-
-        class Bomb:
-            def __reduce__(self):
-                return os.mkdir, (str(mark),)
-        self.hostile(folder / "step-000000003", pickle.dumps(Bomb()))
-        assert train.States(folder).load(tensors)["step"] == 2 and not mark.exists()
-        assert "mkdir" in capsys.readouterr().err
-
-    def test_entries_that_are_not_tensors_are_refused(self, states, capsys):
-        from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-        folder, tensors = states
-        state = folder / "step-000000003"
-        metadata = train.SafeReader(state).read_metadata()
-        metadata.state_dict_metadata["model.norm.weight"] = BytesStorageMetadata()
-        self.hostile(state, pickle.dumps(metadata))
-        assert train.States(folder).load(tensors)["step"] == 2
-        assert "BytesStorageMetadata" in capsys.readouterr().err
-
-    def test_a_full_disk_keeps_the_older_states(self, states):
-        import resource
-        folder, tensors = states
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        try:
-            with pytest.raises(OSError, match="state of step 4 could not be written.*try"):
-                failing = train.States(folder)
-                failing.save(4, tensors, {})
-                failing.wait()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            signal.signal(signal.SIGXFSZ, old)
-        assert sorted(f.name for f in folder.iterdir()) == ["step-000000002", "step-000000003"]
-        assert train.States(folder).load(tensors)["step"] == 3
-
-
-    @pytest.mark.parametrize("free", [0, 2**60])
-    def test_a_save_is_of_its_moment(self, tmp_path, monkeypatch, free):
-        monkeypatch.setattr(train, "memory_there", lambda device: free)
-        states, tensors, release = train.States(tmp_path), {"x": torch.ones(3)}, threading.Event()
-        write = train.Writer.write_data
-
-        def slow(*args):
-            assert release.wait(60)
-            return write(*args)
-        monkeypatch.setattr(train.Writer, "write_data", slow)
-        if free == 0:  # no room for a copy: there must be nobody who changes it before it is saved
-            release.set()
-        states.save(1, tensors, {"skipped": 0})
-        assert (tmp_path / "step-000000001").exists() == (free == 0)
-        tensors["x"].fill_(2)
-        wanted = torch.get_rng_state()
-        release.set()
-        states.save(2, tensors, {"skipped": 0})  # which waits for the first
-        assert (tmp_path / "step-000000001").exists()
-        states.wait()
-        torch.rand(3)
-        assert states.load(tensors)["step"] == 2 and torch.all(tensors["x"] == 2)
-        assert torch.equal(torch.get_rng_state(), wanted)
-        shutil.rmtree(tmp_path / "step-000000002")
-        assert states.load(tensors)["step"] == 1 and torch.all(tensors["x"] == 1)
-
-    def test_ctrl_c_is_no_damage(self, states, monkeypatch):
-        folder, tensors = states
-
-        def pressed(path):
-            raise KeyboardInterrupt
-        monkeypatch.setattr(train, "sha256", pressed)
-        with pytest.raises(KeyboardInterrupt):
-            train.States(folder).load(tensors)
-
-    def test_a_state_of_a_later_step_goes(self, states):
-        folder, tensors = states
-        (folder / "step-000000009").mkdir()  # of what was given up by going back to step 3
-        again = train.States(folder)
-        again.save(4, tensors, {"skipped": 0})
-        again.wait()
-        assert sorted(f.name for f in folder.iterdir()) == ["step-000000003", "step-000000004"]
-
-    @pytest.mark.parametrize("tied", [False, True])
-    def test_export_is_the_model(self, tmp_path, tied):
-        model = random_model(replace(SMALL, tie_embeddings=tied))
-        states = train.States(tmp_path / "state")
-        states.save(1, tensors_of(model), {"skipped": 0})
-        states.wait()
-        train.export_state(tmp_path / "state" / "step-000000001", model.config, tmp_path)
-        found, wanted = torch.load(tmp_path / "consolidated.00.pth"), model.state_dict()
-        assert list(found) == [name for name in wanted if name != "output.weight" or not tied]
-        assert state_equal(llama.load(tmp_path), wanted)
-        assert llama.load(tmp_path).config == model.config
-
-    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-    def test_export_holds_one_tensor(self, tmp_path, monkeypatch):
-        config, used = replace(SMALL, n_layers=24, dim=256, hidden_dim=512), []
-        states = train.States(tmp_path)
-        states.save(1, {f"model.{name}": torch.randn(shape)
-                        for name, shape in llama.shapes(config).items()}, {"skipped": 0})
-        states.wait()
-
-        def measured(file, weight, dtype, write=llama.write_tensor):
-            write(file, weight, dtype)
-            used.append(memory("RssAnon") - before)
-        monkeypatch.setattr(llama, "write_tensor", measured)
-        ctypes.CDLL(None).malloc_trim(0)
-        before = memory("RssAnon")
-        train.export_state(tmp_path / "step-000000001", config, tmp_path / "out")
-        assert len(used) == 24 * 9 + 3 and max(used) < 4 * config.n_params / 5
-
-
-RANKS = """if True:
-    import os, resource, sys, warnings
-    from pathlib import Path
-    import torch
-    import torch.distributed as dist
-    from torch import nn
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
-    import llama, train
-    warnings.simplefilter("ignore")
-    rank, folder, config = int(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3], vars(llama))
-    torch.set_num_threads(1)
-    torch.manual_seed(rank)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=4)
-    group, report = dist.new_group(backend="gloo"), open(folder / f"rank-{rank}", "w")
-
-    def tell(*what):
-        print(*what, sep="; ", file=report, flush=True)
-        dist.barrier()
-
-    def model_of(mesh, sharded, split):
-        # A model of other values, its weights cut over a mesh `split`, then by fully_shard.
-        model = llama.Llama.create(config, 100 + rank)
-        for name, module in model.named_modules():
-            for key, p in list(module.named_parameters(recurse=False)):
-                if split is not None:
-                    place = (Shard(1) if name.endswith(("wo", "w2")) else
-                             Replicate() if name.endswith("norm") else Shard(0))
-                    p = nn.Parameter(distribute_tensor(p.detach(), split, [place]))
-                module.register_parameter(key, p)
-        for part in [*model.layers, model] if sharded is not None else []:
-            fully_shard(part, mesh=sharded)
-        return model
-
-    def tensors_of(model):
-        parameters = dict(model.named_parameters())
-        optimizer = train.make_optimizer(parameters, llama.Recipe(0.1, 1, 1, eps=1e-8))
-        return train.state_tensors(parameters, optimizer)
-
-    def saved(states, step, tensors):
-        try:
-            states.save(step, tensors, {"skipped": 0})
-            states.wait()
-        except OSError as error:
-            return error
-
-    line = init_device_mesh("cpu", (4,))
-    w, row = torch.arange(12.0).view(3, 4), init_device_mesh("cpu", (1, 4))
-    def copied(w):
-        local = {"a": torch.ones(5, dtype=torch.bfloat16), "b.weight": w, "parts": w + rank}
-        places = {"parts": Shard(0)}
-        made = {name: train.DTensor.from_local(x, row, (Replicate(), places.get(name, Replicate())),
-                                               run_check=False) for name, x in local.items()}
-        return made | {"step": w}  # not distributed: its own on each
-    train.replicas_agree(copied(w))
-    if rank == 1:
-        w.view(torch.int32)[2, 3] ^= 1
-    try:
-        train.replicas_agree(copied(w))
-    except SystemExit as end:
-        tell("wrong", end.code)
-    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    plain = tensors_of(model_of(None, None, None))
-    stage = {name: t for i, (name, t) in enumerate(plain.items()) if i % 2 == rank}  # 2, 3: none
-    layouts = [("grid", group, tensors_of(model_of(grid, grid["dp"], grid["tp"]))),
-               ("four", group, tensors_of(model_of(line, line, None))),
-               ("stages", group, stage),
-               (f"pair{rank // 2}", grid["tp"].get_group(),
-                tensors_of(model_of(grid, None, grid["tp"])))]
-    source = "one"
-    for name, ranks, tensors in layouts:
-        facts = train.States(folder / source, group).load(tensors)
-        states = train.States(folder / name, ranks)
-        states.save(facts["step"], tensors, {"skipped": 7})
-        states.wait()
-        tell(name, facts)
-        source = name if ranks is group else source
-    states, tensors = train.States(folder / "four", group), layouts[1][2]
-    if rank == 2:  # its disk is full
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
-    error = saved(states, 2, tensors)
-    dist.barrier()
-    tell("full", error, sorted(file.name for file in states.folder.iterdir()))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    assert saved(states, 2, tensors) is None
-    if rank == 0:
-        file = states.folder / "step-000000002" / "__3_0.distcp"
-        file.write_bytes(file.read_bytes()[:-1] + b"!")
-    dist.barrier()
-    tell("damaged", states.load(tensors))
-    # A part of a run: tp 2 x fsdp 2; rank 2 alone is asked to stop.
-    args = train.parser().parse_args(sys.argv[4:])
-    args.watchdog = None
-
-    def step(run, go=train.Training.step):
-        if rank == 2 and run.facts["step"] == 11:
-            os.kill(os.getpid(), train.signal.SIGUSR1)
-        return go(run)
-    train.Training.step = step
-    try:
-        train.run_rank(args, "cpu", train.World(rank, 4, rank, 4))
-    except SystemExit as end:
-        tell("stopped", end.code)
-    if rank == 1:  # killed when it has written, before the others know
-        train.sha256 = lambda path: os.kill(os.getpid(), 9)
-    print("killed", saved(states, 3, tensors), sep="; ", file=report, flush=True)
-    os._exit(0)
-"""
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A folder of real text: some modules of the standard library."""
-    import argparse
     folder = tmp_path_factory.mktemp("text")
     for name in ("argparse ast bdb calendar cmd code codecs copy csv dis enum filecmp fractions "
                  "ftplib gzip heapq mailbox pdb platform queue random selectors shlex").split():
-        file = Path(argparse.__file__).with_name(f"{name}.py")
+        file = Path(ast.__file__).with_name(f"{name}.py")
         if file.exists():
             shutil.copy(file, folder)
     return folder
 
 
 def run_options(text, out, *more):
-    shape = "dim=32 n_layers=2 n_heads=2 n_kv_heads=1 hidden_dim=64 max_seq_len=64"
-    options = "--vocab-size 400 --batch-tokens 256 --micro-batch 3 --steps 30 --save-every 6"
-    return ["--data", str(text), "--set", *shape.split(), *options.split(), "--eval-every", "10",
-            "--lr", "0.003", "--out", str(out), *more]
-
-
-@pytest.fixture
-def signals():
-    """train.main sets handlers; put pytest's back."""
-    kept = {number: signal.getsignal(number) for number in train.STOPS}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    shape = "dim=32 n_layers=2 n_heads=2 n_kv_heads=2 hidden_dim=64 max_seq_len=64"
+    options = ("--vocab-size 400 --batch-tokens 256 --micro-batch 3 --steps 30 --save-every 6 "
+               "--eval-every 10 --lr 0.003 --dtype fp32")
+    return ["--data", str(text), "--set", *shape.split(), *options.split(), "--out", str(out),
+            *more]
 
 
 @pytest.fixture(scope="module")
 def whole_run(text, tmp_path_factory):
-    """An undisturbed run of 30 steps, made once."""
-    kept = {number: signal.getsignal(number) for number in train.STOPS}
+    """An undisturbed run of 30 steps by one process, made once."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     train.main(run_options(text, out))
-    for number, handler in kept.items():
-        signal.signal(number, handler)
     return out
 
 
 def log_of(out):
-    lines = (out / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def losses(out):
     """Everything about each step that must not depend on how the run got there."""
     return [(r["step"], r["tokens"], r["loss"], r["lr"], r["grad_norm"], r.get("val_loss"))
             for r in log_of(out) if "event" not in r]
-
-
-def begun(whole_run, out, **changes):
-    """A folder with the text of whole_run, where a run with such settings can begin."""
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(whole_run / "tokens", out / "tokens")
-    shutil.copy(whole_run / "tokenizer.model", out)
-    run = json.loads((whole_run / "run.json").read_text()) | changes
-    (out / "run.json").write_text(json.dumps(run))
-    return out
-
-
-@contextlib.contextmanager
-def faults(fault):
-    """Calls fault(run, step) before each step of runs in this process."""
-    kept = {number: signal.getsignal(number) for number in train.STOPS}
-
-    def step(run, go=train.Training.step):
-        fault(run, run.facts["step"] + 1)
-        return go(run)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Training, "step", step)
-        yield patch
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
-def stop_me():
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def nearly_equal(out, wanted):
@@ -3703,9 +3928,55 @@ def nearly_equal(out, wanted):
             assert a == b or a == pytest.approx(b, rel=within)
 
 
+def begun(whole_run, out):
+    """A folder with the text of whole_run, where a run with its settings can begin."""
+    shutil.copytree(whole_run / "tokens", out / "tokens")
+    for name in ("tokenizer.model", "run.json"):
+        shutil.copy(whole_run / name, out)
+    return out
+
+
 def same_weights(out, wanted):
     ours, theirs = (torch.load(folder / "consolidated.00.pth") for folder in (out, wanted))
     return all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def before_steps(fault, set_attribute=partial(setattr, train)):
+    """From now on fault(step, engine) is called before each step of runs in this process."""
+    rate, go, now = train.learning_rate, train.train_step, []
+
+    def learning_rate(step, *rest):
+        now[:] = [step + 1]
+        return rate(step, *rest)
+
+    def train_step(engine, *rest):
+        fault(now[0], engine)
+        return go(engine, *rest)
+    set_attribute("learning_rate", learning_rate)
+    set_attribute("train_step", train_step)
+
+
+def poison(monkeypatch, bad):
+    """The n-th micro-batch that is trained on has a loss that is not a number if bad(n)."""
+    calls, pretrain = [], train.pretrain
+
+    def poisoned(model, batch):
+        calls.append(torch.is_grad_enabled())
+        broken = calls[-1] and bad(sum(calls))
+        return pretrain(model, batch) * (math.nan if broken else 1)
+    monkeypatch.setattr(train, "pretrain", poisoned)
+
+
+def rank_killed(at, number, *options):
+    """A run that gets a signal before its `at`-th step."""
+    steps = []
+
+    def fault(step, engine):
+        steps.append(step)
+        if len(steps) == int(at):
+            os.kill(os.getpid(), int(number))
+    before_steps(fault)
+    train.main(list(options))
 
 
 class TestRun:
@@ -3715,40 +3986,36 @@ class TestRun:
         assert rows[0]["loss"] == pytest.approx(math.log(400), abs=0.3) and rows[-1]["loss"] < 5.6
         assert rows[9]["val_bpb"] > rows[29]["val_bpb"] and "val_bpb" not in rows[10]
         assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "world",
-                "rank_params", "rank_tokens"} <= set(rows[0])
+                "rank_params", "rank_tokens", "useful", "elapsed_s"} <= set(rows[0])
         assert rows[-1]["tokens"] == 30 * 256 and rows[0]["rank_tokens"] == 256
-        names = {file.name for file in whole_run.iterdir()}
         assert {"params.json", "consolidated.00.pth", "tokenizer.model", "log.jsonl", "loss.svg",
-                "state", "tokens"} <= names
-        model = llama.load(whole_run)
+                "state", "tokens"} <= set(files(whole_run))
+        model = generate.load(whole_run)
         assert model.config.vocab_size == 400 and model.config.hidden_dim == 64
+        assert rows[0]["rank_params"] == model.config.n_params
+
+    def test_samples(self, whole_run, capsys):
+        generate.main([str(whole_run), "--prompt", "import", "--prompt", "-1 + 2", "--json",
+                       "--num-samples", "2", "--max-new-tokens", "9", "--temperature", "1"])
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [r["prompt"] for r in rows] == ["import"] * 2 + ["-1 + 2"] * 2
+        assert all(len(r["ids"]) == len(r["logprobs"]) == 9 for r in rows)
 
     def test_killed_and_gone_on_bit_for_bit(self, text, whole_run, tmp_path):
-        code = """if True:
-            import os, sys, train
-            step, at, number = train.train_step, int(sys.argv[1]), int(sys.argv[2])
-            def counted(*args):
-                counted.calls += 1
-                if counted.calls == at:
-                    os.kill(os.getpid(), number)
-                return step(*args)
-            counted.calls = 0
-            train.train_step = counted
-            train.main(sys.argv[3:])"""
-        options, draw = run_options(text, tmp_path / "r"), random.Random(0)
+        out, draw = begun(whole_run, tmp_path), random.Random(0)
         for number, status in ((9, -9), (signal.SIGTERM, 143), (9, -9), (0, 0)):
-            at = draw.randint(4, 9)  # steps after the last state
-            done = subprocess.run([sys.executable, "-c", code, str(at), str(int(number)), *options],
-                                  cwd=HERE, capture_output=True, text=True)
+            words = ["killed", draw.randint(4, 9), int(number), *run_options(text, out)]
+            done = subprocess.run([sys.executable, "-W", "ignore", __file__, "rank",
+                                   *map(str, words)], cwd=HERE, capture_output=True, text=True)
             assert done.returncode == status, done.stderr
-            with open(tmp_path / "r" / "log.jsonl", "a") as file:
+            with open(out / "log.jsonl", "a") as file:
                 file.write('{"step": 2')  # a torn line
-        assert losses(tmp_path / "r") == losses(whole_run)
-        assert same_weights(tmp_path / "r", whole_run)
+        (out / "log.jsonl").write_text((out / "log.jsonl").read_text()[:-10])
+        assert losses(out) == losses(whole_run) and same_weights(out, whole_run)
 
-    def test_goes_on_from_before_a_damaged_state(self, text, whole_run, tmp_path, signals, capsys):
+    def test_goes_on_from_before_a_damaged_state(self, text, whole_run, tmp_path, capsys):
         shutil.copytree(whole_run, tmp_path / "r")
-        newest = sorted((tmp_path / "r/state").iterdir())[-1]
+        newest = sorted((tmp_path / "r" / "state").iterdir())[-1]
         (newest / "__0_0.distcp").write_bytes(b"broken")
         train.main(run_options(text, tmp_path / "r"))
         assert "is damaged and passed over" in capsys.readouterr().err
@@ -3756,7 +4023,7 @@ class TestRun:
         events = [row for row in log_of(tmp_path / "r") if "event" in row]
         assert [(row["event"], row["step"]) for row in events] == [("resume", 24)]
 
-    def test_finished_and_other_settings(self, text, whole_run, signals, capsys):
+    def test_finished_and_other_settings(self, text, whole_run, capsys):
         (whole_run / "consolidated.00.pth").unlink()  # as if killed just before it was written
         before, file = losses(whole_run), whole_run / "run.json"
         run = json.loads(file.read_text())
@@ -3764,39 +4031,52 @@ class TestRun:
         file.write_text(json.dumps(run))
         train.main(run_options(text, whole_run))
         assert "finished at step 30; --steps N goes on, --fresh" in capsys.readouterr().err
-        assert losses(whole_run) == before and llama.load(whole_run).config.dim == 32
-        with pytest.raises(ValueError, match=r"trained with lr=0.003; try --out DIR or --fresh"):
-            train.main([*run_options(text, whole_run), "--lr", "0.004"])
+        assert losses(whole_run) == before and generate.load(whole_run).config.dim == 32
+        for change, was in ({"--lr": "lr=0.003", "--seed": "seed=0", "--seq-len": "seq_len=64",
+                             "--backward": "backward=manual"}).items():
+            value = "recompute" if change == "--backward" else "32"
+            with pytest.raises(ValueError, match=f"trained with {was}; try --out DIR or --fresh"):
+                train.main([*run_options(text, whole_run), change, value])
+        with pytest.raises(ValueError, match="trained with n_layers=2; try"):
+            train.main([*run_options(text, whole_run), "--set", "n_layers=3"])
 
-    def test_fresh_removes_nothing_that_is_not_a_run(self, text, whole_run, tmp_path, signals):
-        (tmp_path / "mine" / "tokens").mkdir(parents=True)
-        shutil.copytree(text, tmp_path / "mine" / "state")
+    def test_every_setting_must_match_or_may_differ(self):
+        """None is forgotten: what changes the result is compared."""
+        free = {"out", "eval_every", "save_every", "device", "tokenizer", *train.KEPT}
+        assert {field for field in train.Run.__dataclass_fields__} == {*train.MUST_MATCH, *free}
+
+    def test_fresh(self, text, whole_run, tmp_path):
         with pytest.raises(ValueError, match="there is no nowhere"):
             train.main(["--data", "nowhere", "--out", str(whole_run), "--fresh"])
         assert losses(whole_run)
-        options = run_options(tmp_path / "mine" / "state", tmp_path / "mine", "--fresh")
-        train.main([*options, "--steps", "3"])
-        assert len(list((tmp_path / "mine" / "state").glob("*.py"))) == len(list(text.iterdir()))
-        assert len(losses(tmp_path / "mine")) == 3
-        train.main([*run_options(text, tmp_path / "mine", "--fresh"), "--steps", "2"])
-        assert len(losses(tmp_path / "mine")) == 2
+        shutil.copytree(whole_run, tmp_path / "r")
+        train.main([*run_options(text, tmp_path / "r"), "--fresh", "--steps", "2", "--lr", "0.01"])
+        assert len(losses(tmp_path / "r")) == 2
 
-    def test_a_mistake_before_there_is_text_leaves_no_settings(self, text, tmp_path, signals):
+    @pytest.mark.parametrize("more", [[], ["--fresh"]])
+    def test_a_folder_of_something_else_is_left_alone(self, text, tmp_path, more):
+        (tmp_path / "consolidated.00.pth").write_text("mine")
+        with pytest.raises(ValueError, match="holds files that are no run's; try another --out"):
+            train.main(run_options(text, tmp_path, *more))
+        assert files(tmp_path) == ["consolidated.00.pth"]
+
+    def test_a_mistake_before_there_is_text_leaves_no_settings(self, text, tmp_path):
         with pytest.raises(ValueError, match="; try"):
             train.main([*run_options(text, tmp_path / "r"), "--vocab-size", "99999"])
         train.main([*run_options(text, tmp_path / "r"), "--steps", "2"])
         assert len(losses(tmp_path / "r")) == 2
 
     @pytest.mark.parametrize("name, data", [
-        ("run.json", "[]"), ("run.json", "{"), ("tokens/sources.json", "{}"),
-        ("tokens/sources.json", "[{}]"), ("tokens/0.train.bin", "")])
-    def test_damaged_files_of_a_run(self, text, whole_run, tmp_path, signals, name, data):
+        ("run.json", "[]"), ("run.json", "{"), ("tokens/sources.json", "[]"),
+        ("tokens/sources.json", "{}"), ("tokens/sources.json", '{"sources": [{}]}'),
+        ("tokens/0.train.bin", "")])
+    def test_damaged_files_of_a_run(self, text, whole_run, tmp_path, name, data):
         shutil.copytree(whole_run, tmp_path / "r")
         (tmp_path / "r" / name).write_text(data)
         with pytest.raises(ValueError, match="damaged; try --fresh"):
             train.main(run_options(text, tmp_path / "r"))
 
-    def test_bad_files_are_named_and_counted(self, text, tmp_path, signals, capsys):
+    def test_bad_files_are_named_and_counted(self, text, tmp_path, capsys):
         shutil.copytree(text, tmp_path / "t")
         (tmp_path / "t" / "bad.txt").write_bytes(b"\xff\xfe\x00")
         (tmp_path / "t" / "empty.txt").touch()
@@ -3807,894 +4087,253 @@ class TestRun:
             assert f"passed over {tmp_path / 't'}/{name}" in said
         assert "passed over 3 in all" in said
 
-    def test_skips_steps_that_are_not_finite_and_stops(self, text, tmp_path, signals, monkeypatch):
-        loss, calls = Llama.mean_loss, []
-
-        def poisoned(model, h, targets):
-            calls.append(model.training)
-            bad = len(calls) in (5, 6, 7) or len(calls) > 30  # of two micro-batches a step
-            return loss(model, h, targets) * (math.nan if bad else 1)
-        monkeypatch.setattr(Llama, "mean_loss", poisoned)
+    def test_skips_steps_that_are_not_finite_and_stops(self, text, whole_run, tmp_path,
+                                                       monkeypatch):
+        poison(monkeypatch, lambda n: n in (5, 6, 7) or n > 30)  # of two micro-batches a step
         with pytest.raises(ValueError, match="5 steps in a row .* is kept; try a lower --lr"):
-            train.main([*run_options(text, tmp_path / "r", "--eval-every", "99"),
-                        "--micro-batch", "2"])
-        rows = log_of(tmp_path / "r")
+            train.main([*run_options(text, begun(whole_run, tmp_path)), "--micro-batch", "2"])
+        rows = log_of(tmp_path)
         assert [r["step"] for r in rows if r["loss"] is None] == [3, 4, 16, 17, 18, 19, 20]
         assert rows[-1]["skipped"] == 7 and rows[5]["skipped"] == 2
-        states = sorted(state.name for state in (tmp_path / "r" / "state").iterdir())
-        assert states == ["step-000000006", "step-000000012"]
-
-    def test_a_last_step_that_is_not_finite(self, text, tmp_path, signals, monkeypatch):
-        loss, calls = Llama.mean_loss, []
-
-        def poisoned(*args):
-            calls.append(loss(*args))
-            return calls[-1] * (math.nan if len(calls) > 4 else 1)  # two micro-batches a step
-        monkeypatch.setattr(Llama, "mean_loss", poisoned)
-        train.main([*run_options(text, tmp_path), "--micro-batch", "2", "--steps", "3"])
-        assert [state.name for state in (tmp_path / "state").iterdir()] == ["step-000000003"]
-        assert log_of(tmp_path)[-1]["skipped"] == 1 and llama.load(tmp_path).config.dim == 32
-
-    def test_samples(self, whole_run, capsys):
-        generate.main([str(whole_run), "--prompt", "import", "--prompt", "-1 + 2", "--json",
-                       "--num-samples", "2", "--max-new-tokens", "9", "--temperature", "1"])
-        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        assert [r["prompt"] for r in rows] == ["import"] * 2 + ["-1 + 2"] * 2
-        assert all(len(r["ids"]) == len(r["logprobs"]) == 9 for r in rows)
-        assert rows[0]["ids"] != rows[1]["ids"] and {r["finish_reason"] for r in rows} == {"length"}
-        generate.main([str(whole_run), "--prompt", "import", "--max-new-tokens", "9",
-                       "--temperature", "1"])
-        assert capsys.readouterr().out == "import" + rows[0]["text"] + "\n"
-
-    def test_scores(self, whole_run, text, capsys, tmp_path):
-        for name in ("copy.py", "queue.py"):
-            shutil.copy(text / name, tmp_path)
-        generate.main([str(whole_run), "--score", str(tmp_path), "--json"])
-        *rows, total = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        assert total["nll"] == pytest.approx(sum(r["nll"] for r in rows)) and len(rows) == 2
-        model = llama.load(whole_run)
-        words = tokenizer.load_tokenizer(whole_run / "tokenizer.model")
-        file = text / "copy.py"
-        ids = words.encode(file.read_text(), bos=True)
-        assert rows[0]["tokens"] == len(ids) - 1
-        nll = generate.token_nll(model, ids).sum().item()
-        assert rows[0]["nll"] == pytest.approx(nll, rel=1e-4)
-        bits = rows[0]["nll"] / math.log(2) / file.stat().st_size
-        assert rows[0]["bits_per_byte"] == pytest.approx(bits)
-
-    def test_bench_of_generation(self, whole_run, capsys):
-        generate.main([str(whole_run), "--bench", "16"])
-        row = json.loads(capsys.readouterr().out)
-        assert set(row) == {"prefill_tokens_per_s", "decode_tokens_per_s", "weight_gb",
-                            "bandwidth_gb_s", "bandwidth_fraction", "load_s", "first_token_s",
-                            "dtype", "quantize"}
-        assert row["weight_gb"] == pytest.approx(4 * llama.load(whole_run).config.n_params / 1e9)
-
-
-@pytest.fixture(scope="module")
-def ranks(whole_run, text, tmp_path_factory):
-    """One state written by one process, and a run of one stopped after step 6; what four made of
-    the state and told; the run went on by the four to step 12, and then by one."""
-    folder, model = tmp_path_factory.mktemp("ranks"), random_model(LITTLE)
-    tensors = tensors_of(model)
-    for i, t in enumerate(tensors.values()):
-        t.copy_(noise(1, *t.shape, seed=i)[0])
-    torch.manual_seed(7)
-    states = train.States(folder / "one")
-    states.save(1, tensors, {"skipped": 7})
-    states.wait()
-    options = [word.replace("n_kv_heads=1", "n_kv_heads=2") for word in
-               run_options(text, begun(whole_run, folder / "run"), "--dtype", "fp32")]
-    for name in ("run", "alone"):
-        begun(whole_run, folder / name, dtype="fp32", set=options[3:9])
-    with faults(lambda run, step: None):
-        train.main([*options, "--out", str(folder / "alone")])
-    with faults(lambda run, step: step == 6 and stop_me()), pytest.raises(SystemExit, match="143"):
-        train.main(options)
-    command = [sys.executable, "-c", RANKS]
-    running = [subprocess.Popen([*command, str(rank), str(folder), repr(LITTLE), *options, "--tp",
-                                 "2"], cwd=HERE, stderr=subprocess.PIPE, text=True)
-               for rank in range(4)]
-    errors = [process.communicate(timeout=100)[1] for process in running]
-    assert [process.returncode for process in running] == [0, -9, 0, 0], "".join(errors)
-    told = [(folder / f"rank-{rank}").read_text().splitlines() for rank in range(4)]
-    lines = [{line.split("; ")[0]: line for line in lines} for lines in told]
-    with faults(lambda run, step: None):
-        train.main(options)
-    return folder, tensors, lines, "".join(errors)
-
-
-class TestStatesOfRanks:
-    @pytest.mark.parametrize("layout", ["grid", "four", "stages", "pair0", "pair1"])
-    def test_there_and_back_through_every_layout(self, ranks, layout):
-        folder, wanted, lines, _ = ranks
-        tensors = {name: torch.full_like(t, -1) for name, t in wanted.items()}
-        torch.manual_seed(8)
-        assert train.States(folder / layout).load(tensors) == {"step": 1, "skipped": 7}
-        assert all(torch.equal(t, wanted[name]) for name, t in tensors.items())
-        assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(7).get_state())
-        files = {file.name for file in (folder / layout / "step-000000001").glob("*.distcp")}
-        assert files == {f"__{rank}_0.distcp" for rank in range(2 if "pair" in layout else 4)}
-
-    def test_one_full_disk_is_told_to_all(self, ranks):
-        for lines in ranks[2]:
-            assert re.match(r"full; the state of step 2 could not be written \(.*File too large.*"
-                            r"try to free space.*; \['step-000000001'\]", lines["full"])
-
-    def test_damage_is_seen_by_all(self, ranks):
-        for lines in ranks[2]:
-            assert lines["damaged"] == "damaged; {'step': 1, 'skipped': 7}"
-
-    def test_a_rank_killed_while_it_writes(self, ranks, capsys):
-        folder, wanted, lines, _ = ranks
-        for rank in (0, 2, 3):
-            assert "killed; the state of step 3 could not be written" in lines[rank]["killed"]
-        assert {file.name for file in (folder / "four").iterdir()} == {
-            "step-000000001", "step-000000002"}
-        assert train.States(folder / "four").load(wanted)["step"] == 1
-        assert "__3_0.distcp is not what was written" in capsys.readouterr().err
-
-    def test_a_run_of_one_of_four_and_of_one(self, ranks):
-        rows = [row for row in log_of(ranks[0] / "run") if "event" not in row]
-        assert [row["world"] for row in rows] == [1] * 6 + [4] * 6 + [1] * 18
-        nearly_equal(ranks[0] / "run", ranks[0] / "alone")
-
-
-LLAMA3_CHAT = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
-    "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim "
-    "+ '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
-    "{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant"
-    "<|end_header_id|>\n\n' }}{% endif %}")
-CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
-    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% endif %}")
-LLAMA2_CHAT = (
-    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set "
-    "system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set "
-    "system_message = false %}{% endif %}{% for message in loop_messages %}{% if loop.index0 == 0 "
-    "and system_message != false %}{% set content = '<<SYS>>\n' + system_message + '\n<</SYS>>\n\n'"
-    " + message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}{% if "
-    "message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif "
-    "message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}"
-    "{% endfor %}")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A small checkpoint with its tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny")
-    save_meta(random_model(replace(SMALL, dim=64, vocab_size=420, max_seq_len=128)), folder)
-    trained().save(folder / "tokenizer.model")
-    return folder
-
-
-class TestTurn:
-    """Turns as the templates that were published spell them, by transformers."""
-
-    @pytest.mark.parametrize("kind, template, begins, ends", [
-        ("llama-bpe", LLAMA3_CHAT, "<|begin_of_text|>", "<|eot_id|>"),
-        ("smollm", CHATML, "<|im_start|>", "<|im_end|>"), ("legacy", LLAMA2_CHAT, "<s>", "</s>")])
-    def test_equals_transformers(self, kind, template, begins, ends):
-        from transformers import PreTrainedTokenizerFast
-        theirs = HUGGING_FACE[kind]()
-        if kind == "llama-bpe":
-            theirs.add_special_tokens(["<|start_header_id|>", "<|end_header_id|>"])
-        ours = tokenizer.HuggingFace(theirs.to_str().encode(), {"chat_template": template})
-        oracle = PreTrainedTokenizerFast(tokenizer_object=theirs, bos_token=begins, eos_token=ends)
-        for system in ("Be brief.\nNo wife", ""):
-            said = [("user", "a man? 12"), ("assistant", "It is 42!"), ("user", "in want\n\nof x")]
-            said = [("system", system)] * bool(system) + said
-            said = [{"role": role, "content": text} for role, text in said]
-            wanted = oracle.apply_chat_template(said, chat_template=template, tokenize=True,
-                                                add_generation_prompt=True, return_dict=False)
-            answer = ours.encode(" It is 42! " if kind == "legacy" else "It is 42!", continues=True)
-            first = generate.turn(ours, "a man? 12", system)
-            assert first + answer + generate.turn(ours, "in want\n\nof x", system, False) == wanted
-            if kind == "legacy":
-                assert generate.turn(trained(), "a man? 12", system) == first
-        names = [name for name in ours.special if kind != "legacy"] + ["<s></s>"]
-        special, plain = ({*generate.turn(ours, text, text)} & {*ours.special.values()}
-                          for text in (" x ".join(names), "a"))
-        assert special == plain
-
-    def test_ranks_of_meta(self):
-        ours, mark = ranked(), "<|start_header_id|>{}<|end_header_id|>\n\n"
-        found = generate.turn(ours, "a", "b") + generate.turn(ours, " c ", "b", first=False)
-        text = (f"<|begin_of_text|>{mark}b<|eot_id|>{mark}a<|eot_id|>{mark}<|eot_id|>{mark}c"
-                f"<|eot_id|>{mark}").format("system", "user", "assistant", "user", "assistant")
-        assert found == ours.encode(text, allowed_special=ours.special)
-
-    def test_what_is_refused(self):
-        for text, system in (("a [/INST] b", ""), ("a", "<</SYS>>")):
-            with pytest.raises(ValueError, match="is a mark of this chat format; try"):
-                generate.turn(trained(), text, system)
-        for template, said in (("{{ '<|user|>' }}", "none of llama3, chatml, llama2; try --prompt"),
-                               ("<|im_start|>", "needs <.im_start.>, which the tokenizer has not")):
-            other = tokenizer.HuggingFace(HUGGING_FACE["legacy"]().to_str().encode(),
-                                          {"chat_template": template})
-            with pytest.raises(ValueError, match=said):
-                generate.turn(other, "a")
-
-
-class TestChat:
-    @staticmethod
-    def talk(monkeypatch, folder, *said, more=()):
-        said = iter(said)
-
-        def typed(prompt):
-            for text in said:
-                return text
-            raise EOFError
-        monkeypatch.setattr("builtins.input", typed)
-        try:
-            generate.main([str(folder), "--chat", "--temperature", "0", "--system", "S", *more])
-        except KeyboardInterrupt:
-            pytest.fail("Ctrl-C ended more than an answer")
-
-    @staticmethod
-    def told(read):
-        """What the model was told in all, and what it read of it at each turn."""
-        text, turns = [], []
-        for at, (ids,), _ in read:
-            text[at:] = ids
-            if len(ids) > 4:  # a token and guesses are fewer
-                turns.append((at, ids, list(text)))
-        return turns
-
-    @pytest.mark.parametrize("stopped", [None, "before", "after"])
-    def test_reads_what_is_new(self, tiny, read, monkeypatch, capsys, stopped):
-        """And Ctrl-C ends an answer, not the conversation."""
-        noted = Llama.hidden
-
-        def interrupted(model, *args):
-            if stopped == "before" and len(read) == 3:
-                read.append((args[1].lengths[0], args[0].tolist(), None))
-                raise KeyboardInterrupt
-            h = noted(model, *args)
-            if stopped == "after" and len(read) == 4:
-                raise KeyboardInterrupt
-            return h
-        monkeypatch.setattr(Llama, "hidden", interrupted)
-        self.talk(monkeypatch, tiny, "a man", "", "of x", more=["--max-new-tokens", "6"])
-        out, err = capsys.readouterr()
-        assert err.startswith("a conversation in the format llama2; Ctrl-C") and "error" not in err
-        words, (one, two, three) = trained(), self.told(read)
-        first, second = (generate.turn(words, *said) for said in (("a man", "S"), ("", "S", False)))
-        assert one == (0, first, first) and two[1][-len(second):] == second
-        answer = two[2][len(first):-len(second)]
-        assert len(answer) == (3 if stopped else 6) and len(two[1]) <= 1 + len(second)
-        assert out.startswith(words.decode(words.encode("x") + answer)[1:]
-                              + " [stopped]" * bool(stopped) + "\n")
-        model = llama.load(tiny)
-        for at, ids, text in (two, three):
-            h, = (h for start, (some,), h in read if (start, some) == (at, ids))
-            close(h[0, -1], model.hidden(torch.tensor([text]))[0, -1], atol=1e-4)
-
-    def test_a_full_context_begins_anew(self, tiny, read, monkeypatch, capsys):
-        self.talk(monkeypatch, tiny, "a man", "of x " * 9, "x " * 200, "[INST]",
-                  more=["--max-new-tokens", "999"])
-        err = capsys.readouterr().err
-        assert re.findall("error: (a text of|.INST. is)", err) == ["a text of", "[INST] is"]
-        assert "the context of 128 tokens is full: it begins anew" in err
-        ids = [generate.turn(trained(), text, "S") for text in ("a man", "of x " * 9)]
-        assert [turn[:2] for turn in self.told(read)] == [(0, ids[0]), (0, ids[1])]
-
-    def test_guesses_change_nothing(self, tiny, read, monkeypatch, capsys):
-        logits, few = Llama.logits, torch.tensor(trained().encode("abc", continues=True))
-        only = torch.full((420,), -1e9).index_fill(0, few, 0)
-        monkeypatch.setattr(Llama, "logits", lambda model, h: logits(model, h) + only)
-        turns = []
-        for more in ([], ["--speculate", "3"]):
-            for seed in "012345":
-                self.talk(monkeypatch, tiny, *"abc", more=[
-                    "--temperature", "1", "--max-new-tokens", "9", "--seed", seed, *more])
-            turns.append(([text for *_, text in self.told(read)], capsys.readouterr().out))
-            read.clear()
-        assert turns[0] == turns[1]
-
-
-class TestEnds:
-    """alpaca-lora#325, TinyLlama#55, vllm#4180 (Llama 3 has two): output that never ends."""
-
-    @pytest.mark.parametrize("ours, count", [
-        (trained, 1), (ranked, 3), (lambda: tokenizer.HuggingFace(
-            HUGGING_FACE["smollm"]().to_str().encode()), 2)])
-    def test_every_stop_of_the_family(self, ours, count):
-        ours = ours()
-        assert len(ours.stop_ids) == count
-        model = random_model(replace(SMALL, vocab_size=ours.vocab_size))
-        for stop in ours.stop_ids:
-            script = iter(F.one_hot(torch.tensor([40, 41, stop]), ours.vocab_size) * 9.0)
-            model.logits = lambda h: next(script)[None, None]
-            sample, = generate.sample_texts(model, ours, ["a"], 20, Sampling(0.0))
-            assert (sample.ids, sample.finish_reason) == ([40, 41], "stop")
-
-    def test_those_of_generation_config(self, tiny, tmp_path):
-        shutil.copy(tiny / "tokenizer.model", tmp_path)
-        for text, more in (('{"eos_token_id": [2, 35]}', {35}), ('{"eos_token_id": 7}', {7}),
-                           ("{}", set()), ('{"eos_token_id": null}', set()), ("[", set())):
-            (tmp_path / "generation_config.json").write_text(text)
-            assert generate.tokenizer_beside(tmp_path, 420).stop_ids == {2} | more
-
-    def test_a_padded_vocabulary_is_named(self, tiny):
-        """Chinese-LLaMA#87, llama2.c#263, build-nanogpt#95: gibberish by another vocabulary."""
-        with pytest.raises(ValueError, match="420 tokens and the model 448: .* padded; try"):
-            generate.tokenizer_beside(tiny, 448)
-
-
-class TestGenerateCommand:
-    def test_score_says_ids_and_windows(self, tiny, tmp_path, capsys):
-        lines = [json.dumps({"text": text}) for text in (NOVEL * 3, "in want of a wife")]
-        (tmp_path / "t.jsonl").write_text("\n".join(lines))
-        options = [str(tiny), "--score", str(tmp_path / "t.jsonl")]
-        generate.main([*options, "--json"])
-        long, short, total = map(json.loads, capsys.readouterr().out.splitlines())
-        assert [(row["window"], row["stride"]) for row in (long, short)] == [(128, 64), (128, 0)]
-        ids = trained().encode("in want of a wife", bos=True)
-        scores = llama.load(tiny)(torch.tensor([ids]))[0].log_softmax(-1)
-        close(torch.tensor(short["logprobs"]), scores[range(len(ids) - 1), ids[1:]])
-        for row in (long, short):
-            assert row["ids"] == trained().encode(NOVEL * 3 if row is long else "in want of a wife")
-            assert row["nll"] == pytest.approx(-sum(row["logprobs"]), rel=1e-4)
-        assert total["tokens"] == len(long["ids"] + short["ids"]) and "ids" not in total
-        generate.main(options)
-        said = capsys.readouterr().out.splitlines()
-        assert [", in windows of 128 tokens, 64 apart" in line for line in said] == [1, 0, 0]
-
-    @pytest.mark.parametrize("format", llama.EXPORTS)
-    def test_export(self, tiny, tmp_path, capsys, format):
-        out, options = tmp_path / "out" / "model", ["--prompt", "a man", "--temperature", "0"]
-        out.parent.mkdir()
-        generate.main([str(tiny), "--export", format, str(out)])
-        with pytest.raises(ValueError, match="exists already"):
-            generate.main([str(tiny), "--export", format, str(out)])
-        folder = out.parent if format == "llama2c" else out
-        if format != "hf":
-            assert (folder / "tokenizer.model").read_bytes() == trained().data
-        for path in (tiny, out):
-            generate.main([str(path), *options, "--max-new-tokens", "9"])
-        said = capsys.readouterr().out
-        assert said[:len(said) // 2] == said[len(said) // 2:] and "a man" in said
-        if format == "hf":
-            from transformers import AutoTokenizer, LlamaForCausalLM
-            words = AutoTokenizer.from_pretrained(out)
-            assert words.encode(NOVEL) == trained().encode(NOVEL, bos=True)
-            assert (words.bos_token, words.eos_token) == ("<s>", "</s>")
-            theirs, x = LlamaForCausalLM.from_pretrained(out), tokens(1, 40, vocab=420)
-            close(theirs(x).logits, llama.load(tiny)(x), atol=1e-4)
-            ends = theirs.generation_config
-            assert (ends.bos_token_id, ends.eos_token_id) == (1, [2])
-
-    def test_gguf_with_its_vocabulary(self, tiny, tmp_path, capsys):
-        model, words = llama.load(tiny), trained().processor
-        state = {name: w.detach() for name, w in model.state_dict().items()}
-        names = [words.id_to_piece(i) for i in range(420)]
-
-        def vocabulary(w):
-            w.kv_data[0].pop("tokenizer.ggml.tokens")
-            w.kv_data[0].pop("tokenizer.ggml.scores")
-            w.add_token_list(names)
-            w.add_token_scores([words.get_score(i) for i in range(420)])
-            w.add_token_types([2, 3, 3] + [6] * 256 + [1] * 161)
-            w.add_bos_token_id(1)
-            w.add_eos_token_id(2)
-        write_gguf(tmp_path / "m.gguf", model.config, state, extra=vocabulary)
-        for path in (tiny, tmp_path / "m.gguf"):
-            generate.main([str(path), "--prompt", "a man", "--temperature", "0", "--json"])
-        ours, theirs = capsys.readouterr().out.splitlines()
-        assert ours == theirs and len(json.loads(ours)["ids"]) > 20
-
-
-class TestTorchrunNames:
-    """srun's variables as its manual page describes them; no cluster is here."""
-    STEP = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "2", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
-            "SLURM_NTASKS": "11", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
-            "SLURM_STEP_NODELIST": "gpu[003-010,012],cpu1"}
-
-    def test_srun(self):
-        found = train.torchrun_names(self.STEP)
-        port = int(found.pop("MASTER_PORT"))
-        assert found == {"RANK": "5", "WORLD_SIZE": "11", "LOCAL_RANK": "1",
-                         "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu003"}
-        assert 1024 <= port < 32768  # no system's own choice
-        for change in ({"SLURM_STEP_ID": "3"}, {"SLURM_JOB_ID": "4712"}):
-            assert int(train.torchrun_names(self.STEP | change)["MASTER_PORT"]) != port
-
-    @pytest.mark.parametrize("node, tasks, size", [
-        ("0", "4(x2),3", "4"), ("1", "4(x2),3", "4"), ("2", "4(x2),3", "3"), ("0", "8", "8"),
-        ("7", "2(x8)", "2"), ("1", "1,16", "16")])
-    def test_tasks_of_a_node(self, node, tasks, size):
-        step = self.STEP | {"SLURM_NODEID": node, "SLURM_STEP_TASKS_PER_NODE": tasks}
-        assert train.torchrun_names(step)["LOCAL_WORLD_SIZE"] == size
-
-    @pytest.mark.parametrize("nodes, first", [
-        ("gpu1", "gpu1"), ("gpu1,gpu2", "gpu1"), ("gpu[7,9]", "gpu7"), ("a[09-11]-ib,c", "a09-ib"),
-        ("rack[0-1]node[02-03]", "rack0node02"), ("x.y.org,z[1-2]", "x.y.org")])
-    def test_first_node(self, nodes, first):
-        step = self.STEP | {"SLURM_STEP_NODELIST": nodes}
-        assert train.torchrun_names(step)["MASTER_ADDR"] == first
-
-    def test_what_the_user_chose_stays(self):
-        found = train.torchrun_names(self.STEP | {"MASTER_ADDR": "here", "MASTER_PORT": "77"})
-        assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("here", "77")
-
-    @pytest.mark.parametrize("change", [
-        {"SLURM_STEP_ID": None}, {"SLURM_PROCID": None}, {"SLURM_NTASKS": "1"},
-        {"SLURM_STEP_NUM_TASKS": "1"}, {"RANK": "0"}])
-    def test_one_process_or_not_sruns(self, change):
-        """sbatch's script, an interactive step (told of all tasks of its allocation), torchrun."""
-        step = {name: value for name, value in (self.STEP | change).items() if value is not None}
-        assert train.torchrun_names(step) == {}
-
-
-def until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
-
-
-def alive(pid):
-    """Neither gone nor only waiting to be asked for its status."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def supervised(folder, code, n=2, before=""):
-    """supervise's status over n ranks that run the code in the folder; states are in state/."""
-    (folder / "state").mkdir(exist_ok=True)
-    (folder / "rank.py").write_text(before + textwrap.dedent(code))
-    return train.supervise(n, [sys.executable, str(folder / "rank.py")], folder / "state")
-
-
-RANK = """
-import os, signal, sys, time
-from pathlib import Path
-os.chdir(Path(__file__).parent)
-rank, start = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-Path(f"{start}-{rank}").write_text(str(os.getpid()))
-while not Path(f"{start}-{1 - rank}").exists():
-    time.sleep(0.01)
-"""
-TRAIN = f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport torch, train" + """
-import torch.distributed as dist
-from tokenizer import command
-args = train.parser().parse_args(sys.argv[1:])
-""" + RANK
-
-
-@pytest.mark.usefixtures("signals")
-class TestSupervise:
-    """The ranks are small scripts without torch; each start leaves files START-RANK."""
-
-    def test_a_dead_rank_is_started_again_with_the_others(self, tmp_path, capfd):
-        status = supervised(tmp_path, """
-            if start < 3 and rank == 1:
-                os.mkdir(f"state/step-{start}")
-                os.kill(os.getpid(), 9) if start else sys.exit(1)
-            if start < 3:
-                time.sleep(60)""", before=RANK)
-        assert status == 0
-        assert {f"{start}-{rank}" for start in range(4) for rank in range(2)} <= {
-            file.name for file in tmp_path.iterdir()} and not (tmp_path / "4-0").exists()
-        assert not any(alive((tmp_path / f"{start}-0").read_text()) for start in range(4))
-        lines = capfd.readouterr().err.splitlines()
-        assert lines[0] == "rank 1 ended with status 1; going on from the last good state"
-        assert lines[1:] == 2 * ["rank 1 was killed by signal 9; going on from the last good state"]
-
-    @pytest.mark.parametrize("states", ["state/step-1", "state"])
-    def test_twice_without_a_new_state_is_the_end(self, tmp_path, capfd, states):
-        code = f"os.makedirs('{states}', exist_ok=True); os.kill(os.getpid(), 9 * rank)"
-        assert supervised(tmp_path, code + "; time.sleep(60)", before=RANK) == 1
-        first, last = capfd.readouterr().err.splitlines()
-        assert "going on" in first
-        assert last.startswith("error: rank 1 was killed by signal 9, again")
-        assert (tmp_path / "1-0").exists() and not (tmp_path / "2-0").exists()
-
-    @pytest.mark.parametrize("status", [2, 143, 0])
-    def test_what_was_meant_is_not_tried_again(self, tmp_path, status, capfd):
-        """Asked to stop, others may still save; after an error they may wait for ever."""
-        code = f"time.sleep((0.5 if {status} != 2 else 60) * (1 - rank))"
-        code += f"\nPath(f'saved-{{rank}}').touch(); sys.exit({status})"
-        assert supervised(tmp_path, code, before=RANK) == status
-        assert (tmp_path / "saved-0").exists() == (status != 2)
-        assert capfd.readouterr().err == "" and not (tmp_path / "1-0").exists()
-
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_signals_are_passed_on_once(self, tmp_path, number):
-        code = f"""
-            def stop(number, frame):
-                with open(f"got-{{rank}}", "a") as file:
-                    print(number, file=file)
-            signal.signal({int(number)}, stop)
-            Path(f"ready-{{rank}}").write_text(str(os.getpgrp()))
-            while not Path(f"got-{{rank}}").exists():
-                time.sleep(0.01)
-            time.sleep(0.3)
-            sys.exit({128 + number})"""
-
-        def send():
-            until(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in range(2)))
-            os.kill(os.getpid(), number)
-        thread = threading.Thread(target=send)
-        thread.start()
-        assert supervised(tmp_path, code, before=RANK) == 128 + number
-        thread.join()
-        for rank in range(2):
-            assert (tmp_path / f"got-{rank}").read_text() == f"{number}\n"
-            group = int((tmp_path / f"ready-{rank}").read_text())
-            assert group != os.getpgrp()  # the terminal's Ctrl-C does not come here a second time
-
-    def test_without_the_supervisor_no_rank_lives(self, tmp_path):
-        code = """
-            with train.join(args, "cpu"):
-                Path(f"joined-{rank}").touch()
-                time.sleep(60)"""
-        (tmp_path / "rank.py").write_text(TRAIN + textwrap.dedent(code))
-        start = "import sys, train, pathlib; train.supervise(2, sys.argv[1:], pathlib.Path())"
-        process = subprocess.Popen([sys.executable, "-c", start, sys.executable,
-                                    str(tmp_path / "rank.py")], cwd=HERE)
-        until(lambda: all((tmp_path / f"joined-{rank}").exists() for rank in range(2)))
-        ranks = [(tmp_path / f"0-{rank}").read_text() for rank in range(2)]
-        assert all(map(alive, ranks))
-        process.kill()
-        process.wait()
-        until(lambda: not any(map(alive, ranks)), 10)
-
-
-FAULTS = """
-import math, resource
-
-def faulty(*args, loss=train.Llama.mean_loss):
-    return loss(*args) * factor
-
-def step(run, go=train.Training.step):
-    fault(run, run.facts["step"] + 1)
-    return go(run)
-
-def not_a_number(run, step):
-    global factor
-    factor = math.nan if rank == 1 and step == 10 else 1
-
-def jumps(run, step):
-    global factor
-    factor = 5 if rank == 1 and step + run.facts["passed"] in (22, 32) else 1
-
-train.Llama.mean_loss, train.Training.step, fault, factor = faulty, step, not_a_number, 1
-"""
+        assert files(tmp_path / "state") == ["step-000000006", "step-000000012"]
+
+    def test_a_last_step_that_is_not_finite(self, text, whole_run, tmp_path, monkeypatch):
+        poison(monkeypatch, lambda n: n > 4)
+        train.main([*run_options(text, begun(whole_run, tmp_path)), "--micro-batch", "2",
+                    "--steps", "3"])
+        assert files(tmp_path / "state") == ["step-000000003"]
+        assert log_of(tmp_path)[-1]["skipped"] == 1 and generate.load(tmp_path).config.dim == 32
+
+
+def launch(case, out, *words):
+    """Starts two ranks of a case, which restart from states in out; (status, what they said)."""
+    done = subprocess.run([sys.executable, "-W", "ignore", __file__, "rank", "runs_of", case,
+                           str(out), *words], cwd=HERE, capture_output=True, text=True, timeout=200)
+    return done.returncode, done.stderr, done.stdout
+
+
+def rank_runs_of(case, out, *words):
+    """The process that starts them."""
+    command = [sys.executable, "-W", "ignore", __file__, "rank", case, out, *words]
+    sys.exit(train.start(2, command, Path(out) / "state"))
+
+
+def not_a_number(rank):
+    """Rank 1 has a loss that is not a number at step 10: a fault for before_steps."""
+    pretrain, factor = train.pretrain, [1]
+    train.pretrain = lambda model, batch: pretrain(model, batch) * factor[0]
+
+    def fault(step, engine):
+        factor[0] = math.nan if rank == 1 and step == 10 else 1
+    return fault
+
+
+def rank_runs(folder, *options):
+    """One of two ranks: several runs one after the other, some with faults."""
+    folder, report = Path(folder), {}
+    with train.join("cpu", 60) as world:
+        def go(name, *more):
+            args = train.parser().parse_args([*options, "--out", str(folder / name), *more])
+            try:
+                train.train_rank(args, "cpu", world, train.time.perf_counter())
+            except (OSError, SystemExit) as end:
+                return str(end)
+
+        def stop(step, engine):
+            if stop.at == step and world.rank == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+        stop.at = 11
+        before_steps(stop)
+        report["stopped"] = go("grown", "--tp", "2")
+        report["threads"] = torch.get_num_threads()
+        stop.at = None
+        go("ddp", "--dp", "ddp")
+        fault = not_a_number(world.rank)
+        before_steps(fault)
+        go("fsdp")
+        go("fsdp", "--dp", "ddp")  # is finished
+        with full_disk(100_000):
+            report["full"] = go("fsdp", "--steps", "40")
+        go("none", "--bench", "2")
+        engine = train.Engine(SMALL, train.Layout(replicas=2), "cpu", 1)
+        batch = train.next_tokens(tokens(2, 17))
+        engine.loss(batch, train.pretrain, train=False)  # and leaves gathered weights
+        for p in engine.parameters.values():
+            p.detach().to_local().mul_(3)
+        engine.forget_gathered()
+        report["set"] = [engine.loss(batch, train.pretrain, train=False) for _ in range(2)]
+        if world.rank == 1:  # whose clock is three times as fast
+            train.time = SimpleNamespace(perf_counter=lambda: 3 * time.perf_counter())
+        train.train_run = lambda run, *rest: sys.exit(run.steps)
+        options = [*options[:options.index("--steps")], *options[options.index("--steps") + 2:]]
+        report["steps"] = go("minutes", "--minutes", "0.2")
+        (folder / f"report-{world.rank}").write_text(json.dumps(report))
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, whole_run, text):
-    """Status and what was written by two ranks: at first one hangs; then runs, undisturbed but for
-    what is in FAULTS; then rank 0 errs for all."""
-    folder, kept = tmp_path_factory.mktemp("two"), {n: signal.getsignal(n) for n in train.STOPS}
-    begun(whole_run, folder / "fsdp", threads=7)
-    begun(whole_run, folder / "ddp")
-    begun(whole_run, folder / "minutes")
-    code = """
-        def hang_here():
-            time.sleep(60)
-
-        def slow():
-            time.sleep(1.5)
-            return {"a": 1}
-
-        def wrong():
-            raise OSError(28, "No space left on device", "shards")
-
-        def main(_):
-            args.watchdog = 60 if start else 1
-            with train.join(args, "cpu") as world:
-                train.watch(args.watchdog)
-                if not start:
-                    dist.barrier() if rank else hang_here()
-                train.watch(1)
-                made = train.on_first(world, slow)  # longer than the watchdog would wait
-                Path(f"made-{rank}").write_text(f"{world} {torch.get_num_threads()} {made}")
-                runs(world)
-                train.on_first(world, wrong)
-
-        def go(world, out, *more):
-            args = train.parser().parse_args([*options, "--out", out, *more])
-            args.steps = None if args.minutes else args.steps
-            train.run_rank(args, "cpu", world)
-
-        def runs(world):
-            global fault
-            go(world, "fsdp")
-            Path(f"threads-{rank}").write_text(str(torch.get_num_threads()))
-            go(world, "fsdp", "--dp", "ddp")  # is finished
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-            try:
-                go(world, "fsdp", "--steps", "40")
-            except OSError as error:
-                Path(f"full-{rank}").write_text(str(error))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-            fault, read, take = jumps, [], train.Batches.step
-            train.Batches.step = lambda batches, at: (read.append(at), take(batches, at))[1]
-            go(world, "ddp", "--dp", "ddp", "--spike")
-            Path(f"read-{rank}").write_text(repr(read))
-            go(world, "none", "--bench", "2")
-            engine = train.Engine(train.LlamaConfig(32, 2, 2, 2, 64, 50, 16),
-                                  train.Layout(replicas=2), "cpu", 1)
-            batch = torch.arange(34).view(2, 17)
-            with torch.no_grad():
-                engine.loss(batch)  # and leaves gathered weights
-                for p in engine.parameters.values():
-                    p.to_local().mul_(3)
-            engine.forget_gathered()
-            Path(f"set-{rank}").write_text(repr([engine.loss(batch) for _ in range(2)]))
-            train.time = type("", (), vars(time))
-            if rank == 1:  # whose clock is three times as fast
-                train.time.perf_counter = lambda: 3 * time.perf_counter()
-            train.Training = lambda args, run, *rest: sys.exit(run["steps"])
-            try:
-                go(world, "minutes", "--minutes", "0.2")
-            except SystemExit as end:
-                Path(f"steps-{rank}").write_text(str(end.code))
-        command(main)"""
-    code = f"options = {run_options(text, folder)}" + textwrap.dedent(code)
-    with (pytest.MonkeyPatch.context() as patch, open(folder / "err", "w+") as err,
-          open(folder / "out", "w+") as out):
-        popen = functools.partial(subprocess.Popen, stderr=err, stdout=out)
-        patch.setattr(train.subprocess, "Popen", popen)
-        status = supervised(folder, code, before=TRAIN + FAULTS)
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-    return status, (folder / "err").read_text(), folder
+    """The folder of rank_runs, each rank's report, what was said and what was printed."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in ("fsdp", "ddp", "minutes", "grown"):
+        begun(whole_run, folder / name)
+    options = run_options(text, folder)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        before_steps(lambda step, engine: step == 6 and os.kill(os.getpid(), signal.SIGTERM),
+                     partial(patch.setattr, train))
+        train.main([*options, "--out", str(folder / "grown")])
+    status, err, out = launch("runs", folder, *options)
+    assert status == 0, err
+    reports = [json.loads((folder / f"report-{rank}").read_text()) for rank in range(2)]
+    return folder, reports, err, out
 
 
-class TestWatch:
-    def test_what_hangs_says_where_and_is_started_again(self, two_ranks):
-        _, err, folder = two_ranks
-        assert "Timeout (0:00:01)!" in err and "Thread 0x" in err and (folder / "1-0").exists()
-        assert "in hang_here" in err and err.count("Timeout (0:00:01") == 2  # both have said it
-        assert "Traceback" not in err  # of the barrier that rank 0 left
+def rank_faulty(out, kind, *options):
+    """A rank of a run in which something goes wrong."""
+    rank, again = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    steps, write, not_finite = [0], train.Writer.write_data, not_a_number(rank)
 
-    def test_off_again(self):
-        train.watch(0.2)
-        train.watch(None)
-        time.sleep(0.4)  # else pytest ends here
+    def killed(step, engine):
+        not_finite(step, engine)
+        if (rank, again, step) == (1, 0, 8):
+            while not (Path(out) / "state" / "step-000000006").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (rank, again, step) == (0, 1, 14):
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(0.5)
 
+    def slow_disk(step, engine):
+        steps.append(step)
 
-class TestJoin:
-    def test_place_and_threads(self, two_ranks):
-        threads = max(1, tokenizer.cores() // 2)
-        for rank in range(2):
-            place = f"World(rank={rank}, size=2, local_rank={rank}, local_size=2) {threads} "
-            assert (two_ranks[2] / f"made-{rank}").read_text().startswith(place)
+    def write_slowly(writer, *rest):
+        time.sleep(0.3)
+        Path(out, f"until-{writer.facts['step']}").write_text(str(steps[-1]))
+        return write(writer, *rest)
 
-    def test_alone_nothing_is_started(self):
-        with train.join(train.parser().parse_args([]), "cpu") as world:
-            assert world == (0, 1, 0, 1) and not torch.distributed.is_initialized()
-
-    def test_other_nproc_than_was_started(self, monkeypatch):
-        for name, value in {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}.items():
-            monkeypatch.setenv(name, str(value))
-        with pytest.raises(ValueError, match="2 processes were started here and --nproc says 3"):
-            with train.join(train.parser().parse_args(["--nproc", "3"]), "cpu"):
-                pass
-
-
-    def test_what_one_rank_has_alone_is_said_with_its_number(self, monkeypatch):
-        start = partial(torch.distributed.init_process_group, store=torch.distributed.HashStore())
-        monkeypatch.setattr(train.dist, "init_process_group",
-                            lambda backend, **options: start("gloo", rank=0, world_size=1))
-        monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
-        for name, value in {"RANK": 1, "WORLD_SIZE": 2}.items():
-            monkeypatch.setenv(name, str(value))
-        try:
-            with pytest.raises(ValueError, match="^rank 1: no disk here; try another"):
-                with train.join(train.parser().parse_args([]), "cpu"):
-                    raise ValueError("no disk here; try another")
-        finally:
-            train.watch(None)
-            torch.distributed.destroy_process_group()
+    def flipped(step, engine):
+        if (rank, again, step) == (1, 0, 15):
+            w = engine.parameters["layers.0.attention.wq.weight"].detach().to_local()
+            w.view(torch.int32)[0, 3] ^= 1 << 20
+    before_steps(locals()[kind])
+    if kind == "slow_disk":
+        train.Writer.write_data = write_slowly
+    train.main(list(options))
 
 
-class TestOnFirst:
-    def test_result_is_everyones(self, two_ranks):
-        for rank in range(2):
-            assert (two_ranks[2] / f"made-{rank}").read_text().endswith("{'a': 1}")
-
-    def test_error_is_everyones_and_one_line(self, two_ranks):
-        status, err, folder = two_ranks
-        assert status == 2 and not (folder / "2-0").exists()
-        assert re.findall("error:.*", err) == [
-            "error: No space left on device: shards; try another path or disk"]
-
-    def test_alone(self):
-        assert train.on_first(train.World(), lambda: 7) == 7
-
-
-class TestReplicasAgree:
-    def test_a_wrong_bit_ends_all_ranks(self, ranks):
-        lines = ranks[2]
-        assert [told["wrong"] for told in lines] == ["wrong; 1"] * 4
-        said = re.findall("error: (.*) is not what the other copies are (.*):", ranks[3])
-        assert said == [("b.weight of rank 1", "(1 such tensors)")]
-
-
-class TestStopper:
-    def test_a_signal_to_one_rank_stops_all_after_the_same_step(self, ranks):
-        lines = ranks[2]
-        assert [told["stopped"] for told in lines] == [
-            f"stopped; {128 + (signal.SIGUSR1 if rank == 2 else signal.SIGTERM)}"
-            for rank in range(4)]
-        worlds = [row["world"] for row in log_of(ranks[0] / "run") if "event" not in row]
-        assert worlds.count(4) == 6  # steps 7 to 12
-
-
-@pytest.mark.usefixtures("signals")
 class TestTraining:
     """Runs of two ranks with a fault, against the same ones in `two_ranks` without."""
 
-    def start(self, folder, options, code, patch):
-        """Status of train.py --nproc 2 whose ranks do this too."""
-        (folder / "rank.py").write_text(TRAIN + FAULTS + textwrap.dedent(code)
-                                        + "\ncommand(train.main)")
-        patch.setattr(train, "__file__", str(folder / "rank.py"))
-        status = train.main([*options, "--nproc", "2"])
-        patch.undo()
-        return status
-
-    def test_killed_asked_to_stop_and_on_a_slow_disk(self, text, whole_run, two_ranks, tmp_path,
-                                                     monkeypatch, capfd):
-        out = tmp_path / "r"
-        shutil.copytree(whole_run, out)
+    def test_killed_asked_to_stop_and_on_a_slow_disk(self, text, whole_run, two_ranks, tmp_path):
+        out = begun(whole_run, tmp_path)
         options = run_options(text, out)
-        code = """
-            def fault(run, step):
-                not_a_number(run, step)
-                if (rank, start, step) == (1, 0, 8):
-                    while not (run.states.folder / "step-000000006").exists():
-                        time.sleep(0.01)
-                    os.kill(os.getpid(), 9)
-                if (rank, start, step) == (0, 1, 14):
-                    os.kill(os.getppid(), signal.SIGTERM)
-                    time.sleep(0.5)"""
-        assert self.start(tmp_path, [*options, "--fresh"], code, monkeypatch) == 143
-        said = capfd.readouterr().err
-        assert "rank 1 was killed by signal 9; going on" in said and "Traceback" not in said
+        status, said, _ = launch("faulty", out, "killed", *options)
+        assert status == 143 and "Traceback" not in said
+        assert "rank 1 was killed by signal 9; going on" in said
         assert said.count("stopping after this step") == 1
         at = log_of(out)[-1]["step"]
         assert at in (14, 15) and (out / "state" / f"step-{at:09d}").exists()
         assert [row["step"] for row in log_of(out) if "event" in row] == [6]
-        code = """
-            def slowly(writer, *args, write=train.Writer.write_data):
-                time.sleep(0.3)
-                Path(f"until-{writer.facts['step']}").write_text(str(steps[-1]))
-                return write(writer, *args)
-            def fault(run, step):
-                steps.append(step)
-            train.Writer.write_data, steps = slowly, [0]"""
-        options = [word.replace("6", "3") if options[i - 1] == "--save-every" else word
-                   for i, word in enumerate(options)]
-        assert self.start(tmp_path, options, code, monkeypatch) == 0
-        assert int((tmp_path / "until-27").read_text()) > 27  # went on while it was written
-        assert losses(out) == losses(two_ranks[2] / "fsdp")[:30]
-        assert same_weights(out, two_ranks[2] / "fsdp")
+        options[options.index("--save-every") + 1] = "3"
+        assert launch("faulty", out, "slow_disk", *options)[0] == 0
+        assert int((out / "until-27").read_text()) > 27  # went on while it was written
+        assert losses(out) == losses(two_ranks[0] / "fsdp")[:30]
+        assert same_weights(out, two_ranks[0] / "fsdp")
 
-    def test_a_wrong_bit_after_a_spike(self, text, whole_run, two_ranks, tmp_path, monkeypatch,
-                                       capfd):
-        code = """
-            def fault(run, step):
-                jumps(run, step)
-                if rank == 1 and not start and step == 27 and run.facts["passed"] == 8:
-                    w = run.engine.parameters["layers.0.attention.wq.weight"].to_local()
-                    w.view(torch.int32)[0, 3] ^= 1 << 20"""
-        options = run_options(text, begun(whole_run, tmp_path / "r"), "--dp", "ddp", "--spike")
-        assert self.start(tmp_path, options, code, monkeypatch) == 0
-        said = capfd.readouterr().err
+    def test_a_wrong_bit(self, text, whole_run, two_ranks, tmp_path):
+        out = begun(whole_run, tmp_path)
+        status, said, _ = launch("faulty", out, "flipped", *run_options(text, out, "--dp", "ddp"))
         assert "error: layers.0.attention.wq.weight of rank 0 or 1 is not what the other" in said
-        assert "ended with status 1; going on from the last good state" in said
-        wanted = two_ranks[2] / "ddp"
-        spikes = [("spike", 18, 22), ("spike", 24, 28)]
-        for out, events in ((wanted, spikes),
-                            (tmp_path / "r", [*spikes, ("resume", 24, None), spikes[1]])):
-            assert [(row["event"], row["step"], row.get("at")) for row in log_of(out)
-                    if "event" in row] == events
-        assert losses(tmp_path / "r") == losses(wanted)
-        assert same_weights(tmp_path / "r", wanted)
-        for rank in range(2):  # no text is read twice
-            assert (two_ranks[2] / f"read-{rank}").read_text() == repr(list(range(38)))
+        assert status == 0 and "; going on from the last good state" in said
+        assert losses(out) == losses(two_ranks[0] / "ddp")
+        assert same_weights(out, two_ranks[0] / "ddp")
 
-    def test_spikes_are_left_alone_unless_asked(self, text, whole_run, tmp_path, capsys):
-        """And always the same one is not fled from for ever."""
-        def jump(run, step):
-            factor[0] = 9 if step == 23 else 1
-        factor, loss, out = [1], Llama.mean_loss, begun(whole_run, tmp_path / "r")
-        options = [*run_options(text, out), "--save-every", "9"]
-        with faults(jump) as patch:
-            patch.setattr(Llama, "mean_loss", lambda *args: loss(*args) * factor[0])
-            train.main(options)
-            assert [row["step"] for row in log_of(out)] == list(range(1, 31))
-            assert log_of(out)[22]["loss"] > 30
-            begun(whole_run, out)
-            with pytest.raises(ValueError, match="jumped 5 times before a state after step 18"):
-                train.main([*options, "--spike"])
-        assert [row["step"] for row in log_of(out) if "event" in row] == [18] * 5
+    def test_the_parent_prepares_starts_and_says_mistakes(self, text, tmp_path, monkeypatch):
+        """Before there are ranks; --fresh is not for those that start again."""
+        options, started = run_options(text, tmp_path / "r", "--fresh", "--nproc", "2"), []
+        monkeypatch.setattr(train, "start", lambda *what: started.append(what) or 7)
+        assert train.main(options) == 7
+        (n, command, states), = started
+        assert n == 2 and states == tmp_path / "r" / "state" and "--fresh" not in command
+        assert command[:2] == [sys.executable, train.__file__]
+        assert {"tokens", "tokenizer.model", "run.json"} == set(files(tmp_path / "r"))
+        with pytest.raises(ValueError, match="no multiple of --tp 3"):
+            train.main([*options, "--tp", "3", "--set", "n_kv_heads=3", "n_heads=3", "dim=36",
+                        "hidden_dim=66", "--vocab-size", "399", "--seq-len", "63"])
+        assert len(started) == 1
+
+    def test_grown_and_shrunk(self, text, whole_run, two_ranks):
+        """By one process to step 7, by two to 12, when a signal came to one, then by one."""
+        folder, reports, *_ = two_ranks
+        assert [report["stopped"] for report in reports] == [
+            str(128 + signal.SIGTERM), str(128 + signal.SIGUSR1)]
+        train.main([*run_options(text, folder / "grown")])
+        rows = [row for row in log_of(folder / "grown") if "event" not in row]
+        assert [row["world"] for row in rows] == [1] * 7 + [2] * 5 + [1] * 18
+        nearly_equal(folder / "grown", whole_run)
+        nearly_equal(folder / "ddp", whole_run)
 
     def test_weights_that_were_set_are_used_at_once(self, two_ranks):
-        for rank in range(2):
-            first, second = json.loads((two_ranks[2] / f"set-{rank}").read_text())
-            assert first == second
+        for report in two_ranks[1]:
+            assert report["set"][0] == report["set"][1]
 
     def test_not_a_number_on_one_rank(self, two_ranks):
-        rows = log_of(two_ranks[2] / "fsdp")
+        rows = log_of(two_ranks[0] / "fsdp")
         assert [row["step"] for row in rows if row.get("loss", 0) is None] == [10]
         assert rows[-1]["skipped"] == 1 and rows[-1]["loss"] < 5.6
 
     def test_useful_time(self, two_ranks):
-        """Steps whose loss was not finite, or that were gone back on, were of no use."""
-        for name in ("fsdp", "ddp"):
-            useful = 0
-            for row in log_of(two_ranks[2] / name):
-                if "event" not in row and row["step"] <= 30:
-                    useful += row["tokens"] / row["step"] / row["tokens_per_s"] * (
-                        row["loss"] is not None)
-                    assert row["useful"] == pytest.approx(useful / row["elapsed_s"], abs=2e-3)
-            said = re.findall(r"(\d+)% of \d+\.\d minutes went into", two_ranks[1])
-            assert 0 < row["useful"] < 1 and said
+        """Steps whose loss was not finite were of no use."""
+        useful = 0
+        for row in log_of(two_ranks[0] / "fsdp"):
+            if "event" not in row and row["step"] <= 30:
+                seconds = row["tokens"] / row["step"] / row["tokens_per_s"]
+                useful += seconds * (row["loss"] is not None)
+                assert row["useful"] == pytest.approx(useful / row["elapsed_s"], abs=2e-3)
+        assert 0 < row["useful"] < 1
+        assert re.findall(r"(\d+)% of \d+\.\d minutes went into", two_ranks[2])
 
     def test_full_disk(self, two_ranks):
-        folder = two_ranks[2]
-        for rank in range(2):
-            said = (folder / f"full-{rank}").read_text()
-            assert re.match("the state of step 36 could not be written .*File too large.*try", said)
-        states = sorted((folder / "fsdp" / "state").iterdir())
-        assert [state.name for state in states] == ["step-000000024", "step-000000030"]
-        assert [train.States(states[0].parent).check(state)["step"] for state in states] == [24, 30]
+        for report in two_ranks[1]:
+            assert re.match("the state of step 36 could not be written .*try", report["full"])
+        states = two_ranks[0] / "fsdp" / "state"
+        assert files(states) == ["step-000000024", "step-000000030"]
 
     def test_finished(self, two_ranks):
-        assert two_ranks[1].count("finished at step 30; --steps N goes on, --fresh starts") == 1
+        assert two_ranks[2].count("finished at step 30; --steps N goes on, --fresh starts") == 1
 
     def test_many_ranks_know_one_number_of_steps(self, two_ranks):
-        first, second = ((two_ranks[2] / f"steps-{rank}").read_text() for rank in range(2))
-        assert first == second and int(first) > 10
+        first, second = (int(report["steps"]) for report in two_ranks[1])
+        assert first == second > 10
 
     def test_bench(self, two_ranks):
-        lines = (two_ranks[2] / "out").read_text().splitlines()
-        benched, = [json.loads(line) for line in lines if line.startswith('{"tokens_per_s"')]
+        lines = [line for line in two_ranks[3].splitlines() if line.startswith('{"tokens_per_s"')]
+        benched = json.loads(*lines)
         assert benched["world"] == 2 and benched["layout"]["shards"] == 2
+        assert {"tokens_per_s", "mfu", "peak_gflops", "step_s", "peak_rss_gb", "loss", "params",
+                "backward", "dtype"} <= set(benched)
 
-    def test_threads(self, two_ranks, text, whole_run, tmp_path, capsys):
-        """Many ranks share the cores; one goes on with the number that it began with."""
-        for rank in range(2):
-            assert int((two_ranks[2] / f"threads-{rank}").read_text()) == max(
-                1, tokenizer.cores() // 2)
-        mine, file = torch.get_num_threads(), whole_run / "run.json"
-        settings = json.loads(file.read_text())
-        asked = {name: value for name, value in settings.items()
-                 if name not in ("threads", "code", "steps")}
-        out = begun(whole_run, tmp_path / "r", threads=mine + 1)
-        assert train.open_run(out, asked, False)["threads"] == torch.get_num_threads() == mine + 1
-        torch.set_num_threads(mine)
-        del settings["threads"]  # many ranks began it
-        (out / "run.json").write_text(json.dumps(settings))
-        assert train.open_run(out, asked, False)["threads"] == torch.get_num_threads() == mine
+    def test_threads(self, two_ranks, text, whole_run, tmp_path):
+        """Many ranks share the cores; one process goes on with the number that it began with."""
+        for report in two_ranks[1]:
+            assert report["threads"] == max(1, tokenizer.cores() // 2)
+        mine, out = torch.get_num_threads(), begun(whole_run, tmp_path)
+        run = json.loads((out / "run.json").read_text())
+        assert run["threads"] == mine
+        (out / "run.json").write_text(json.dumps(run | {"threads": mine + 1}))
+        try:
+            train.main([*run_options(text, out), "--steps", "1"])
+            assert torch.get_num_threads() == mine + 1
+        finally:
+            torch.set_num_threads(mine)
 
-    def test_torchrun_goes_on_without_a_node(self, text, whole_run, ranks, tmp_path):
+    def test_fresh_is_not_for_torchrun(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(ValueError, match="try without --fresh"):
+            train.main(["--fresh", "--out", str(tmp_path)])
+
+    def test_torchrun_goes_on_without_a_node(self, text, whole_run, tmp_path):
         """Two agents of torchrun; one ends with its rank at step 9: the other goes on alone."""
-        begun(whole_run, tmp_path / "r", dtype="fp32")
-        options = run_options(text, tmp_path / "r", "--dtype", "fp32")
-        code = f"import sys; sys.path.insert(0, {str(HERE)!r})" + """
-import os, time, train
-from tokenizer import command
-def step(run, go=train.Training.step):
-    if run.facts["step"] == 8 and os.environ["NODE"] == "1":
-        while not (run.states.folder / "step-000000006").exists():
-            time.sleep(0.01)
-        os.kill(os.getppid(), 9)
-        os.kill(os.getpid(), 9)
-    return go(run)
-train.Training.step = step
-train.time.sleep = lambda seconds, sleep=time.sleep: sleep(seconds / 10)
-command(train.main)"""
-        (tmp_path / "rank.py").write_text(code)
+        words = ["rank", "of_torchrun", *run_options(text, begun(whole_run, tmp_path / "r"))]
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         agents = []
@@ -4703,44 +4342,27 @@ command(train.main)"""
             command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2",
                        "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d",
                        "--rdzv-id", "7", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr",
-                       "127.0.0.1", "--rdzv-conf", conf, "--monitor-interval", "0.1"]
-            agents.append(subprocess.Popen([*command, "rank.py", *options], cwd=tmp_path, text=True,
-                                           env=os.environ | {"NODE": str(node)},
-                                           stderr=subprocess.PIPE))
+                       "127.0.0.1", "--rdzv-conf", conf, "--monitor-interval", "0.1", __file__]
+            agents.append(subprocess.Popen([*command, *words], cwd=HERE, stderr=subprocess.PIPE,
+                                           text=True, env=os.environ | {"NODE": str(node)}))
         said = [agent.communicate(timeout=100)[1] for agent in agents]
         assert [agent.returncode for agent in agents] == [0, -9], said[0]
         rows = [row for row in log_of(tmp_path / "r") if "event" not in row]
         assert [row["world"] for row in rows] == [2] * 6 + [1] * 24
-        with faults(lambda run, step: None):
-            train.main([*options, "--out", str(begun(whole_run, tmp_path / "a", dtype="fp32"))])
-        nearly_equal(tmp_path / "r", tmp_path / "a")
-
-    def test_fresh_is_not_for_torchrun(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-        with pytest.raises(ValueError, match="try without --fresh"):
-            train.main(["--fresh", "--out", str(tmp_path)])
+        nearly_equal(tmp_path / "r", whole_run)
 
 
-class TestIsSpike:
-    calm = [3 + 2 * math.exp(-step / 50) + noise / 20 for step, noise in
-            enumerate(torch.randn(600, generator=torch.Generator().manual_seed(0)).tolist())]
-
-    def test_no_loss_of_a_calm_run(self):
-        assert not any(train.is_spike(self.calm[:at], loss) for at, loss in enumerate(self.calm))
-
-    def test_spikes(self):
-        for at in (200, 500):
-            before = self.calm[:at]
-            assert train.is_spike(before, before[-1] + 1.5)
-            assert not train.is_spike(before, before[-1] - 1.5)  # only upwards
-
-    def test_what_it_takes(self):
-        assert not train.is_spike([3.0] * 19, 9.0) and train.is_spike([3.0] * 20, 9.0)
-        assert not train.is_spike([3.0] * 50, 3.05) and train.is_spike([3.0] * 50, 3.07)
-        assert train.is_spike([9.0] * 900 + [3.0] * 100, 4.0)  # what was long ago is no measure
-        noisy = [3.0, 3.1] * 25  # median 3.05, all 0.05 from it
-        assert not train.is_spike(noisy, 3.05 + 6 * 1.48 * 0.05 - 0.001)
-        assert train.is_spike(noisy, 3.05 + 6 * 1.48 * 0.05 + 0.001)
+def rank_of_torchrun(*options):
+    """A rank of which the second node ends, with its agent, before step 9."""
+    def fault(step, engine):
+        if step == 9 and os.environ["NODE"] == "1":
+            states = Path(options[options.index("--out") + 1]) / "state"
+            while not (states / "step-000000006").exists():
+                time.sleep(0.01)
+            os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+    before_steps(fault)
+    train.main(list(options))
 
 
 class TestLog:
@@ -4755,43 +4377,42 @@ class TestLog:
         assert len(xs) == 98 and xs == sorted(xs) and ys == sorted(ys)  # falling loss: y grows
         assert min(xs) >= 70 and max(xs) == 620 and min(ys) >= 50 and max(ys) <= 350
         texts = [t.text for t in tree.iter("{http://www.w3.org/2000/svg}text")]
-        assert "tokens" in texts and "tiny" in texts
+        assert {"tokens", "tiny", "100,000", "3.00"} <= set(texts)
         assert len(list(tree.iter("{http://www.w3.org/2000/svg}circle"))) == 1
-
-    def test_nice_steps(self):
-        steps = [train.nice_step(span) for span in (6, 10, 29, 0.7, 6e9)]
-        assert steps == [1, 2, 5, pytest.approx(0.2), 1e9]
+        train.draw_loss(rows[:1], tmp_path / "one.svg", "one step")
+        train.draw_loss([], tmp_path / "none.svg", "no step")
+        assert files(tmp_path) == ["loss.svg", "one.svg"]
 
 
 class TestMistakes:
     """What a user gets wrong is answered in one line with exit status 2."""
 
     CASES = [
-        (["train.py", "--size", "8b"], "no size '8b'"),
-        (["train.py", "--set", "dims=3"], "unknown field 'dims'"),
-        (["train.py", "--set", "dim"], "FIELD=NUMBER"),
-        (["train.py", "--set", "vocab_size=3"], "--vocab-size"),
-        (["train.py", "--steps", "-3"], "--steps"),
-        (["train.py", "--seq-len", "4096"], "--seq-len 4096"),
-        (["train.py", "--data", "nowhere.txt"], "no nowhere.txt"),
-        (["train.py", "--data", "README.md=x"], "'x' is not a positive float"),
-        (["train.py", "--mixture", "table2", "."], "no mixture 'table2'"),
-        (["train.py", "--mixture", "table1", "."], "commoncrawl"),
-        (["train.py", "--warmpu", "3"], "--warmpu"),
-        (["train.py", "--backward", "hand"], "'manual', 'autograd', 'recompute'"),
-        (["train.py", "--compile", "--document-mask"], "try --no-document-mask"),
-        (["generate.py", "nowhere"], "nowhere: there is no checkpoint"),
-        (["generate.py", "README.md"], "README.md"),
-        (["generate.py", "--top-p", "2"], "--top-p"),
-    ]
+        ("train --size 8b", "no size '8b'"), ("train --set dims=3", "unknown field 'dims'"),
+        ("train --set dim", "FIELD=NUMBER"), ("train --set vocab_size=3", "--vocab-size"),
+        ("train --steps -3", "--steps"), ("train --seq-len 4096", "--seq-len 4096"),
+        ("train --data nowhere.txt", "no nowhere.txt"), ("train --json", "--json is for --plan"),
+        ("train --data README.md=x", "'x' is not a positive float"),
+        ("train --data README.md=1 llama.py", "some sources have a weight and some have none"),
+        ("train --mixture table2 .", "no mixture 'table2'"),
+        ("train --mixture table1 .", "commoncrawl"), ("train --warmpu 3", "--warmpu"),
+        ("train --backward hand", "'manual', 'autograd', 'recompute'"),
+        ("train --compile --document-mask", "try --no-document-mask"),
+        ("train --compile --tp 2 --nproc 2", "--compile cannot see"),
+        ("train --dp none --nproc 2", "try --dp ddp"),
+        ("train --plan --dtype fp32", "--dtype bf16"),
+        ("generate nowhere", "nowhere"), ("generate README.md", "README.md"),
+        ("generate --top-p 2", "--top-p"), ("tokenizer info nowhere", "nowhere")]
 
     @pytest.mark.parametrize("command, named", CASES)
     def test_in_process(self, command, named, monkeypatch, capsys, tmp_path):
-        out = ["--out", str(tmp_path)] * (command[0] == "train.py")
-        monkeypatch.setattr(sys, "argv", command + out)
+        module, *words = command.split()
+        if module == "train":
+            words += ["--out", str(tmp_path / "r")]
+        monkeypatch.setattr(sys, "argv", [f"{module}.py", *words])
         monkeypatch.chdir(HERE)
         with pytest.raises(SystemExit) as end:
-            tokenizer.command({"train.py": train, "generate.py": generate}[command[0]].main)
+            tokenizer.command(sys.modules[module].main)
         out, err = capsys.readouterr()
         assert end.value.code == 2 and out == "" and "Traceback" not in err
         line = err.splitlines()[-1]
@@ -4819,11 +4440,10 @@ class TestMistakes:
 class TestReadme:
     def test_every_symbol_exists(self):
         table = re.findall(r"^\|.*\|$", (HERE / "README.md").read_text(), re.M)
-        symbols = [s for row in table for s in re.findall(r"`(\w+\.py):([\w.]+)`", row)]
+        symbols = [s for row in table for s in re.findall(r"`(\w+)\.py:([\w.]+)`", row)]
         assert len(symbols) >= 20
         for file, symbol in symbols:
-            where = {"llama.py": llama, "train.py": train, "generate.py": generate,
-                     "tokenizer.py": tokenizer}[file]
+            where = sys.modules[file]
             for part in symbol.split("."):
                 where = getattr(where, part)
 
@@ -4834,3 +4454,7 @@ class TestReadme:
             nodes = ast.walk(ast.parse(source))
             lines = [node.lineno for node in nodes if isinstance(node, ast.stmt)]
             assert len(lines) == len(set(lines)), f"two statements on a line of {name}.py"
+
+
+if __name__ == "__main__":
+    tokenizer.command(lambda words: globals()["rank_" + words[1]](*words[2:]))

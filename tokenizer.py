@@ -20,6 +20,7 @@ import heapq
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -78,6 +79,10 @@ CHARACTERS = {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
 BYTE_OF = dict.fromkeys(OTHERS, 256) | {256 + i: byte for i, byte in enumerate(OTHERS)}
 
 
+# ---------------------------------------------------------------------------------------------
+# Helpers for files and command lines, which all modules use
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line (a ValueError) instead of a usage dump."""
 
@@ -89,10 +94,25 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; try --help")
 
 
+def positive(kind: type):
+    """A type for argparse: an int or a float, above zero and finite."""
+    def parse(text: str):
+        with contextlib.suppress(ValueError):
+            if 0 < kind(text) < math.inf:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive {kind.__name__}")
+    return parse
+
+
+def utf8_text(argument: str) -> str:
+    """A type for argparse: text, decoded as UTF-8 even where the locale is not (LC_ALL=C)."""
+    return os.fsencode(argument).decode("utf-8", "replace")
+
+
 def command(main: Callable[[list[str]], int | None]):
     """Run main(arguments) and exit with its status; a user's mistake is one line and status 2."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # by itself Windows' console is not UTF-8
+        if hasattr(stream, "reconfigure"):  # Windows' console has another default
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         status = main(sys.argv[1:]) or 0
@@ -100,30 +120,81 @@ def command(main: Callable[[list[str]], int | None]):
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        # The reader has gone (`| head`): the interpreter's last flush shall not complain either.
+        # The reader has gone (`| head`): the interpreter's last flush would complain as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except (ValueError, OSError) as error:
-        name = getattr(error, "filename", None)
-        text = " ".join((f"{error.strerror}: {name}" if name else str(error)).split())
+        text, advice = str(error), "; try --help"
+        if isinstance(error, OSError):
+            advice = "; try another path or disk"
+            if error.filename:
+                text = f"{error.strerror}: {error.filename}"
         if "; try" not in text:
-            text += "; try another path or disk" * isinstance(error, OSError) or "; try --help"
-        print("error:", text, file=sys.stderr)
+            text += advice
+        print("error:", " ".join(text.split()), file=sys.stderr)
         status = 2
     sys.exit(status)
 
 
 @contextlib.contextmanager
-def blamed(source):
-    """Whatever a file that lies makes of the code inside is a ValueError that names the file."""
+def one_line_errors(source: str | Path):
+    """Any exception while a damaged file is parsed becomes one ValueError of one line that names
+    `source`. A message keeps its own advice ("; try ..."). OSError passes through."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        reason, mark, advice = " ".join(str(error).split()).rpartition("; try")
-        if not mark or not isinstance(error, ValueError):
-            reason = f"damaged ({type(error).__name__}: {reason or advice})"
-            advice = " another copy"
-        raise ValueError(f"{source}: {reason[:300]}; try{advice[:99]}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+            struct.error) as error:
+        text = str(error)
+        if not isinstance(error, ValueError):
+            text = f"cut short or damaged ({type(error).__name__}: {text[:200]})"
+        reason, mark, advice = " ".join(text.split()).rpartition("; try")
+        if not mark:
+            reason, advice = advice, " to fetch it again"
+        raise ValueError(f"{source}: {reason[:300]}; try{advice[:94]}") from None
+
+
+def write_aside(path: str | Path, write: Callable) -> None:
+    """Call write(file) on a new file beside `path`, and rename it when all of it is on the disk:
+    until then the old one stays as it is."""
+    aside = Path(f"{path}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise OSError(f"{path} could not be written ({str(error)[:100]}) and is as it was before; "
+                      "try to free space on the disk, or another place") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, values: dict) -> None:
+    write_aside(path, lambda file: file.write(json.dumps(values, indent=1).encode()))
+
+
+def unique_keys(pairs: list[tuple]) -> dict:
+    """A JSON object's pairs as a dict; readers would differ on which of two equal keys counts."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key stands twice in one JSON object")
+    return values
+
+
+def read_json(data: bytes) -> dict:
+    """The object in JSON; ValueError for any other value, and for a key that stands twice."""
+    values = json.loads(data, object_pairs_hook=unique_keys)
+    if not isinstance(values, dict):
+        raise ValueError("holds no JSON object")
+    return values
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Tokenizer:
@@ -180,12 +251,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Written aside and renamed: what was there stays until all of it is on the disk."""
-        aside = Path(f"{path}.tmp")
-        try:
-            aside.write_bytes(self.data)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_aside(path, lambda file: file.write(self.data))
 
     def check(self, text="", ids=()):
         if re.search("[\ud800-\udfff]", text):
@@ -224,7 +290,7 @@ class SentencePiece(Tokenizer):
         """The same as a tokenizer.json; of pieces that merge in different ways it takes one."""
         ask, ids = self.processor, range(self.vocab_size)
         kinds = (2, ask.is_unknown), (3, ask.is_control), (6, ask.is_byte), (5, ask.is_unused)
-        return from_gguf({
+        return tokenizer_from_gguf({
             "model": "llama", "tokens": [ask.id_to_piece(i) for i in ids],
             "scores": [ask.get_score(i) for i in ids], "bos_token_id": self.bos_id,
             "token_type": [next((n for n, is_one in kinds if is_one(i)), 1) for i in ids],
@@ -526,10 +592,10 @@ class HuggingFace(BytePair):
         return text[self.strips and text[:1] == " ":]
 
 
-def from_gguf(fields: dict) -> HuggingFace:
+def tokenizer_from_gguf(fields: dict) -> HuggingFace:
     """The tokenizer in a GGUF file's metadata: "llama" (pieces with scores) or "gpt2" (merges; an
     unnamed or "default" split is GPT-2's), as a tokenizer.json. ValueError where they lie."""
-    with blamed("the vocabulary"):
+    with one_line_errors("the vocabulary"):
         field = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
         tokens, spaced = field["tokens"], known("model", field["model"], "llama", "gpt2") == "llama"
         types = field.get("token_type", [1] * len(tokens))  # 1 normal, 2 unknown, 3 control, 4 user
@@ -601,7 +667,7 @@ def read_llama2c(data: bytes) -> HuggingFace:
             raise ValueError
     except (ValueError, struct.error):
         raise ValueError(f"tokenizer.bin is damaged near id {len(names)}; try another") from None
-    return from_gguf({"model": "llama", "tokens": marks + names[259:], "scores": scores,
+    return tokenizer_from_gguf({"model": "llama", "tokens": marks + names[259:], "scores": scores,
                       "token_type": [2, 3, 3] + [6] * 256 + [1] * len(names[259:]),
                       "bos_token_id": 1, "eos_token_id": 2})
 
@@ -617,7 +683,7 @@ def beside(path):
                           "chat_template.jinja": lambda data: {"chat_template": data.decode()}}
     for name, reader in readers.items():
         file = Path(path).with_name(name)
-        with blamed(file):
+        with one_line_errors(file):
             found |= reader(read_bounded(file)) if file.is_file() else {}
     return found
 
@@ -627,7 +693,7 @@ def load_tokenizer(path: str | Path, names: str = "3.1") -> Tokenizer:
     tokenizer.json or llama2.c's .bin, told apart by content, never by name; a tokenizer_config.json
     and a chat_template.jinja beside it count. `names` are the special tokens of a tiktoken file."""
     data, config = read_bounded(path), beside(path)
-    with blamed(path):
+    with one_line_errors(path):
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
             tokenizer = BytePair(data, names)
         elif re.match(rb'\s*\{\s*"', data):
@@ -641,6 +707,14 @@ def load_tokenizer(path: str | Path, names: str = "3.1") -> Tokenizer:
                              "Llama 3's tokenizer.model (ranks) or llama2.c's tokenizer.bin")
         tokenizer.configure(config)
     return tokenizer
+
+
+def huggingface_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files beside exported weights that transformers' AutoTokenizer reads."""
+    inner = tokenizer.as_json() if isinstance(tokenizer, SentencePiece) else tokenizer
+    config = {key: value for key, value in inner.config.items() if value is not None}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    return {"tokenizer.json": inner.data, "tokenizer_config.json": json.dumps(config).encode()}
 
 
 class StreamDecoder:
@@ -825,11 +899,6 @@ def encoded(items, tokenizer, workers):
     with ProcessPoolExecutor(workers, spawn, start_worker, (tokenizer,)) as pool:
         while group := list(itertools.islice(items, 256 * workers)):
             yield from zip(group, pool.map(encode_record, group, chunksize=64))
-
-
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare(name: str, reader: Reader, known: Survey, tokenizer: Tokenizer, folder: str | Path,
