@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llama import (SIZES, KVCache, Linear, Llama, LlamaConfig, logit_rows, rope_frequencies,
-                   rope_table)
+from llama import (SIZES, KVCache, Layer, Llama, LlamaConfig, apply_rope, logit_rows,
+                   rope_frequencies, rope_table, swiglu)
 from tokenizer import (Parser, StreamDecoder, Tokenizer, command, documents, huggingface_files,
                        load_tokenizer, one_line_errors, positive, read_json, tokenizer_from_gguf,
                        write_aside, write_json)
@@ -751,6 +751,35 @@ def product(w: Tensor, dtype: torch.dtype, quantize: str | None = None,
     return Product(lambda x, w: kernel(x, w, None, "none", [], ""), pack(w.contiguous(), 64))
 
 
+class FusedAttention(nn.Module):
+    """llama.Attention with Wq, Wk and Wv below each other in one Product: for one token a call of
+    the kernel costs as much as its work. Queries and keys rotate together, for the same reason."""
+
+    def __init__(self, config: LlamaConfig, wqkv: Product, wo: Product):
+        super().__init__()
+        self.wqkv, self.wo, self.head_dim = wqkv, wo, config.head_dim
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 K, E)
+        qk, v = heads.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=2)
+        q, k = apply_rope(qk, cos, sin).split((self.n_heads, self.n_kv_heads), dim=2)
+        o, _ = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, T, E)
+        return self.wo(o.transpose(1, 2).flatten(2))
+
+
+class FusedFeedForward(nn.Module):
+    """llama.FeedForward with W1 and W3 below each other in one Product."""
+
+    def __init__(self, w13: Product, w2: Product):
+        super().__init__()
+        self.w13, self.w2 = w13, w2
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.w13(x).chunk(2, dim=-1)
+        return self.w2(swiglu(a, b))
+
+
 # ---------------------------------------------------------------------------------------------
 # A model to generate with
 
@@ -807,6 +836,22 @@ def check_compiler() -> None:
                          "without --compile, or install a C++ compiler") from None
 
 
+def lay_out_layer(layer: Layer, config: LlamaConfig, tensors: dict[str, Tensor],
+                  dtype: torch.dtype, lay_out: Callable[[Tensor], Product]) -> None:
+    """Fills a layer that is on meta: its norms in dtype, its matrices as Products."""
+    def matrix(*names: str) -> Product:
+        rows = [tensors[f"{name}.weight"] for name in names]
+        return lay_out(rows[0] if len(rows) == 1 else torch.cat(rows))
+
+    for name in ("attention_norm", "ffn_norm"):
+        norm = layer.get_submodule(name)
+        norm.weight = nn.Parameter(tensors[f"{name}.weight"].to(dtype), False)
+    layer.attention = FusedAttention(
+        config, matrix("attention.wq", "attention.wk", "attention.wv"), matrix("attention.wo"))
+    layer.feed_forward = FusedFeedForward(
+        matrix("feed_forward.w1", "feed_forward.w3"), matrix("feed_forward.w2"))
+
+
 @torch.no_grad()
 def open_model(path: Path, dtype: torch.dtype | None = None, quantize: str | None = None,
                compiled: bool = False) -> Llama:
@@ -822,15 +867,14 @@ def open_model(path: Path, dtype: torch.dtype | None = None, quantize: str | Non
     with torch.device("meta"):
         model = kind(config, backward="autograd", dtype=dtype)
     # What is to be quantised comes in the file's own type.
-    for block, tensors in read_blocks(weights, best_device(), None if quantize else dtype):
-        for parameter, tensor in tensors.items():
-            name = f"{block}.{parameter}".removesuffix(".weight")
-            module = model.get_submodule(name)
-            if isinstance(module, Linear):
-                in_group = compiled and name != "output"
-                model.set_submodule(name, product(tensor, dtype, quantize, in_group))
-            else:
-                module.load_state_dict({"weight": tensor.to(dtype)}, assign=True)
+    for name, tensors in read_blocks(weights, best_device(), None if quantize else dtype):
+        lay_out = partial(product, dtype=dtype, quantize=quantize, compiled=compiled)
+        if name == "output":
+            model.output = product(tensors["weight"], dtype, quantize)
+        elif name.startswith("layers."):
+            lay_out_layer(model.get_submodule(name), config, tensors, dtype, lay_out)
+        else:
+            model.get_submodule(name).weight = nn.Parameter(tensors["weight"].to(dtype), False)
     if model.output is None:
         model.output = product(model.tok_embeddings.weight, dtype, quantize)
     if compiled:

@@ -52,14 +52,10 @@ class LlamaConfig:
 
     def __post_init__(self):
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size",
-                     "max_seq_len"):
+                     "max_seq_len", "head_size"):
             check_positive(name, getattr(self, name), 2**24, (int,))
-        for name in ("norm_eps", "rope_theta"):
+        for name in ("norm_eps", "rope_theta", "rope_scaling"):
             check_positive(name, getattr(self, name), 1e30, (int, float))
-        if self.rope_scaling is not None:
-            check_positive("rope_scaling", self.rope_scaling, 1e30, (int, float))
-        if self.head_size is not None:
-            check_positive("head_size", self.head_size, 2**24, (int,))
         if type(self.tie_embeddings) is not bool:
             raise ValueError(f"tie_embeddings={self.tie_embeddings!r} must be true or false; "
                              "try the published value")
@@ -97,7 +93,10 @@ class LlamaConfig:
 
 
 def check_positive(name: str, value, most: float, kinds: tuple[type, ...]) -> None:
-    """ValueError unless value is a positive number below `most`, of one of these types."""
+    """ValueError unless value is a positive number below `most`, of one of these types, or None in
+    a field that may be left out."""
+    if value is None and name in ("rope_scaling", "head_size"):
+        return
     if type(value) not in kinds or not 0 < value < most:
         what = "a positive whole number" if kinds == (int,) else "positive"
         raise ValueError(f"{name}={value!r} must be {what}; try the published value")

@@ -1,5 +1,4 @@
-"""Raw text -> token ids: SentencePiece BPE (LLaMA 1, 2), byte-level BPE (Llama 3), token shards.
-The files: SentencePiece's .model, Meta's ranks, tokenizer.json, llama2.c's .bin, a GGUF's fields.
+"""Raw text -> token ids: SentencePiece (LLaMA 1, 2), byte-level BPE (Llama 3), token shards.
 
     python tokenizer.py train --vocab-size 4096 --out tokenizer.model      # on Python's own library
     python tokenizer.py encode --tokenizer tokenizer.model --bos "In 2023, 1 llama"
@@ -36,51 +35,44 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 
-CACHED_PIECES, CACHED_LENGTH = 1 << 16, 64  # pretokens a BytePair remembers, and their length
-WHOLE, PIECE = 1 << 16, 1 << 14  # bytes: a longer document is cut, and into pieces of about this
-LARGEST, PER_WORKER = 1 << 26, 1 << 24  # bytes of a tokenizer or .jsonl line; worth a process
+MAX_FILE = 1 << 26       # bytes read of a tokenizer or of a .jsonl line; Llama 3's file has 9 MB
+MAX_TOKEN = 1000         # characters; the pairs that make a longer token take too long to list
+CACHED, CACHED_LENGTH = 1 << 16, 64  # pretokens whose ids are kept, and their longest: 10 MB
+MAX_DOCUMENT = 1 << 16   # bytes; a longer one is cut, so that a part of it can be held out
+PIECE_BYTES = 1 << 14    # at which a long document is cut, at the next blank line
+WORKER_BYTES = 1 << 24   # of text a process; for less, its start takes longer than its work
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # as SentencePiece and GGUF
+MARKED = UNKNOWN, CONTROL, USER_DEFINED  # types of the tokens that no merge makes
+SPECIAL = {  # what follows Llama 3's ranks, up to 256; each - is a reserved one
+    "3.0": "begin_of_text end_of_text - - - - start_header_id end_header_id - eot_id",
+    "3.1": "begin_of_text end_of_text - - finetune_right_pad_id step_id start_header_id "
+           "end_header_id eom_id eot_id python_tag image"}
+BEGINS = "<|begin_of_text|>", "<s>", "<|endoftext|>", "<|im_start|>"  # used where no file says so
+ENDS = "<|end_of_text|>", "</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>"
+CONFIG = "bos_token", "eos_token", "eot_token", "add_bos_token", "chat_template"
+# How a text is split into pretokens, as the files of Llama 3, GPT-2, SmolLM2 and llama.cpp say it.
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGIT = r"\p{N}"
+UNNAMED = r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"
+GGUF_SPLITS = {"llama-bpe": (LLAMA3,), "llama3": (LLAMA3,), "llama-v3": (LLAMA3,),
+               "smollm": (DIGIT, GPT2), "gpt-2": (GPT2,), "default": UNNAMED}
+# GPT-2 writes a printable byte as its own character, the others as U+0100 and on, in order.
+OTHERS = [*range(33), *range(127, 161), 173]
+GPT2_CHARACTERS = dict(zip(OTHERS, itertools.count(256)))
+GPT2_BYTES = dict.fromkeys(OTHERS, 256) | dict(zip(itertools.count(256), OTHERS))
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True,
+              "trim_offsets": False}  # of a tokenizer.json
+FRONTS = "prepend", "always", "first", "never", "replace"  # where SentencePiece puts a space
 LINES = re.compile(rb"\n(?:\r?\n)+"), re.compile(rb"\n")  # where to cut: blank lines, then ends
 LEFT_OUT = re.compile(r"(site|dist)-packages|tests?|idlelib|lib2to3|tkinter|turtledemo|ensurepip|"
                       r"topics\.py|config-.*|_sysconfigdata.*|\..*")
 Reader = Callable[[list[str]], Iterator[Iterable[str]]]  # documents, each in pieces; notes skips
-SPECIAL = {  # after the ranks, up to 256; each - is a reserved one
-    "3.0": "begin_of_text end_of_text - - - - start_header_id end_header_id - eot_id",
-    "3.1": "begin_of_text end_of_text - - finetune_right_pad_id step_id start_header_id "
-           "end_header_id eom_id eot_id python_tag image",
-}
-BEGINS = "<|begin_of_text|>", "<s>", "<|endoftext|>", "<|im_start|>"  # of texts in the family,
-ENDS = "<|end_of_text|>", "</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>"
-CONFIG = "bos_token", "eos_token", "eot_token", "add_bos_token", "chat_template"
-
-# How a text is cut into pretokens, as Llama 3's, GPT-2's and SmolLM2's files say it.
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Each digit alone first, then GPT-2's: before a digit, its parts end.
-SMOLLM = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"\S", r"[^\s\p{N}]")
-SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
-WORDS, BYTES = ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": split}
-                for split in (True, False))
-SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-SPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
-KINDS = [  # by pattern, or by where "▁" is put: a tokenizer.json's normalizer and pre_tokenizer
-    (LLAMA3, [], [SPLIT | {"pattern": {"Regex": LLAMA3}}, BYTES]), (GPT2, [], [WORDS]),
-    (SMOLLM, [], [{"type": "Digits", "individual_digits": True}, WORDS]),
-    ("in front", [{"type": "Prepend", "prepend": "▁"}, SPACES], []), ("never", [SPACES], []),
-    *((put, [], [SPACE | {"prepend_scheme": put}]) for put in ("first", "always", "never"))]
-FUSED = [  # its decoder of these
-    SPACES | {"pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
-    {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-GGUF = {"llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "smollm": SMOLLM, "gpt-2": GPT2,
-        "default": GPT2}
-# GPT-2's alphabet: a printable byte is its own character, the others are U+0100 and on, in order.
-OTHERS = [*range(33), *range(127, 161), 173]
-CHARACTERS = {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
-BYTE_OF = dict.fromkeys(OTHERS, 256) | {256 + i: byte for i, byte in enumerate(OTHERS)}
 
 
 # ---------------------------------------------------------------------------------------------
-# Helpers for files and command lines, which all modules use
+# Helpers for files and command lines, which all four modules use
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,11 +96,6 @@ def positive(kind: type):
     return parse
 
 
-def utf8_text(argument: str) -> str:
-    """A type for argparse: text, decoded as UTF-8 even where the locale is not (LC_ALL=C)."""
-    return os.fsencode(argument).decode("utf-8", "replace")
-
-
 def command(main: Callable[[list[str]], int | None]):
     """Run main(arguments) and exit with its status; a user's mistake is one line and status 2."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
@@ -125,10 +112,8 @@ def command(main: Callable[[list[str]], int | None]):
         status = 141
     except (ValueError, OSError) as error:
         text, advice = str(error), "; try --help"
-        if isinstance(error, OSError):
-            advice = "; try another path or disk"
-            if error.filename:
-                text = f"{error.strerror}: {error.filename}"
+        if isinstance(error, OSError) and error.filename:
+            text, advice = f"{error.strerror}: {error.filename}", "; try another path or disk"
         if "; try" not in text:
             text += advice
         print("error:", " ".join(text.split()), file=sys.stderr)
@@ -174,16 +159,13 @@ def write_json(path: str | Path, values: dict) -> None:
     write_aside(path, lambda file: file.write(json.dumps(values, indent=1).encode()))
 
 
-def unique_keys(pairs: list[tuple]) -> dict:
-    """A JSON object's pairs as a dict; readers would differ on which of two equal keys counts."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError("a key stands twice in one JSON object")
-    return values
-
-
 def read_json(data: bytes) -> dict:
-    """The object in JSON; ValueError for any other value, and for a key that stands twice."""
+    """The object in JSON; ValueError for another value, and for a key that stands twice."""
+    def unique_keys(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key stands twice in one JSON object")
+        return dict(pairs)
+
     values = json.loads(data, object_pairs_hook=unique_keys)
     if not isinstance(values, dict):
         raise ValueError("holds no JSON object")
@@ -192,124 +174,177 @@ def read_json(data: bytes) -> dict:
 
 def cores() -> int:
     """How many CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Tokenizer:
-    """All kinds have encode, decode(ids) -> text, token_bytes (what an id adds to a text), save,
-    data (the file), vocab_size, special (name -> id), bos_id, eos_id, stop_ids (any of them ends a
-    text), adds_bos and chat_template (Jinja's source or None; never run here). A wrong id or half a
-    surrogate pair is a ValueError."""
+    """A vocabulary. Each kind has ordinary(text, begins) -> ids, without special tokens and with a
+    space in front if the text begins; decode(ids) -> text; token_bytes(id), what it adds to a text,
+    b"" for special tokens; data, a file's bytes; vocab_size; special (name -> id); bos_id, eos_id;
+    stop_ids (any of them ends a text); adds_bos (prompts begin with BOS); chat_template (Jinja's
+    source or None, never run here). A wrong id or half a surrogate pair is a ValueError."""
 
-    # every_part: a part behind a special token gets a space in front as the first one does.
-    adds_bos, every_part, config, special = True, True, {}, {}
+    every_part = True  # a part behind a special token begins, as the whole text does
+    found_always, config = (), {}  # names that every text is searched for
 
     def configure(self, config: dict) -> None:
-        """Takes what a tokenizer_config.json says: bos_token, eos_token (names, or objects with
-        one), add_bos_token, chat_template. What none says, the family's names do."""
-        said = {key: config[key] for key in CONFIG if config.get(key) is not None}
-        self.config = self.config | said
-
-        def name(key):
-            value = self.config.get(key)
-            return value["content"] if isinstance(value, dict) else value
-
-        def number(key, usual):
-            found = name(key) or next((n for n in usual if n in self.special), None)
-            if found not in self.special:
-                raise ValueError(f"{key} {found} is no special token; try a tokenizer_config.json")
-            return self.special[found]
-
-        self.bos_id, self.eos_id = number("bos_token", BEGINS), number("eos_token", ENDS)
-        ends = {self.special.get(end) for end in (*ENDS, name("eot_token"))}
+        """Take what a tokenizer_config.json says: bos_token, eos_token (names, or objects with
+        one), add_bos_token, chat_template. Where none says it, the family's names count."""
+        merged = self.config | {key: value for key, value in config.items() if value is not None}
+        self.config = {key: merged[key] for key in CONFIG if key in merged}
+        for key, value in self.config.items():
+            if isinstance(value, dict):
+                self.config[key] = value["content"]
+            elif isinstance(value, list):  # of templates
+                named = {template["name"]: template["template"] for template in value}
+                self.config[key] = named.get("default")
+        self.bos_id = self.special_id("bos_token", BEGINS)
+        self.eos_id = self.special_id("eos_token", ENDS)
+        ends = set(map(self.special.get, (*ENDS, self.config.get("eot_token"))))
         self.stop_ids = frozenset(ends - {None} | {self.eos_id})
-        self.adds_bos = self.config.get("add_bos_token", self.adds_bos)
-        template = self.config.get("chat_template")
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if not isinstance(template, str | None) or not isinstance(self.adds_bos, bool):
+        self.adds_bos = self.config.get("add_bos_token", True)
+        self.chat_template = self.config.get("chat_template")
+        if not isinstance(self.chat_template, str | None) or not isinstance(self.adds_bos, bool):
             raise ValueError("add_bos_token or chat_template is of a wrong type; try another copy")
-        self.chat_template = template
+
+    def special_id(self, key: str, usual: tuple[str, ...]) -> int:
+        for name in [self.config[key]] if key in self.config else usual:
+            if name in self.special:
+                return self.special[name]
+        raise ValueError(f"{key} {name} is no special token; try a tokenizer_config.json")
 
     def encode(self, text: str, bos=False, eos=False, continues=False, allowed_special=()
                ) -> list[int]:
         """What looks like a special token is ordinary text, unless allowed_special has its name. A
         text that `continues` an earlier piece gets no space in front, where the kind has one."""
-        self.check(text)
+        if re.search("[\ud800-\udfff]", text):
+            raise ValueError("text holds half a surrogate pair; try valid Unicode")
         if unknown := set(allowed_special) - self.special.keys():
             raise ValueError(f"no special token is {min(unknown)}; try {min(self.special)}")
-        names = sorted(allowed_special, key=len, reverse=True)  # at one place the longest counts
+        names = sorted({*allowed_special, *self.found_always}, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, names)) or "(?!)"  # at one place the longest counts
         ids = [self.bos_id] * bos
-        for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, names)) or '(?!)'})", text)):
-            if i % 2:  # re.split puts the separators at odd places
+        for i, part in enumerate(re.split(f"({pattern})", text)):
+            if i % 2:  # re.split puts the names at odd places
                 ids.append(self.special[part])
             else:
                 ids += self.ordinary(part, self.every_part if i else not continues)
         return ids + [self.eos_id] * eos
 
+    def check_ids(self, ids: Iterable[int]) -> list[int]:
+        ids = list(ids)
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"no token has id {i}; try ids from 0 to {self.vocab_size - 1}")
+        return ids
+
     def save(self, path: str | Path) -> None:
-        """Written aside and renamed: what was there stays until all of it is on the disk."""
         write_aside(path, lambda file: file.write(self.data))
 
-    def check(self, text="", ids=()):
-        if re.search("[\ud800-\udfff]", text):
-            raise ValueError("text holds half a surrogate pair; try valid Unicode")
-        ids = list(ids)
-        for wrong in (i for i in ids if not 0 <= i < self.vocab_size):
-            raise ValueError(f"no token has id {wrong}; try ids from 0 to {self.vocab_size - 1}")
-        return ids
+
+# ---------------------------------------------------------------------------------------------
+# SentencePiece (Kudo and Richardson, 2018). Its library merges, by the score of what is joined.
+
+
+def protobuf_field(number: int, value: int | bytes) -> bytes:
+    """A field of an integer (7 bits a byte, the lowest first: 300 is AC 02) or of bytes."""
+    def varint(n):
+        low = b""
+        while n > 127:
+            low += bytes([n & 127 | 128])
+            n >>= 7
+        return low + bytes([n])
+
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def write_model(pieces: Iterable[tuple[str, float, int]], prefix: bool) -> bytes:
+    """A .model file from (text, score, type) of each id, so that SentencePiece's library encodes
+    what other files hold. prefix: a space in front. The numbers are sentencepiece_model.proto's.
+
+    Of adjacent parts, those join first whose joined text has the highest score: abc becomes a|bc
+    where ab has -1 and bc has 0.
+    """
+    model = []
+    for text, score, kind in pieces:
+        if kind not in range(NORMAL, BYTE + 1) or score != score:
+            raise ValueError(f"the score or type of {text} is none; try another copy")
+        piece = protobuf_field(1, text.encode()) + b"\x15" + struct.pack("<f", score)
+        model.append(protobuf_field(1, piece + protobuf_field(3, int(kind))))
+    trainer = {3: 2, 35: 1, 44: b""}  # BPE, byte_fallback, and an unknown token has no text
+    normalizer = {1: b"identity", 3: int(prefix), 4: 0, 5: 1}  # keep spaces, as U+2581
+    for number, fields in ((2, trainer), (3, normalizer)):
+        content = b"".join(itertools.starmap(protobuf_field, fields.items()))
+        model.append(protobuf_field(number, content))
+    return b"".join(model)
 
 
 class SentencePiece(Tokenizer):
     """BPE over characters that falls back to bytes, from a `.model` file's bytes. A damaged model,
-    or one that loses text (LLaMA's loses none), is a ValueError. Control pieces are special; what a
-    model calls user-defined (LLaMA's has none) the library finds in every text."""
+    or one that loses text (LLaMA's loses none), is a ValueError.
 
-    def __init__(self, data):
-        self.data = data
-        # Protobuf lets a later field override: normalizer_spec (3) { add_dummy_prefix (3): 0 }.
-        no_prefix = data + b"\x1a\x02\x18\x00"
+    front says where a space is put in front, so that a text's first word is the word found
+    elsewhere: "prepend" to every part between special tokens, "always" to every part that has none
+    there, "first" to the text alone if it has none, "never". What a .model has no field for is JSON
+    in front of it, in field 200, which other readers skip.
+    """
+
+    def __init__(self, data: bytes):
+        self.settings, self.model, load = {}, data, sentencepiece.SentencePieceProcessor
+        if found := re.match(rb"\xc2\x0c[\x80-\xff]*[\0-\x7f](\{[^\n]*\})(?=\n)", data):
+            self.settings, self.model = read_json(found[1]), data[found.end():]
+        no_prefix = protobuf_field(3, protobuf_field(3, 0))  # at the end, it overrides
         try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-            self.inner = sentencepiece.SentencePieceProcessor(model_proto=no_prefix)
+            self.processor = load(model_proto=self.model)
+            self.bare = load(model_proto=self.model + no_prefix)
         except RuntimeError as error:
             raise ValueError(f"damaged SentencePiece model ({error}); try another copy") from None
-        self.vocab_size = self.processor.vocab_size()
-        names = [self.processor.id_to_piece(i) for i in range(self.vocab_size)]
-        self.special = {n: i for i, n in enumerate(names) if self.processor.is_control(i)}
-        marks = self.processor.bos_id(), self.processor.eos_id()
         # A file cut off between two pieces is still valid protobuf, but has lost its settings.
         probe = "  a \0 1\n\U0010fffd "
-        if self.decode(self.ordinary(probe, True)) != probe or min(marks) < 0:
+        if self.processor.decode(self.processor.encode(probe)) != probe:
             raise ValueError("this SentencePiece model is cut off, or loses text; try LLaMA's kind")
-        self.configure({"bos_token": names[marks[0]], "eos_token": names[marks[1]]})
+        prefix = self.processor.encode("a") != self.bare.encode("a")
+        self.front = self.settings.get("front", "prepend" if prefix else "never")
+        expect_one_of("front", self.front, *FRONTS)
+        self.every_part, self.found_always = self.front != "first", self.settings.get("found", ())
+        self.vocab_size, self.special = self.processor.vocab_size(), {}
+        self.names = list(map(self.processor.id_to_piece, range(self.vocab_size)))
+        for i, name in enumerate(self.names):
+            if self.processor.is_control(i) or self.processor.is_unknown(i):
+                self.special[name] = i
+        for name in self.found_always:
+            self.special[name] = self.names.index(name)
+        marks = {"bos_token": self.processor.bos_id(), "eos_token": self.processor.eos_id()}
+        for key, i in marks.items():
+            marks[key] = self.names[i] if i >= 0 else None
+        self.configure(marks | self.settings.get("config", {}))
 
-    def as_json(self) -> "HuggingFace":
-        """The same as a tokenizer.json; of pieces that merge in different ways it takes one."""
-        ask, ids = self.processor, range(self.vocab_size)
-        kinds = (2, ask.is_unknown), (3, ask.is_control), (6, ask.is_byte), (5, ask.is_unused)
-        return tokenizer_from_gguf({
-            "model": "llama", "tokens": [ask.id_to_piece(i) for i in ids],
-            "scores": [ask.get_score(i) for i in ids], "bos_token_id": self.bos_id,
-            "token_type": [next((n for n, is_one in kinds if is_one(i)), 1) for i in ids],
-            "eos_token_id": self.eos_id, "tokenizer.chat_template": self.chat_template})
+    @property
+    def data(self) -> bytes:
+        if not self.settings:
+            return self.model
+        settings = json.dumps(self.settings | {"config": self.config})
+        return protobuf_field(200, settings.encode()) + self.model
 
     def ordinary(self, text, begins):
-        """A text gets a space in front, so that its first word is the word found elsewhere."""
-        return (self.processor if begins else self.inner).encode(text)
+        if self.front in ("always", "first") and text.startswith((" ", "▁")):
+            begins = False
+        if begins and self.front != "never":
+            return self.processor.encode(text)
+        return self.bare.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Control tokens have no text, and the space in front is gone again."""
-        return self.processor.decode(self.check(ids=ids))
+        """Special tokens have no text, and the space in front is gone again."""
+        return self.processor.decode(self.check_ids(ids))
 
     def token_bytes(self, token: int) -> bytes:
-        self.check(ids=[token])
+        self.check_ids([token])
         if self.processor.is_byte(token):
-            return bytes([int(self.processor.id_to_piece(token)[3:5], 16)])
+            return bytes([int(self.names[token][3:5], 16)])
         # Behind another token, where no space in front is dropped.
-        return self.decode([*self.inner.encode("a"), token])[1:].encode()
+        return self.bare.decode([*self.bare.encode("a"), token])[1:].encode()
 
 
 def even_sample(texts: Iterable[str], bound: int) -> list[str]:
@@ -329,8 +364,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, sample: int = 1 <
                         ) -> SentencePiece:
     """LLaMA's tokenizer, with the flags in LLaMA's own file, from pieces of text (`sample` of their
     characters at most). The same texts give the same bytes."""
-    lines = (line for text in even_sample(texts, sample) for line in text.split("\n"))
     # Lines over 4,192 bytes would be dropped. A newline is in none, so it stays byte <0x0A>.
+    lines = "\n".join(even_sample(texts, sample)).split("\n")
     parts = (line[i:i + 1000] for line in lines for i in range(0, len(line), 1000))
     model = io.BytesIO()
     try:
@@ -347,15 +382,66 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, sample: int = 1 <
     return SentencePiece(model.getvalue())
 
 
-@functools.cache
-def pretoken_pattern(top: int, pattern: str = LLAMA3) -> re.Pattern:
-    r"""A split of a text of characters below `top` into pretokens; merges stay inside one.
+# ---------------------------------------------------------------------------------------------
+# Byte-level BPE (Sennrich et al., 2016; over bytes as in GPT-2)
 
-    `re` has no \p{L} and \p{N}, so they become ranges (few and fast where top is 128), and its \s
-    takes \x1c to \x1f too, which are not White_Space."""
-    kinds = "".join([unicodedata.category(chr(code))[0] for code in range(top)])
+
+def merge_naively(text: str, rank: Callable) -> list[str]:
+    """Byte-pair encoding as it is defined: again and again join the adjacent pair of lowest rank,
+    the leftmost of equals. rank(left, right) is None for a pair that is never joined.
+
+    With the ranks aa 0, ab 1, aaab 2, "aaabdaaabac" becomes aa|ab|d|aa|ab|a|c, then
+    aaab|d|aaab|a|c. n characters take O(n^2).
+    """
+    parts = list(text)
+    while True:
+        pairs = enumerate(map(rank, parts, parts[1:]))
+        best = min(((r, i) for i, r in pairs if r is not None), default=None)
+        if best is None:
+            return parts
+        i = best[1]
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+
+
+def merge(text: str, rank: Callable) -> list[str]:
+    """The parts of merge_naively in O(n log n). Part i is text[i:end[i]]; a heap holds (rank, i) of
+    the pairs that begin at i. An entry that a merge made untrue is recognised by its rank."""
+    n = len(text)
+    end, before, heap = [*range(1, n + 1), n], [*range(-1, n)], []
+
+    def rank_at(i):
+        j = end[i]
+        return rank(text[i:j], text[j:end[j]]) if 0 <= i and j < n else None
+
+    def push(i):
+        if (r := rank_at(i)) is not None:
+            heapq.heappush(heap, (r, i))
+
+    for i in range(n):
+        push(i)
+    while heap:
+        r, i = heapq.heappop(heap)
+        if rank_at(i) == r:
+            j = end[i]
+            end[i], end[j] = end[j], n  # part j is gone: like the last part, it has no pair
+            before[end[i]] = i
+            push(i)
+            push(before[i])
+    parts, i = [], 0
+    while i < n:
+        parts.append(text[i:end[i]])
+        i = end[i]
+    return parts
+
+
+@functools.cache
+def split_pattern(pattern: str, top: int) -> re.Pattern:
+    r"""A pattern above for Python's `re`, for a text of characters below `top`. `re` has no \p{L},
+    \p{N} and \p{P}, so they become ranges (few and fast where top is 128), and its \s takes \x1c to
+    \x1f too, which are not White_Space."""
+    kinds = "".join(map(unicodedata.category, map(chr, range(top))))[::2]  # the first letters
     sets = {r"\s": r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"}
-    for kind in "LN":
+    for kind in "LNP":
         runs = (run.span() for run in re.finditer(f"{kind}+", kinds))
         sets[rf"\p{{{kind}}}"] = "".join(f"\\U{a:08x}-\\U{z - 1:08x}" for a, z in runs)
 
@@ -365,107 +451,89 @@ def pretoken_pattern(top: int, pattern: str = LLAMA3) -> re.Pattern:
             text = text.replace(name, ranges)
         return text
 
-    pattern = pattern.replace(r"\S", r"[^\s]")
-    return re.compile(re.sub(r"\[.*?\]|\\s|\\p\{.\}", spelled, pattern))
+    pattern = re.sub(r"\[.*?\]|\\s|\\p\{.\}", spelled, pattern.replace(r"\S", r"[^\s]"))
+    return re.compile(f"({pattern})")
 
 
-def read_ranks(data: bytes) -> dict[bytes, int]:
-    """{bytes: rank} of a tiktoken file: lines "base64 rank", the ranks in order from 0."""
-    ranks = {}
-    for rank, line in enumerate(data.splitlines()):
-        text, _, number = line.partition(b" ")
-        try:
-            token = base64.b64decode(text, validate=True)
-        except ValueError:
-            token = b""
-        if not token or token in ranks or number != b"%d" % rank:
-            raise ValueError(f"line {rank + 1} is no new token with rank {rank}; try another copy")
-        ranks[token] = rank
-    if missing := {bytes([byte]) for byte in range(256)} - ranks.keys():
-        raise ValueError(f"byte {min(missing)[0]} has no rank; try another copy")
-    return ranks
+def gpt2_name(data: bytes) -> str:
+    """Bytes in GPT-2's characters: b" a" is "Ġa"."""
+    return data.decode("latin-1").translate(GPT2_CHARACTERS)
 
 
 class BytePair(Tokenizer):
-    """BPE over bytes, from a tiktoken file's bytes: its ranks, then 256 special tokens (`special`:
-    name -> id). Equal to tiktoken on all characters that this Python's Unicode tables know."""
+    """BPE over bytes inside pretokens (Llama 3, SmolLM2, GPT-2).
 
-    pattern, merges, whole = LLAMA3, None, True
+    names: of each id, in GPT-2's characters for bytes, but special tokens as they are; types: of
+    each id; merges: pairs of names, None where a pair's rank is the id of what it makes; splits:
+    patterns, one after another, for pretokens; whole: a pretoken that is a token is not merged.
+    Bytes without a token (SmolLM2 has some) are left out of texts, as in Hugging Face's library.
+    Equal to tiktoken on all characters that this Python's Unicode tables know.
+    """
 
-    def __init__(self, data, names="3.1"):
-        self.data, self.names, self.cache, self.ranks = data, names, {}, read_ranks(data)
-        if names not in SPECIAL:
-            raise ValueError(f"Llama {names} has no known special tokens; try 3.0 or 3.1")
-        reserved = (f"reserved_special_token_{i}" for i in itertools.count())
-        words = (SPECIAL[names] + " -" * 256).split()[:256]
-        words = [next(reserved) if word == "-" else word for word in words]
-        self.special = {f"<|{word}|>": len(self.ranks) + i for i, word in enumerate(words)}
-        self.tokens = list(self.ranks) + [name.encode() for name in self.special]
-        self.vocab_size, self.hidden = len(self.tokens), frozenset(self.special.values())
-        self.configure({})
+    def __init__(self, names, types, merges, splits, whole, config, file=b""):
+        self.names, self.splits, self.whole, self.file = names, splits, whole, file
+        self.merges = merges
+        if merges is not None:
+            self.merges = dict(zip(merges, itertools.count()))
+        self.vocab_size, self.tokens, self.cache = len(names), [], {}
+        self.ranks, self.special, self.found_always = {}, {}, []
+        for i, (name, kind) in enumerate(zip(names, types, strict=True)):
+            if kind not in MARKED:
+                self.ranks[name] = i
+                self.tokens.append(name.translate(GPT2_BYTES).encode("latin-1"))
+                continue
+            self.special[name] = i
+            self.tokens.append(name.encode())
+            if kind == USER_DEFINED:
+                self.found_always.append(name)
+        self.missing = set(gpt2_name(bytes(range(256)))) - self.ranks.keys()
+        self.configure(config)
+
+    @property
+    def data(self) -> bytes:
+        return self.file or tokenizer_json(self)
+
+    def rank(self, left: str, right: str) -> int | None:
+        if self.merges is None:
+            return self.ranks.get(left + right)
+        return self.merges.get((left, right))
+
+    def pretokens(self, text: str) -> Iterable[str]:
+        parts = [text]
+        for split in self.splits:  # into what matches, at odd places, and what is between
+            pattern = split_pattern(split, 128 if text.isascii() else 0x110000)
+            parts = filter(None, itertools.chain.from_iterable(map(pattern.split, parts)))
+        return parts
 
     def ordinary(self, text, begins):
         ids = []
-        for piece in self.pretokens(text, begins):
-            found = self.cache.get(piece)
+        for pretoken in self.pretokens(text):
+            found = self.cache.get(pretoken)
             if found is None:
-                found = self.merge(self.symbols(piece))
-                if len(self.cache) < CACHED_PIECES and len(piece) <= CACHED_LENGTH:
-                    self.cache[piece] = found
+                parts = ["".join(filter(self.ranks.__contains__, gpt2_name(pretoken.encode())))]
+                if not self.whole or parts[0] not in self.ranks:
+                    parts = merge(parts[0], self.rank)
+                found = list(map(self.ranks.get, parts))
+                if len(self.cache) < CACHED and len(pretoken) <= CACHED_LENGTH:
+                    self.cache[pretoken] = found
             ids += found
-        return ids
-
-    def pretokens(self, text, begins):
-        return pretoken_pattern(128 if text.isascii() else 0x110000, self.pattern).findall(text)
-
-    def symbols(self, piece):
-        return piece.encode()
-
-    def merge(self, piece: bytes | str) -> list[int]:
-        """Ids of a pretoken: itself if it is a token; else its bytes, of which again and again the
-        adjacent pair of lowest rank, the leftmost of equals, becomes one part. A pair's rank is
-        that of the joined bytes, or of the pair itself where there is a list of merges.
-
-        Part i is piece[i:end[i]]. The heap holds (rank, i) for pairs that begin at i, so that n
-        bytes take O(n log n); entries that a merge made untrue are recognised by their rank."""
-        ranks, merges, n = self.ranks, self.merges, len(piece)
-        if self.whole and piece in ranks:
-            return [ranks[piece]]
-
-        def rank(i, j, k):  # of parts piece[i:j] and piece[j:k]
-            return ranks.get(piece[i:k]) if merges is None else merges.get((piece[i:j], piece[j:k]))
-
-        end, before = [*range(1, n + 1), n], [*range(-1, n)]
-        heap = [(r, i) for i in range(n - 1) if (r := rank(i, i + 1, i + 2)) is not None]
-        heapq.heapify(heap)
-        while heap:
-            r, i = heapq.heappop(heap)
-            j = end[i]
-            if j == n or rank(i, j, end[j]) != r:
-                continue
-            end[i], end[j] = end[j], n  # part j is gone; entries of it look like the last part's
-            before[end[i]] = i
-            for k in (i, before[i]):
-                if k >= 0 and (r := rank(k, end[k], end[end[k]])) is not None:
-                    heapq.heappush(heap, (r, k))
-        ids, i = [], 0
-        while i < n:
-            ids.append(ranks[piece[i:end[i]]])
-            i = end[i]
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Special tokens become their names, as in tiktoken; broken UTF-8 becomes U+FFFD."""
-        tokens = [self.tokens[i] for i in self.check(ids=ids)]
+        tokens = map(self.tokens.__getitem__, self.check_ids(ids))
         return b"".join(tokens).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """b"" for special tokens, which are not text."""
-        self.check(ids=[token])
-        return b"" if token in self.hidden else self.tokens[token]
+        name = self.names[self.check_ids([token])[0]]
+        return b"" if name in self.special and name not in self.found_always else self.tokens[token]
 
 
-def known(what, value, *allowed):
+# ---------------------------------------------------------------------------------------------
+# Files that hold a tokenizer
+
+
+def expect_one_of(what: str, value, *allowed):
     """The value if it is an allowed one, else a ValueError that names it."""
     if value not in allowed:
         raise ValueError(f"{what} {json.dumps(value)[:200]} is not implemented; try a tokenizer of "
@@ -473,248 +541,318 @@ def known(what, value, *allowed):
     return value
 
 
-def steps(file, part, inside):
-    """The steps of a part of a tokenizer.json: those inside a Sequence, or the part, or none."""
-    found = file.get(part) or {"type": "Sequence", inside: []}
-    found = found[inside] if found["type"] == "Sequence" else [found]
-    # Offsets are not kept, and older files leave out what is usual.
-    found = [{"use_regex": True} | step if step["type"] == "ByteLevel" else step for step in found]
-    return [{key: step[key] for key in step if key != "trim_offsets"} for step in found]
+def read_ranks(data: bytes, kind: str) -> BytePair:
+    """Llama 3's tokenizer.model, a tiktoken file: lines "base64 rank", the ranks in order from 0.
+    256 special tokens, those of Llama `kind`, follow."""
+    names, reserved = {}, itertools.count()
+    for rank, line in enumerate(data.splitlines()):
+        text, _, number = line.partition(b" ")
+        with contextlib.suppress(ValueError):
+            token = base64.b64decode(text, validate=True)
+            if token and number == b"%d" % rank:
+                names.setdefault(gpt2_name(token))
+        if len(names) == rank:
+            raise ValueError(f"line {rank + 1} is no new token with rank {rank}; try another copy")
+    types = [NORMAL] * len(names) + [CONTROL] * 256
+    words = SPECIAL[expect_one_of("Llama", kind, *SPECIAL)] + " -" * 256
+    for word in words.split()[:256]:
+        if word == "-":
+            word = f"reserved_special_token_{next(reserved)}"
+        names[f"<|{word}|>"] = None
+    tokenizer = BytePair(list(names), types, None, (LLAMA3,), True, {}, data)
+    if tokenizer.missing:
+        raise ValueError("some byte has no rank; try another copy")
+    return tokenizer
 
 
-class HuggingFace(BytePair):
-    """BPE by a list of merges, from a tokenizer.json's bytes: over bytes (Llama 3, SmolLM2, GPT-2)
-    or characters that fall back to bytes, where "▁" is a space (LLaMA 1, 2). Added tokens are
-    special. What is not implemented, and an id without a token, is a ValueError; a byte without a
-    token (SmolLM2 has some) is left out of texts, as in Hugging Face's library."""
-
-    def __init__(self, data, config={}):
-        self.source, self.cache, file = data, {}, json.loads(data)
-        self.recognise(file, file["model"])
-        self.read(file["model"], file.get("added_tokens") or [])
-        self.configure(file["model"].get("tokenizer_config", {}) | config)
-
-    def recognise(self, file, model):
-        """What the file says of the way from a text to merges and back, if it is known."""
-        for step in steps(file, "post_processor", "processors"):
-            known("post_processor", step["type"], "ByteLevel", "TemplateProcessing")
-            if step["type"] == "TemplateProcessing":  # what it puts behind a text, eos= puts there
-                front = itertools.takewhile(lambda item: "SpecialToken" in item, step["single"])
-                names = [item["SpecialToken"]["id"] for item in front]
-                known("post_processor's start", names, [], names[:1])
-                self.config = {"bos_token": names[0]} if names else {}
-        self.config = self.config | {"add_bos_token": "bos_token" in self.config}
-        found = [steps(file, "normalizer", "normalizers"),
-                 steps(file, "pre_tokenizer", "pretokenizers")]
-        known("normalizer, pre_tokenizer", found, *(kind for _, *kind in KINDS))
-        self.pattern = next(name for name, *kind in KINDS if kind == found)
-        self.spaced, self.every_part = "p{L}" not in self.pattern, self.pattern != "first"
-        back = [step["type"] for step in steps(file, "decoder", "decoders")]
-        fused = [step["type"] for step in FUSED]
-        known("decoder", back, *([fused, fused[:3]] if self.spaced else [["ByteLevel"]]))
-        self.strips, self.whole = back == fused, bool(model.get("ignore_merges"))
-        for key, *allowed in (
-                ("type", "BPE", None), ("dropout", None), ("continuing_subword_prefix", None),
-                ("end_of_word_suffix", None), ("byte_fallback", self.spaced or None),
-                ("ignore_merges", None, not self.spaced)):
-            known(key, model.get(key) or None, *allowed)
-
-    def read(self, model, added):
-        """The vocabulary. What merges join are characters: GPT-2's for bytes, or the text's, among
-        which byte b, where there is no other, is the surrogate U+DC00 + b, which is in no text."""
-        vocab = dict(model["vocab"])
-        for token in added:
-            for key in ("single_word", "lstrip", "rstrip"):
-                known(key, token.get(key, False), False)
-            if vocab.setdefault(token["content"], token["id"]) != token["id"]:
-                raise ValueError(f"{token['content']} has two ids; try another copy")
-        self.special = {token["content"]: token["id"] for token in added}
-        self.hidden = frozenset(token["id"] for token in added if token["special"])
-        self.check("".join(vocab))
-        names, self.vocab_size = sorted(vocab, key=vocab.get), len(vocab)
-        if ({*map(type, vocab.values())} != {int} or "" in vocab
-                or [vocab[name] for name in names] != [*range(len(vocab))]):
-            raise ValueError("the ids are not 0, 1, 2 ... of one token each; try another copy")
-        self.tokens = [self.spelled(name) for name in names]
-        self.ranks = ranks = {name: vocab[name] for name in names if name not in self.special}
-        self.merges = {}
-        for rank, pair in enumerate(model["merges"]):
-            left, right = pair.split(" ") if isinstance(pair, str) else pair
-            if left not in ranks or right not in ranks or left + right not in ranks:
-                raise ValueError(f"merge {rank} is not of tokens; try another copy")
-            self.merges[left, right] = rank
-        if self.spaced:
-            self.ranks |= {chr(0xDC00 + b): self.ranks[f"<0x{b:02X}>"] for b in range(256)}
-        elif not self.ranks.keys() >= {chr(b).translate(CHARACTERS) for b in range(256)}:
-            known("unk_token", model.get("unk_token"), None)
-        # Where no token has a space behind a letter, no merge goes over the start of a word.
-        crossed = self.spaced and any(re.search("[^▁]▁", name) for name in self.ranks)
-        self.words = re.compile("(?s:.+)" if crossed else "▁*[^▁]+|▁+")
-
-    def spelled(self, name):
-        """The bytes of a token."""
-        if name in self.special:
-            return name.encode()
-        if not self.spaced:
-            return name.translate(BYTE_OF).encode("latin-1")
-        byte = re.fullmatch("<0x([0-9A-F]{2})>", name)
-        return bytes.fromhex(byte[1]) if byte else name.replace("▁", " ").encode()
-
-    @property
-    def data(self):
-        """The file, and in it what was beside it (where Hugging Face's reader passes over it)."""
-        file = json.loads(self.source)
-        file["model"]["tokenizer_config"] = self.config
-        return json.dumps(file).encode()
-
-    def pretokens(self, text, begins):
-        if not self.spaced:
-            return super().pretokens(text, begins)
-        text = text.replace(" ", "▁")
-        # Prepend ("in front") puts a space even in front of a space, Metaspace does not.
-        if begins and text and self.pattern != "never":
-            text = "▁" * (self.pattern == "in front" or text[0] != "▁") + text
-        return self.words.findall(text)
-
-    def symbols(self, piece):
-        if not self.spaced:
-            piece = piece.encode().decode("latin-1").translate(CHARACTERS)
-            return "".join([c for c in piece if c in self.ranks])
-        return "".join([c if c in self.ranks else "".join([chr(0xDC00 + b) for b in c.encode()])
-                        for c in piece])
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Over bytes special tokens become their names, else they have no text, and the space in
-        front is gone again; broken UTF-8 becomes U+FFFD."""
-        if not self.spaced:
-            return super().decode(ids)
-        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
-        return text[self.strips and text[:1] == " ":]
-
-
-def tokenizer_from_gguf(fields: dict) -> HuggingFace:
-    """The tokenizer in a GGUF file's metadata: "llama" (pieces with scores) or "gpt2" (merges; an
-    unnamed or "default" split is GPT-2's), as a tokenizer.json. ValueError where they lie."""
-    with one_line_errors("the vocabulary"):
-        field = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
-        tokens, spaced = field["tokens"], known("model", field["model"], "llama", "gpt2") == "llama"
-        types = field.get("token_type", [1] * len(tokens))  # 1 normal, 2 unknown, 3 control, 4 user
-        if not len(types) == len(tokens) == len(set(tokens)):
-            raise ValueError("two tokens are equal, or types are missing; try another copy")
-        ids = {key: field[f"{key}_id"] for key in ("bos_token", "eos_token", "eot_token")
-               if field.get(f"{key}_id") is not None}
-        for wrong in (i for i in ids.values() if type(i) is not int or not 0 <= i < len(tokens)):
-            raise ValueError(f"no token has id {wrong}; try another copy")
-        if spaced:
-            front = known("add_space_prefix", field.get("add_space_prefix", True), True, False)
-            kind, merges = "in front" if front else "never", scored(tokens, field["scores"], types)
-        else:
-            kind = GGUF[known("tokenizer.ggml.pre", field.get("pre", "default"), *GGUF)]
-            merges = field["merges"]
-        normalizers, pretokenizers = next(found for name, *found in KINDS if name == kind)
-        config = {key: tokens[number] for key, number in ids.items()} | {
-            "add_bos_token": field.get("add_bos_token", spaced or kind == LLAMA3),
-            "chat_template": field.get("tokenizer.chat_template")}
-        bos = config.get("bos_token") if config["add_bos_token"] else None
-        whole = [{"SpecialToken": {"id": bos, "type_id": 0}}] * (bos is not None)
-        whole.append({"Sequence": {"id": "A", "type_id": 0}})
-        marks = {token: {"id": token, "ids": [i], "tokens": [token]}
-                 for i, token in enumerate(tokens) if token == bos}
-        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        return HuggingFace(json.dumps({
-            "version": "1.0",
-            "added_tokens": [{"id": i, "content": token, "special": sort != 4} | plain
-                             for i, (token, sort) in enumerate(zip(tokens, types))
-                             if sort in (2, 3, 4) or i in ids.values()],
-            "normalizer": {"type": "Sequence", "normalizers": normalizers},
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": pretokenizers},
-            "post_processor": {"type": "TemplateProcessing", "single": whole, "pair": whole,
-                               "special_tokens": marks},
-            "decoder": {"type": "Sequence",
-                        "decoders": FUSED[:3 + (kind != "never")] if spaced else [WORDS]},
-            "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)},
-                      "merges": merges, "byte_fallback": spaced, "ignore_merges": kind == LLAMA3,
-                      "tokenizer_config": config}}).encode())
-
-
-def scored(pieces, scores, types):
-    """The merges that do what SentencePiece does: of all pairs that make a piece, first those of
-    the highest score."""
-    score = {piece: value for piece, value, kind in zip(pieces, scores, types) if kind == 1}
-    if len(scores) != len(pieces) or any(value != value for value in scores):
-        raise ValueError("scores are too few, or no numbers; try another copy")
-    if max(map(len, score), default=0) > 1000:  # each has as many pairs
-        raise ValueError("a piece is too long to be one; try another copy")
-    pairs = [(-value, piece[:i], piece[i:]) for piece, value in score.items()
-             for i in range(1, len(piece)) if piece[:i] in score and piece[i:] in score]
-    return [pair for _, *pair in sorted(pairs, key=lambda pair: pair[0])]
-
-
-def read_llama2c(data: bytes) -> HuggingFace:
+def read_llama2c(data: bytes) -> SentencePiece:
     """llama2.c's tokenizer.bin: uint32 longest; per id a float32 score, a uint32 length and the
     text with plain spaces. Ids: unk, bos, eos, 256 bytes, then pieces."""
-    names, scores, at, longest = [], [], 4, int.from_bytes(data[:4], "little")
-    marks = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    try:
-        while at < len(data):
-            score, size = struct.unpack_from("<fI", data, at)
-            at += 8 + size
-            names.append(data[at - size:at].decode().replace(" ", "▁"))
-            scores.append(score)
-            if size > longest or at > len(data):
-                raise ValueError
-        if names[3:259] != marks[3:]:
-            raise ValueError
-    except (ValueError, struct.error):
-        raise ValueError(f"tokenizer.bin is damaged near id {len(names)}; try another") from None
-    return tokenizer_from_gguf({"model": "llama", "tokens": marks + names[259:], "scores": scores,
-                      "token_type": [2, 3, 3] + [6] * 256 + [1] * len(names[259:]),
-                      "bos_token_id": 1, "eos_token_id": 2})
+    pieces, at = [], 4
+    while at < len(data):
+        score, size = struct.unpack_from("<fI", data, at)
+        at += 8 + size
+        if size > int.from_bytes(data[:4], "little") or at > len(data):
+            raise ValueError(f"tokenizer.bin is damaged near id {len(pieces)}; try another copy")
+        text = data[at - size:at].decode().replace(" ", "▁")
+        pieces.append((text, score, BYTE if len(pieces) < 259 else NORMAL))
+    pieces[:3] = ("<unk>", 0, UNKNOWN), ("<s>", 0, CONTROL), ("</s>", 0, CONTROL)
+    return SentencePiece(write_model(pieces, prefix=True))
 
 
-def read_bounded(path):
-    with open(path, "rb") as file:
-        return file.read(LARGEST)
+def character_level(pieces: list[tuple[str, float, int]], front: str, config: dict
+                    ) -> SentencePiece:
+    """A SentencePiece with settings. Its user-defined tokens are found before `front` counts."""
+    found = [text for text, _, kind in pieces if kind == USER_DEFINED]
+    settings = json.dumps({"front": front, "found": found, "config": config})
+    model = write_model(pieces, prefix=front != "never")
+    return SentencePiece(protobuf_field(200, settings.encode()) + model)
 
 
-def beside(path):
-    """What tokenizer_config.json and chat_template.jinja in the folder of a file say."""
-    found, readers = {}, {"tokenizer_config.json": json.loads,
-                          "chat_template.jinja": lambda data: {"chat_template": data.decode()}}
-    for name, reader in readers.items():
+def read_merges(merges: list, names: list[str], types: list[int]) -> list[tuple[str, str]]:
+    """The pairs in ["a b", ...] or [["a", "b"], ...], all of normal tokens."""
+    normal, pairs = set(itertools.compress(names, map(NORMAL.__eq__, types))), []
+    for rank, pair in enumerate(merges):
+        left, right = pair.split(" ") if isinstance(pair, str) else pair
+        if not {left, right, left + right} <= normal:
+            raise ValueError(f"merge {rank} is not of tokens; try another copy")
+        pairs.append((left, right))
+    return pairs
+
+
+def all_merges(scores: dict) -> list[tuple]:
+    """The merges that do what scores do: all pairs of tokens that join to a token, the best token
+    first. With {"a": 0, "b": 0, "ab": -1, "aba": -2} they are (a, b) and (ab, a)."""
+    pairs = []
+    for token in scores:
+        if len(token) > MAX_TOKEN:
+            raise ValueError(f"a token of {len(token)} characters is too long; try another copy")
+        for i in range(1, len(token)):
+            if token[:i] in scores and token[i:] in scores:
+                pairs.append((token[:i], token[i:]))
+    # Of equal scores the longest left part first: runs of spaces then join from the left.
+    return sorted(pairs, key=lambda pair: (scores[pair[0] + pair[1]], len(pair[0])), reverse=True)
+
+
+def tokenizer_from_gguf(fields: dict) -> Tokenizer:
+    """The tokenizer in a GGUF file's metadata: "llama" (pieces with scores) or "gpt2" (merges; an
+    unnamed split is llama.cpp's). ValueError where the fields are wrong."""
+    with one_line_errors("the vocabulary"):
+        field = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
+        model = expect_one_of("tokenizer.ggml.model", field["model"], "llama", "gpt2")
+        names, config = field["tokens"], {"chat_template": field.get("tokenizer.chat_template")}
+        types = list(field.get("token_type", [NORMAL] * len(names)))
+        if not len(types) == len(names) == len(set(names)):
+            raise ValueError("two tokens are equal, or types are missing; try another copy")
+        for key in ("bos_token", "eos_token", "eot_token"):
+            i = field.get(f"{key}_id")
+            if i is None:
+                continue
+            if type(i) is not int or not 0 <= i < len(names):
+                raise ValueError(f"no token has id {i}; try another copy")
+            config[key], types[i] = names[i], max(types[i], CONTROL)
+        pre = expect_one_of("tokenizer.ggml.pre", field.get("pre", "default"), *GGUF_SPLITS)
+        whole = GGUF_SPLITS[pre] == (LLAMA3,)
+        config["add_bos_token"] = field.get("add_bos_token", model == "llama" or whole)
+        if model == "gpt2":
+            merges = read_merges(field["merges"], names, types)
+            return BytePair(names, types, merges, GGUF_SPLITS[pre], whole, config)
+        spaced = field.get("add_space_prefix", True)
+        expect_one_of("add_space_prefix", spaced, True, False)
+        pieces = list(zip(names, field["scores"], types, strict=True))
+        return character_level(pieces, "prepend" if spaced else "never", config)
+
+
+def json_steps(kind: str | tuple[str, ...]) -> list[list[dict]]:
+    """The steps of a tokenizer.json's normalizer, pre_tokenizer and decoder: of a SentencePiece's
+    `front`, whose "never" older files write as "replace", or of a BytePair's `splits`."""
+    steps = []
+    if isinstance(kind, tuple):
+        for pattern in kind[:-1] if kind[-1] == GPT2 else kind:
+            split = {"type": "Split", "behavior": "Isolated", "invert": False}
+            digits = {"type": "Digits", "individual_digits": True}
+            steps.append(digits if pattern == DIGIT else split | {"pattern": {"Regex": pattern}})
+        return [[], [*steps, BYTE_LEVEL | {"use_regex": kind[-1] == GPT2}], [BYTE_LEVEL]]
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    back = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if kind == "replace":
+        return [[space], [], back]
+    if kind != "never":
+        back.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    if kind == "prepend":
+        return [[{"type": "Prepend", "prepend": "▁"}, space], [], back]
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": kind, "split": False}
+    return [[], [metaspace], back]
+
+
+def flatten_sequence(file: dict, part: str, inside: str) -> list[dict]:
+    """The steps of a part of a tokenizer.json: those of a Sequence, or the one, or none."""
+    step = file.get(part) or {"type": "Sequence", inside: []}
+    steps = step[inside] if step["type"] == "Sequence" else [step]
+    for step in steps:
+        if step["type"] == "ByteLevel":
+            step.setdefault("use_regex", True)
+            step["trim_offsets"] = False  # offsets are not kept
+    return steps
+
+
+def read_vocabulary(vocab: dict, added: list[dict]) -> tuple[list[str], list[int]]:
+    """The names and types of a tokenizer.json's ids."""
+    vocab, kinds = dict(vocab), {}
+    for token in added:
+        name, kinds[token["content"]] = token["content"], USER_DEFINED
+        for key in ("single_word", "lstrip", "rstrip"):
+            expect_one_of(f"an added token's {key}", token.get(key, False), False)
+        if token["special"]:
+            kinds[name] = CONTROL
+        if vocab.setdefault(name, token["id"]) != token["id"]:
+            raise ValueError(f"{name} has two ids; try another copy")
+    names = sorted(vocab, key=vocab.get)
+    ids = list(map(vocab.get, names))
+    if ids != list(range(len(ids))) or {*map(type, ids)} != {int} or "" in vocab:
+        raise ValueError("the ids are not 0, 1, 2 ... of one token each; try another copy")
+    return names, [kinds.get(name, NORMAL) for name in names]
+
+
+def tokenizer_from_json(data: bytes) -> Tokenizer:
+    """A tokenizer.json's BPE by a list of merges: over bytes (Llama 3, SmolLM2, GPT-2) or over
+    characters that fall back to bytes (LLaMA 1, 2). ValueError for what is not implemented."""
+    file = read_json(data)
+    model, added, config = file["model"], file.get("added_tokens") or [], {"add_bos_token": False}
+    over_bytes = not model.get("byte_fallback")
+    for key, *allowed in (("type", "BPE", None), ("dropout", None), ("end_of_word_suffix", None),
+                          ("continuing_subword_prefix", None), ("ignore_merges", None, over_bytes)):
+        expect_one_of(key, model.get(key) or None, *allowed)
+    for step in flatten_sequence(file, "post_processor", "processors"):
+        expect_one_of("post_processor", step["type"], "ByteLevel", "TemplateProcessing")
+        if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
+            config = {"add_bos_token": True, "bos_token": step["single"][0]["SpecialToken"]["id"]}
+    config |= model.get("tokenizer_config", {})
+    steps = [flatten_sequence(file, "normalizer", "normalizers"),
+             flatten_sequence(file, "pre_tokenizer", "pretokenizers"),
+             flatten_sequence(file, "decoder", "decoders")]
+    if over_bytes and len(steps[2]) == 1:
+        steps[2][0] = BYTE_LEVEL | {"type": steps[2][0]["type"]}  # no other key of it counts
+    kinds = GGUF_SPLITS.values() if over_bytes else FRONTS
+    kind = next((kind for kind in kinds if steps == json_steps(kind)), None)
+    if kind is None:
+        expect_one_of("normalizer, pre_tokenizer, decoder", steps)
+    names, types = read_vocabulary(model["vocab"], added)
+    if not over_bytes:
+        for token in added if kind == "prepend" else ():  # it would be found behind a space alone
+            expect_one_of("normalized", token["special"] or not token["normalized"], True)
+        return read_characters(model, names, types, kind, config)
+    merges = read_merges(model["merges"], names, types)
+    tokenizer = BytePair(names, types, merges, kind, bool(model.get("ignore_merges")), config)
+    if tokenizer.missing:
+        expect_one_of("unk_token", model.get("unk_token"), None)
+    return tokenizer
+
+
+def read_characters(model: dict, names: list[str], types: list[int], front: str, config: dict
+                    ) -> SentencePiece:
+    """The SentencePiece of a tokenizer.json over characters: the earlier a token's merges stand,
+    the higher its score; runs of spaces may have one score. ValueError where none do the same."""
+    for i, name in enumerate(names):
+        if name == model.get("unk_token"):
+            types[i] = UNKNOWN
+        elif re.fullmatch("<0x[0-9A-F]{2}>", name):
+            types[i] = BYTE
+    merges = read_merges(model["merges"], names, types)
+    scores = dict.fromkeys(itertools.compress(names, map(NORMAL.__eq__, types)), -len(merges))
+    for rank in reversed(range(len(merges))):  # the first merge of a token counts
+        scores["".join(merges[rank])] = -rank
+    if not same_merges(merges, scores):
+        runs = [name for name in scores if len(name) > 1 and not name.strip("▁")]
+        scores |= dict.fromkeys(runs, max(map(scores.get, runs), default=0))
+        if not same_merges(merges, scores):
+            raise ValueError("no scores do what its merges do; try its tokenizer.model")
+    pieces = [(name, scores.get(name, 0), kind) for name, kind in zip(names, types)]
+    return character_level(pieces, "never" if front == "replace" else front, config)
+
+
+def same_merges(merges: list[tuple], scores: dict) -> bool:
+    """Whether merges are those of scores, in any order of the pairs that make one token."""
+    wanted = all_merges(scores)
+    order = [scores[left + right] for left, right in merges]
+    return sorted(merges) == sorted(wanted) and order == sorted(order, reverse=True)
+
+
+def score_merges(tokenizer: SentencePiece) -> list[tuple]:
+    """The merges that do what SentencePiece does with its pieces; ValueError where none do."""
+    ask, scores, seen = tokenizer.processor, {}, {}
+    for i, name in enumerate(tokenizer.names):
+        if not (ask.is_byte(i) or ask.is_unused(i) or name in tokenizer.special):
+            scores[name] = ask.get_score(i)
+    merges = all_merges(scores)
+    for name in map("".join, merges):
+        other = seen.setdefault(scores[name], name)
+        if name != other and (name + other).strip("▁"):
+            raise ValueError(f"of {name} and {other}, whose scores are equal, the left one counts, "
+                             "which no tokenizer.json can say; try --export meta")
+    return merges
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> bytes:
+    """A tokenizer.json that gives the same ids."""
+    if isinstance(tokenizer, BytePair):
+        kind, model = tokenizer.splits, {"ignore_merges": tokenizer.whole}
+        merges = tokenizer.merges
+        if merges is None:
+            merges = all_merges({name: -rank for name, rank in tokenizer.ranks.items()})
+    else:
+        kind, merges = tokenizer.front, score_merges(tokenizer)
+        unknown = tokenizer.names[max(tokenizer.processor.unk_id(), 0)]
+        model = {"byte_fallback": True, "fuse_unk": True, "unk_token": unknown}
+    names, added, single = tokenizer.names, [], [{"Sequence": {"id": "A", "type_id": 0}}]
+    for name, i in sorted(tokenizer.special.items(), key=lambda item: item[1]):
+        added.append({"id": i, "content": name, "special": name not in tokenizer.found_always,
+                      "single_word": False, "lstrip": False, "rstrip": False, "normalized": False})
+    bos = names[tokenizer.bos_id]
+    if tokenizer.adds_bos:
+        single.insert(0, {"SpecialToken": {"id": bos, "type_id": 0}})
+    normalizer, pre_tokenizer, decoder = json_steps(kind)
+    return json.dumps({
+        "version": "1.0", "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": normalizer},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizer},
+        "post_processor": {
+            "type": "TemplateProcessing", "single": single, "pair": single,
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}}},
+        "decoder": {"type": "Sequence", "decoders": decoder},
+        "model": {"type": "BPE", "vocab": dict(zip(names, itertools.count())),
+                  "merges": list(merges), "tokenizer_config": tokenizer.config, **model}}).encode()
+
+
+def huggingface_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files, by name, from which transformers' AutoTokenizer makes the same ids. ValueError
+    where no tokenizer.json does (pieces of equal scores, user-defined pieces of a .model)."""
+    config = {"bos_token": tokenizer.names[tokenizer.bos_id], "add_bos_token": tokenizer.adds_bos,
+              "eos_token": tokenizer.names[tokenizer.eos_id], "clean_up_tokenization_spaces": False,
+              "chat_template": tokenizer.chat_template,
+              "tokenizer_class": "PreTrainedTokenizerFast"}
+    data, names = tokenizer_json(tokenizer), tokenizer.names
+    if isinstance(tokenizer, SentencePiece):  # a .model may have user-defined pieces
+        if tokenizer_from_json(data).bare.encode(names) != tokenizer.bare.encode(names):
+            raise ValueError("no tokenizer.json has these pieces' types; try --export meta")
+    return {"tokenizer.json": data, "tokenizer_config.json": json.dumps(config).encode()}
+
+
+def read_companion_files(path: str | Path) -> dict:
+    """What tokenizer_config.json and chat_template.jinja in a tokenizer's folder say."""
+    config = {}
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
         file = Path(path).with_name(name)
         with one_line_errors(file):
-            found |= reader(read_bounded(file)) if file.is_file() else {}
-    return found
+            if file.is_file() and name.endswith(".json"):
+                config |= read_json(file.read_bytes())
+            elif file.is_file():
+                config["chat_template"] = file.read_bytes().decode()
+    return config
 
 
 def load_tokenizer(path: str | Path, names: str = "3.1") -> Tokenizer:
-    """The tokenizer in a file: SentencePiece's .model, tiktoken's lines, Hugging Face's
-    tokenizer.json or llama2.c's .bin, told apart by content, never by name; a tokenizer_config.json
-    and a chat_template.jinja beside it count. `names` are the special tokens of a tiktoken file."""
-    data, config = read_bounded(path), beside(path)
+    """The tokenizer in a file: a SentencePiece .model, Llama 3's ranks, Hugging Face's
+    tokenizer.json or llama2.c's .bin, told apart by content, never by name. The files beside it
+    count. `names`: whose special tokens follow the ranks."""
+    with open(path, "rb") as file:
+        data = file.read(MAX_FILE)
+    config = read_companion_files(path)
     with one_line_errors(path):
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
-            tokenizer = BytePair(data, names)
+            tokenizer = read_ranks(data, names)
         elif re.match(rb'\s*\{\s*"', data):
-            tokenizer = HuggingFace(data, config)
+            tokenizer = tokenizer_from_json(data)
         elif data[12:17] == b"<unk>":
             tokenizer = read_llama2c(data)
-        elif data[:1] == b"\n":  # protobuf's field 1, a piece
+        elif data[:1] in (b"\n", b"\xc2"):  # protobuf's field 1, a piece, or 200, settings
             tokenizer = SentencePiece(data)
         else:
             raise ValueError("holds no tokenizer; try a SentencePiece .model, a tokenizer.json, "
                              "Llama 3's tokenizer.model (ranks) or llama2.c's tokenizer.bin")
         tokenizer.configure(config)
     return tokenizer
-
-
-def huggingface_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The files beside exported weights that transformers' AutoTokenizer reads."""
-    inner = tokenizer.as_json() if isinstance(tokenizer, SentencePiece) else tokenizer
-    config = {key: value for key, value in inner.config.items() if value is not None}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
-    return {"tokenizer.json": inner.data, "tokenizer_config.json": json.dumps(config).encode()}
 
 
 class StreamDecoder:
@@ -738,69 +876,79 @@ class StreamDecoder:
         return self.decoder.decode(b"", final=True)
 
 
+# ---------------------------------------------------------------------------------------------
+# Documents, the held-out part, token shards
+
+
 def cut(chunks: Iterable[bytes]) -> Iterator[str]:
-    """The pieces (str) of a document, joined the document, from small chunks of its UTF-8 bytes. Up
-    to 64 KiB it is one. A longer one is cut at the first blank line after 16 KiB, or at the first
-    line end where no blank line follows within 64 KiB, or hard at 64 KiB."""
-    held, long = b"", False
+    """The pieces of a document, from chunks of its UTF-8 bytes. Up to 64 KiB it is one piece. A
+    longer one is cut at the first blank line after 16 KiB, or at the first line end where no blank
+    line follows within 64 KiB, or hard at 64 KiB."""
+    rest, long = b"", False
     for chunk in itertools.chain(chunks, [None]):
-        held += chunk or b""
-        while len(held) > WHOLE or (held and chunk is None):
-            long = long or len(held) > WHOLE
-            found = [pattern.search(held, PIECE, WHOLE) for pattern in LINES if long]
-            end = next((match.end() for match in found if match), min(len(held), WHOLE))
-            while end < len(held) and held[end] & 0xC0 == 0x80:  # inside a character
+        rest += chunk or b""
+        while len(rest) > MAX_DOCUMENT or (rest and chunk is None):
+            long = long or len(rest) > MAX_DOCUMENT
+            end = min(len(rest), MAX_DOCUMENT)
+            for pattern in reversed(LINES if long else ()):
+                if match := pattern.search(rest, PIECE_BYTES, MAX_DOCUMENT):
+                    end = match.end()
+            while end < len(rest) and rest[end] & 0xC0 == 0x80:  # inside a character
                 end -= 1
-            yield held[:end].decode()
-            held = held[end:]
+            yield rest[:end].decode()
+            rest = rest[end:]
 
 
-def read_chunks(file):
-    """The UTF-8 bytes of a text file in small chunks, without a byte order mark."""
+def read_chunks(file: Path) -> Iterator[bytes]:
+    """The UTF-8 bytes of a text file in chunks, without a byte order mark."""
     with open(file, encoding="utf-8-sig", newline="") as stream:
-        for text in iter(lambda: stream.read(WHOLE), ""):
+        while text := stream.read(MAX_DOCUMENT):
             if "\0" in text:
                 raise ValueError("holds NUL bytes")
             yield text.encode()
 
 
-def file_documents(file, skipped):
-    """The documents (iterators of pieces) of a .jsonl file, by "text" (half a surrogate pair turns
-    into "?"), or a text file as one. What is not text is left to `skipped` as "path: reason"."""
+def read_jsonl(file: Path) -> Iterator[Iterable[str]]:
+    """A document per line, by its "text"; half a surrogate pair turns into "?"."""
     wrong = 0
+    with open(file, "rb") as stream:
+        while line := stream.readline(MAX_FILE):  # a longer one comes in parts, which are no JSON
+            try:
+                text = json.loads(line)["text"].encode("utf-8", "replace")
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                wrong += bool(line.strip())
+                continue
+            yield cut(text[i:i + MAX_DOCUMENT] for i in range(0, len(text), MAX_DOCUMENT))
+    if wrong:
+        raise ValueError(f'{wrong} lines are not JSON objects with a string "text"')
+
+
+def file_documents(file: Path, skipped: list[str]) -> Iterator[Iterable[str]]:
+    """The documents of a file, each in pieces; what is no text is told to `skipped`."""
     try:
         if not file.stat().st_size:
             raise ValueError("empty or not a regular file")
-        if file.suffix != ".jsonl":
+        if file.suffix == ".jsonl":
+            yield from read_jsonl(file)
+        else:
             all(read_chunks(file))  # to its end, before it is believed
             yield cut(read_chunks(file))
-            return
-        with open(file, "rb") as stream:
-            # A line that is too long comes in parts, none of which is a JSON object.
-            for line in iter(lambda: stream.readline(LARGEST), b""):
-                try:
-                    text = json.loads(line)["text"].encode("utf-8", "replace")
-                except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                    wrong += bool(line.strip())
-                    continue
-                yield cut(text[i:i + WHOLE] for i in range(0, len(text), WHOLE))
-        if wrong:
-            raise ValueError(f'{wrong} lines are not JSON objects with a string "text"')
     except UnicodeDecodeError:
         skipped.append(f"{file}: not UTF-8 text")
     except (ValueError, OSError) as error:
         skipped.append(f"{file}: {getattr(error, 'strerror', None) or error}")
 
 
-def files_below(path, left_out):
-    """The files of a folder, recursively and in order, without names that match left_out and
+def files_below(folder: Path, left_out: re.Pattern) -> Iterator[Path]:
+    """The files of a folder and its subfolders in order, without names that match left_out and
     without the folders of runs, which hold a run.json."""
-    for folder, folders, names in os.walk(path):
+    for path, folders, names in os.walk(folder):
         if "run.json" in names:
             folders.clear()
             continue
-        folders[:] = sorted(name for name in folders if not left_out.fullmatch(name))
-        yield from (Path(folder, n) for n in sorted(names) if not left_out.fullmatch(n))
+        folders[:] = sorted(itertools.filterfalse(left_out.fullmatch, folders))
+        for name in sorted(itertools.filterfalse(left_out.fullmatch, names)):
+            yield Path(path, name)
 
 
 def documents(paths: Iterable[str | Path], skipped: list[str]) -> Iterator[Iterable[str]]:
@@ -814,17 +962,21 @@ def documents(paths: Iterable[str | Path], skipped: list[str]) -> Iterator[Itera
 
 def standard_library(skipped: list[str]) -> Iterator[Iterable[str]]:
     """The default text: the running Python's library as code, pydoc's topics as prose. Left out are
-    tests, packages that are not everywhere, and files that hold the machine's paths."""
-    files = [f for f in files_below(Path(os.__file__).parent, LEFT_OUT) if f.suffix == ".py"]
-    files = [file for file in files if file.stat().st_size]
-    if sum(file.stat().st_size for file in files) < 2_000_000:
+    tests, packages that not every system has, and files that hold the machine's paths."""
+    sizes = {}
+    for file in files_below(Path(os.__file__).parent, LEFT_OUT):
+        if file.suffix == ".py" and file.stat().st_size:
+            sizes[file] = file.stat().st_size
+    if sum(sizes.values()) < 2_000_000:
         raise ValueError("this Python has no library to read; try --data FILE_OR_FOLDER")
-    yield from itertools.chain.from_iterable(file_documents(file, skipped) for file in files)
+    for file in sizes:
+        yield from file_documents(file, skipped)
     from pydoc_data.topics import topics  # large, and seldom needed
-    yield from (cut([topics[name].encode()]) for name in sorted(topics))
+    for name in sorted(topics):
+        yield cut([topics[name].encode()])
 
 
-def digest(piece):
+def digest(piece: str) -> int:
     return int.from_bytes(hashlib.sha1(piece.encode(), usedforsecurity=False).digest(), "big")
 
 
@@ -860,10 +1012,11 @@ def survey(reader: Reader) -> Survey:
 
 def training_text(reader: Reader, chosen: int | None) -> Iterator[str]:
     """The pieces that are not held out, for train_sentencepiece."""
-    return (p for document in reader([]) for p in document if not held_out(p, chosen))
+    pieces = itertools.chain.from_iterable(reader([]))
+    return itertools.filterfalse(functools.partial(held_out, chosen=chosen), pieces)
 
 
-def records(reader, chosen):
+def records(reader: Reader, chosen: int | None) -> Iterator[tuple[int, bool, str | None]]:
     """(split, starts, piece) of all pieces; piece None ends a document of that split."""
     for document in reader([]):
         begun = set()
@@ -871,10 +1024,11 @@ def records(reader, chosen):
             split = int(held_out(piece, chosen))
             yield split, split not in begun, piece
             begun.add(split)
-        yield from ((split, False, None) for split in sorted(begun))
+        for split in sorted(begun):
+            yield split, False, None
 
 
-def encode_record(record):
+def encode_record(record: tuple) -> np.ndarray:
     """The tokens of a record: uint16, or uint32 where the vocabulary is larger; little endian."""
     tokenizer, (_, starts, piece) = encode_record.tokenizer, record
     ids = [tokenizer.eos_id]
@@ -883,17 +1037,18 @@ def encode_record(record):
     return np.array(ids, "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-def start_worker(tokenizer):
+def start_worker(tokenizer: Tokenizer) -> None:
     """A process keeps the tokenizer, so that its tasks are text alone, and leaves Ctrl-C to us."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     encode_record.tokenizer = tokenizer
 
 
-def encoded(items, tokenizer, workers):
+def encoded(items: Iterator[tuple], tokenizer: Tokenizer, workers: int) -> Iterator[tuple]:
     """(record, its tokens) in order; the reader never runs far ahead of the processes."""
     if workers == 1:
         encode_record.tokenizer = tokenizer
-        yield from ((record, encode_record(record)) for record in items)
+        for record in items:
+            yield record, encode_record(record)
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, start_worker, (tokenizer,)) as pool:
@@ -901,62 +1056,63 @@ def encoded(items, tokenizer, workers):
             yield from zip(group, pool.map(encode_record, group, chunksize=64))
 
 
-def prepare(name: str, reader: Reader, known: Survey, tokenizer: Tokenizer, folder: str | Path,
+def prepare(name: str, reader: Reader, found: Survey, tokenizer: Tokenizer, folder: str | Path,
             workers: int | None = None) -> dict:
     """Write folder/name.train.bin and .val.bin: of each document and split BOS, its pieces, EOS, in
     the integers of encode_record; the bytes do not depend on workers. reader(skipped) gives the
     documents, each time anew. Returns what was counted."""
     folder, tokens, texts = Path(folder), [0, 0], [0, 0]
-    workers = workers or min(cores(), 61, 1 + known.size // PER_WORKER)  # Windows: 61
+    workers = workers or min(cores(), 61, 1 + found.size // WORKER_BYTES)  # Windows: 61
     folder.mkdir(parents=True, exist_ok=True)
-    aside = [folder / f"{name}.{split}.bin.tmp" for split in ("train", "val")]
-    try:
-        with open(aside[0], "wb") as train, open(aside[1], "wb") as val:
-            tasks = records(reader, known.chosen)
+
+    def write_train(train):
+        def write_val(val):
+            tasks = records(reader, found.chosen)
             for (split, _, piece), ids in encoded(tasks, tokenizer, workers):
                 (train, val)[split].write(ids.tobytes())
                 tokens[split] += len(ids)
                 texts[split] += len((piece or "").encode())
-        for path in aside:
-            os.replace(path, path.with_suffix(""))
-    finally:
-        for path in aside:
-            path.unlink(missing_ok=True)
+        write_aside(folder / f"{name}.val.bin", write_val)
+
+    write_aside(folder / f"{name}.train.bin", write_train)
     return {"name": name, "train_tokens": tokens[0], "val_tokens": tokens[1],
-            "train_bytes": texts[0], "val_bytes": texts[1], "documents": known.documents,
-            "dtype": ids.dtype.name}
+            "train_bytes": texts[0], "val_bytes": texts[1], "documents": found.documents,
+            "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"}
 
 
-def info(tokenizer):
+def info(tokenizer: Tokenizer) -> None:
     """What a teacher would show of a tokenizer first."""
-    pieces = [tokenizer.token_bytes(i) for i in tokenizer.encode("In 2023, 🦙")]
+    pieces = map(tokenizer.token_bytes, tokenizer.encode("In 2023, 🦙"))
     longest = max(map(tokenizer.token_bytes, range(tokenizer.vocab_size)), key=len)
     print(f"{type(tokenizer).__name__}: {tokenizer.vocab_size} tokens, bos {tokenizer.bos_id}, eos "
           f"{tokenizer.eos_id}, ends at {sorted(tokenizer.stop_ids)}, longest {longest}")
     print("In 2023, 🦙:", *pieces)
 
 
-def main(arguments):
-    parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    train, encode, decode, show = (
-        commands.add_parser(name, description=advice).add_argument for name, advice in (
-            ("train", "Learn a BPE; more text makes better pieces."),
-            ("encode", "Text to ids; - reads a long text from stdin."),
-            ("decode", "Ids to text; - reads the ids from stdin."),
-            ("info", "What a file holds; look here before you train.")))
-    train("--data", nargs="+", metavar="PATH", help="default: Python's own library")
-    train("--vocab-size", type=int, default=4096, metavar="N", help="default: 4096")
-    train("--out", required=True, metavar="FILE", help="the .model to write")
-    train("--force", action="store_true", help="overwrite FILE")
-    for add in (encode, decode):
-        add("--tokenizer", required=True, metavar="FILE")
-    encode("--bos", action="store_true", help="as at the start of a document")
-    encode("--eos", action="store_true", help="as at its end")
-    encode("text", metavar="TEXT")
-    decode("text", metavar="ID", nargs="+")
-    show("tokenizer", metavar="FILE")
-    args = parser.parse_args(arguments)
+def parser() -> Parser:
+    p = Parser(description=__doc__)
+    commands, add = p.add_subparsers(dest="command", required=True), {}
+    for name, what in (("train", "Learn a BPE; more text makes better pieces."),
+                       ("encode", "Text to ids; - reads a long text from stdin."),
+                       ("decode", "Ids to text; - reads the ids from stdin."),
+                       ("info", "What a file holds; look here before you train.")):
+        add[name] = commands.add_parser(name, description=what).add_argument
+    add["train"]("--data", nargs="+", metavar="PATH", help="default: Python's own library")
+    add["train"]("--vocab-size", type=int, default=4096, metavar="N", help="default: 4096")
+    add["train"]("--out", required=True, metavar="FILE", help="the .model to write")
+    add["train"]("--force", action="store_true", help="overwrite FILE")
+    add["encode"]("--tokenizer", required=True, metavar="FILE")
+    add["encode"]("--bos", action="store_true", help="as at the start of a document")
+    add["encode"]("--eos", action="store_true", help="as at its end")
+    add["encode"]("text", metavar="TEXT")
+    add["decode"]("--tokenizer", required=True, metavar="FILE")
+    add["decode"]("text", metavar="ID", nargs="+")
+    add["info"]("tokenizer", metavar="FILE")
+    return p
+
+
+def main(arguments: list[str]) -> None:
+    args = parser().parse_args(arguments)
     if args.command == "train":
         if os.path.exists(args.out) and not args.force:
             raise ValueError(f"{args.out} exists; try --force or another --out")
