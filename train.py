@@ -32,7 +32,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -251,18 +251,9 @@ def make_optimizer(parameters: dict[str, Tensor], recipe: Recipe) -> torch.optim
 
 NODE = 8   # GPUs of a machine
 MFU = 0.5  # of a GPU's FLOP/s, where no pipeline idles: LLaMA's 65B had 0.48
-
-
-class Device(NamedTuple):
-    """Of a GPU's data sheet."""
-    memory: float  # bytes
-    watts: float
-    flops: float   # FLOP/s of dense products in bf16; of an A100 or H100 with SXM
-
-
-GPUS = {"A100": Device(80e9, 400, 312e12), "A100-40GB": Device(40e9, 400, 312e12),
-        "H100": Device(80e9, 700, 989e12), "H200": Device(141e9, 700, 989e12),
-        "RTX 4090": Device(24e9, 450, 165e12)}
+# Of data sheets: bytes of memory, watts, FLOP/s of dense products in bf16 (A100 and H100 as SXM).
+GPUS = {"A100": (80e9, 400, 312e12), "A100-40GB": (40e9, 400, 312e12), "H100": (80e9, 700, 989e12),
+        "H200": (141e9, 700, 989e12), "RTX 4090": (24e9, 450, 165e12)}
 
 # ---------------------------------------------------------------------------------------------
 # How ranks share a step (Llama 3, section 3.3.2)
@@ -346,7 +337,7 @@ def matmul_flops(device: str, dtype: torch.dtype) -> float | None:
     """FLOP/s of large matrix products: measured on a CPU, a table's on a GPU, None if unknown."""
     if device != "cpu":
         card = torch.cuda.get_device_name() if device == "cuda" else device
-        known = [gpu.flops for name, gpu in GPUS.items() if name in card]
+        known = [flops for name, (_, _, flops) in GPUS.items() if name in card]
         return known[0] if known and dtype is torch.bfloat16 else None
     a, times, end = torch.ones(1024, 1024, dtype=dtype), [], time.perf_counter() + 0.25
     while time.perf_counter() < end:
@@ -486,21 +477,24 @@ def fit(run: "Run", local_size: int) -> tuple["Run", bool]:
     size, need, _, fits = fit_micro_batch(run, there)
     total = sum(need.values())
     if not fits:
-        raise ValueError(f"{run.size} needs about {total / 1e9:.0f} GB a process to train "
-                         f"({gigabytes(need)}), and {there / 1e9:.0f} GB are free; try a smaller "
-                         f"--size, --micro-batch 1 or --seq-len {run.seq_len // 2}")
+        parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in need.items())
+        raise ValueError(f"{run.size} needs about {total / 1e9:.0f} GB a process to train ({parts})"
+                         f", and {there / 1e9:.0f} GB are free; try a smaller --size, "
+                         f"--micro-batch 1 or --seq-len {run.seq_len // 2}")
     return replace(run, micro_batch=size), total < 0.6 * there
 
 
 def plan(run: "Run", name: str, mfu: float | None) -> dict:
     """What the run takes in its layout on GPUs of that name. mfu: of the whole step, if it was
     measured. Sent is what the fullest rank sends. Allocates nothing."""
-    layout, config, gpu = run.layout, run.config, GPUS.get(name)
-    if gpu is None:  # machines like this one, whose watts are a guess
-        gpu = Device(memory_there("cpu"), 100, matmul_flops("cpu", DTYPES[run.dtype]))
-    elif run.dtype != "bf16":
+    if name == "cpu":  # machines like this one, whose watts are a guess
+        there, watts, peak = memory_there("cpu"), 100, matmul_flops("cpu", DTYPES[run.dtype])
+    elif run.dtype == "bf16":
+        there, watts, peak = GPUS[name]
+    else:
         raise ValueError("only the bf16 FLOP/s of GPUs are known; try --dtype bf16")
-    micro_batch, memory, sent, fits = fit_micro_batch(run, gpu.memory)
+    layout, config = run.layout, run.config
+    micro_batch, memory, sent, fits = fit_micro_batch(run, there)
     passes = layout.passes(run.rows, micro_batch)
     bubble = (layout.pp - 1) / passes  # how long a pipeline idles for what it computes
     if mfu is None:
@@ -509,13 +503,13 @@ def plan(run: "Run", name: str, mfu: float | None) -> dict:
             mfu *= 3 / 4
     flops, as_papers = (flops_per_token(config, run.seq_len, papers) for papers in (False, True))
     steps = run.steps or math.ceil(run.recipe.train_tokens / run.recipe.batch_tokens)
-    tokens, speed = steps * run.rows * run.seq_len, mfu * layout.size * gpu.flops / flops
+    tokens, speed = steps * run.rows * run.seq_len, mfu * layout.size * peak / flops
     gpu_hours = layout.size * tokens / speed / 3600
-    mwh, tons = energy(gpu_hours, gpu.watts)
+    mwh, tons = energy(gpu_hours, watts)
     return {"size": run.size, "params": config.n_params, "flops_per_token": flops, "gpu": name,
             "gpus": layout.size, **asdict(layout), "micro_batch": micro_batch, "passes": passes,
-            "memory": {**memory, "needed": sum(memory.values()), "there": gpu.memory},
-            "fits": "yes" if fits else f"no; try {nearest_that_fits(run, gpu.memory)}",
+            "memory": {**memory, "needed": sum(memory.values()), "there": there},
+            "fits": "yes" if fits else f"no; try {nearest_that_fits(run, there)}",
             "sent": sent, "bubble": bubble, "mfu": mfu, "mfu_as_papers": mfu * as_papers / flops,
             "steps": steps, "tokens": tokens, "tokens_per_s": speed,
             "step_s": tokens / steps / speed, "days": tokens / speed / 86400,
@@ -536,19 +530,17 @@ def nearest_that_fits(run: "Run", there: float) -> str:
     return "more --gpus or --backward recompute"
 
 
-def gigabytes(parts: dict[str, float]) -> str:
-    return ", ".join(f"{part} {size / 1e9:,.2f}" for part, size in parts.items()) + " GB"
-
-
 def plan_text(planned: dict) -> str:
     """One name and value a line, bytes in GB of 1e9."""
     lines = []
     for name, value in planned.items():
         if isinstance(value, dict):
-            value = gigabytes(value)
-        elif not isinstance(value, str):
-            value = f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
-        lines.append(f"{name:16}{value}")
+            for part, size in value.items():
+                lines.append(f"{f'{name} {part}':22}{size / 1e9:,.2f} GB")
+        elif isinstance(value, str):
+            lines.append(f"{name:22}{value}")
+        else:
+            lines.append(f"{name:22}{value:,.4g}" if value < 1000 else f"{name:22}{value:,.0f}")
     return "\n".join(lines)
 
 
@@ -589,36 +581,9 @@ class Writer(dcp.FileSystemWriter):
     """Writes a state aside. When all ranks have written, the one that coordinates renames it: a
     state is there wholly or not at all. The last two up to this step are kept."""
 
-    def __init__(self, folder: Path, facts: dict, group: dist.ProcessGroup | None):
-        """group: for its collectives, which run beside those of training."""
-        super().__init__(folder / "saving")
-        self.facts, self.group, self.saving = facts, group, None
-        self.done = folder / f"step-{facts['step']:09d}"
-
-    def begin(self, tensors: dict[str, Tensor]) -> None:
-        """Saves a copy while training goes on; where memory for it is short, training waits."""
-        size = sum(local_shard(x).nbytes for x in tensors.values())
-        size *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of all ranks on this machine
-        if memory_there("cpu") > 2 * size:
-            self.saving = ThreadPoolExecutor(1).submit(self.save, self.stage(tensors))
-        else:
-            self.save(tensors)
-
-    def save(self, tensors: dict[str, Tensor]) -> None:
-        alone = self.group is None
-        try:
-            dcp.save(tensors, storage_writer=self, process_group=self.group, no_dist=alone)
-        except (OSError, dcp.api.CheckpointException) as error:
-            if alone or dist.get_rank() == 0:
-                shutil.rmtree(self.path, ignore_errors=True)
-            raise OSError(f"the state of step {self.facts['step']} could not be written "
-                          f"({cause_of(error)}); older states are untouched; try to free space, "
-                          "then the same command") from None
-
-    def wait(self) -> None:
-        """Until the state is there; OSError on every rank if that failed."""
-        if self.saving:
-            self.saving.result()
+    def __init__(self, folder: Path, facts: dict):
+        super().__init__(folder / "saving", per_thread_copy_ahead=0)
+        self.facts, self.done = facts, folder / f"step-{facts['step']:09d}"
 
     def prepare_global_plan(self, plans):
         shutil.rmtree(self.path)  # of a save that was cut short
@@ -643,20 +608,37 @@ def checksum(state: Path, facts: dict) -> int:
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict,
-               before: Writer | None = None) -> Writer:
-    """Begins to write folder/step-N, N being facts["step"], when the save `before` is done. Every
-    rank calls this."""
+               group: dist.ProcessGroup | None, before: Future | None = None) -> Future:
+    """Begins to write folder/step-N, N being facts["step"], when the save `before` is done. A copy
+    is written while training goes on; where memory for a copy is short, training waits. The
+    result() waits; OSError on every rank if one failed. group: of all ranks, for this alone."""
     if before:
-        before.wait()
-    writer = Writer(folder, facts, before.group if before else patient_group())
-    writer.begin({**tensors, "random": torch.get_rng_state()})
-    return writer
+        before.result()
+    writer, size = Writer(folder, facts), sum(local_shard(x).nbytes for x in tensors.values())
+    size *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of all ranks on this machine
+    roomy = memory_there("cpu") > 2 * size
+    if roomy:
+        tensors = writer.stage(tensors)
+    saving = ThreadPoolExecutor(1).submit(write_state, writer, tensors, group)
+    if not roomy:
+        saving.result()
+    return saving
+
+
+def write_state(writer: Writer, tensors: dict[str, Tensor], group: dist.ProcessGroup | None):
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+    except (OSError, dcp.api.CheckpointException) as error:
+        if group is None or dist.get_rank() == 0:
+            shutil.rmtree(writer.path, ignore_errors=True)
+        raise OSError(f"the state of step {writer.facts['step']} could not be written "
+                      f"({cause_of(error)}); older states are untouched; try to free space, then "
+                      "the same command") from None
 
 
 def load_state(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
-    """Fills the tensors, and torch's random generator, from the newest state that is good on every
-    rank, whatever layout it was saved in, and returns its facts; None if there is none. A damaged
-    state is named and passed over."""
+    """Fills the tensors from the newest state that is good on every rank, whatever layout it was
+    saved in, and returns its facts; None if there is none. A damaged one is named, passed over."""
     states = together(lambda: sorted(folder.glob("step-*")))
     for state in reversed(states):
         try:
@@ -679,15 +661,14 @@ def read_state(state: Path, tensors: dict[str, Tensor]) -> dict:
         facts = json.loads((state / "facts.json").read_text(encoding="utf-8"))
         if facts.pop("crc32") != checksum(state, facts):
             raise ValueError("facts.json or .metadata is not what was written")
-        reader, random = SafeReader(state), torch.get_rng_state()
+        reader = SafeReader(state)
         for part in list(reader.metadata.storage_data.values())[rank::size]:
             with open(state / part.relative_path, "rb") as file:
                 file.seek(part.offset)
                 archive = BytesIO(file.read(part.length))
             if zipfile.ZipFile(archive).testzip():
                 raise ValueError(f"{part.relative_path} is not what was written")
-        dcp.load({**tensors, "random": random}, storage_reader=reader, no_dist=True)
-        torch.set_rng_state(random)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
         return facts
     except (Exception, dcp.api.CheckpointException) as error:  # whatever damaged bytes lead to
         raise ValueError(cause_of(error)) from None
@@ -706,14 +687,13 @@ def export_state(state: Path, config: LlamaConfig, folder: Path) -> None:
     """Meta's folder from the state in step-N, a tensor at a time, whatever layout wrote it."""
     reader, weights = SafeReader(state), {}
 
-    def read(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        tensors = {name: torch.empty(shape, dtype=dtype)}
+    def read(name: str, shape: tuple[int, ...]) -> Tensor:
+        tensors = {f"model.{name}": torch.empty(shape)}
         dcp.load(tensors, storage_reader=reader, no_dist=True)
-        return tensors[name]
+        return tensors[f"model.{name}"]
 
     for name, shape in shapes(config).items():
-        dtype = reader.metadata.state_dict_metadata[f"model.{name}"].properties.dtype
-        weights[name] = Weight(shape, dtype, (), partial(read, f"model.{name}", shape, dtype))
+        weights[name] = Weight(shape, torch.float32, (), partial(read, name, shape))
     write_meta(config, weights, folder)
 
 
@@ -872,17 +852,15 @@ def replicas_agree(tensors: dict[str, Tensor]) -> None:
     a tensor, the exclusive or of its elements, which any one wrong bit changes."""
     if not dist.is_initialized():
         return
-    checksums, wrong = {}, set()
+    wrong = set()
     for name, tensor in tensors.items():
         for dim, placement in enumerate(getattr(tensor, "placements", ())):
             if placement.is_replicate():
-                mine = checksums.setdefault(tensor.device_mesh.get_group(dim), {})
-                mine[name] = torch.hash_tensor(tensor.to_local()).item()
-    for group, mine in checksums.items():
-        every = [None] * dist.get_world_size(group)
-        dist.all_gather_object(every, mine, group)
-        for theirs in every:
-            wrong |= {name for name in mine if theirs[name] != mine[name]}
+                mine = torch.hash_tensor(tensor.to_local()).view(torch.int64)
+                ends = torch.stack([mine, ~mine])  # most and, as ~ turns the order, least
+                dist.all_reduce(ends, dist.ReduceOp.MAX, tensor.device_mesh.get_group(dim))
+                if ends[0] != ~ends[1]:
+                    wrong.add(name)
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, wrong)
     wrong = sorted(set().union(*found))
@@ -1560,7 +1538,8 @@ def train_run(run: Run, engine: Engine, batches: Batches, peak: float | None, be
     progress = Progress(**(load_state(folder, tensors) or {}))
     engine.forget_gathered()
     log = Log(run, engine, peak, began, progress.step) if rank == 0 else None
-    stopper, saving, bad, done = Stopper(), None, 0, progress.step >= run.steps
+    stopper, group, saving = Stopper(), patient_group(), None
+    bad, done = 0, progress.step >= run.steps
     if done:
         print_rank0(f"{run.out} is finished at step {progress.step}; --steps N goes on, --fresh "
                     "starts over")
@@ -1584,9 +1563,9 @@ def train_run(run: Run, engine: Engine, batches: Batches, peak: float | None, be
                              f"last good state in {folder} is kept; try a lower --lr")
         if done or stops or finite and progress.step % save_every == 0:
             replicas_agree(engine.parameters)
-            saving = save_state(folder, tensors, asdict(progress), saving)
+            saving = save_state(folder, tensors, asdict(progress), group, saving)
         if done or stops:
-            saving.wait()
+            saving.result()
         if stops:
             sys.exit(128 + (stopper.signal or signal.SIGTERM))
     stopper.close()
