@@ -13,7 +13,6 @@ consolidated.00.pth and tokenizer.model (for generate.py), log.jsonl, loss.svg, 
 import argparse
 import bisect
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -33,6 +32,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -251,21 +251,9 @@ def make_optimizer(parameters: dict[str, Tensor], recipe: Recipe) -> torch.optim
 
 NODE = 8   # GPUs of a machine
 MFU = 0.5  # of a GPU's FLOP/s, where no pipeline idles: LLaMA's 65B had 0.48
-
-
-class Device(NamedTuple):
-    """Of a GPU's data sheet."""
-    name: str      # a part of what the driver calls it
-    memory: float  # bytes
-    watts: float
-    flops: float   # FLOP/s of dense products in bf16
-
-
-GPUS = {"A100": Device("A100", 80e9, 400, 312e12),
-        "A100-40GB": Device("A100", 40e9, 400, 312e12),
-        "H100": Device("H100 80GB HBM3", 80e9, 700, 989e12),
-        "H200": Device("H200", 141e9, 700, 989e12),
-        "RTX 4090": Device("RTX 4090", 24e9, 450, 165e12)}
+# Of data sheets: bytes of memory, watts, FLOP/s of dense products in bf16 (A100 and H100 as SXM).
+GPUS = {"A100": (80e9, 400, 312e12), "A100-40GB": (40e9, 400, 312e12), "H100": (80e9, 700, 989e12),
+        "H200": (141e9, 700, 989e12), "RTX 4090": (24e9, 450, 165e12)}
 
 # ---------------------------------------------------------------------------------------------
 # How ranks share a step (Llama 3, section 3.3.2)
@@ -292,15 +280,14 @@ class Layout:
         """Micro-batches of a step of so many rows on each rank: in a pipeline pp, 2 pp, ..."""
         return -(-rows // (self.dp * self.pp * micro_batch)) * self.pp
 
-    def bubble(self, micro_batches: int) -> float:
-        """How long a pipeline idles for what it computes, while it fills and drains: (p - 1) / m.
-        With p = 4 and m = 16 it is 3/16."""
-        return (self.pp - 1) / micro_batches
-
 
 def stage_layers(config: LlamaConfig, stage: int, stages: int) -> int:
     """Layers of a stage: L/S, one more in the first of those between embedding and output."""
     return config.n_layers // stages + (1 <= stage <= config.n_layers % stages)
+
+
+def divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
 def arrange(config: LlamaConfig, rows: int, seq_len: int, world_size: int, local_size: int,
@@ -308,10 +295,6 @@ def arrange(config: LlamaConfig, rows: int, seq_len: int, world_size: int, local
     """The layout that --dp, --tp and --pp ask for, of world_size ranks, local_size of them on a
     machine, and steps of so many rows; ValueError with the numbers that would do."""
     tp, pp, dp = tp or 1, pp or 1, dp or "fsdp"
-
-    def divisors(n: int) -> str:
-        return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
-
     shared = {"n_kv_heads": config.n_kv_heads, "hidden_dim": config.hidden_dim,
               "vocab_size": config.vocab_size, "seq_len": seq_len}
     for name, n in shared.items():
@@ -319,8 +302,8 @@ def arrange(config: LlamaConfig, rows: int, seq_len: int, world_size: int, local
             raise ValueError(f"--tp {tp} does not divide {name}={n}; try --tp with one of "
                              f"{divisors(math.gcd(*shared.values()))}")
     if pp > config.n_layers:
-        raise ValueError(f"--pp {pp}: {config.n_layers} layers make at most as many stages; try "
-                         f"--pp with up to {config.n_layers}")
+        raise ValueError(f"--pp {pp}: the model has {config.n_layers} layers; try --pp with up to "
+                         f"{config.n_layers}")
     ways, left = divmod(world_size, tp * pp)
     if left:
         raise ValueError(f"{world_size} processes are no multiple of --tp {tp} x --pp {pp}; try "
@@ -332,9 +315,6 @@ def arrange(config: LlamaConfig, rows: int, seq_len: int, world_size: int, local
         raise ValueError(f"--dp none leaves {ways} x {tp * pp} processes the same work; try --dp "
                          f"ddp or --dp fsdp, or {tp * pp} processes")
     near = max(1, local_size // (tp * pp))  # data-parallel ranks of one machine
-    if dp == "hybrid" and near == 1 < ways:
-        raise ValueError(f"--dp hybrid would shard over the {local_size} processes of a machine, "
-                         f"and --tp x --pp takes {tp * pp}; try --dp fsdp")
     shards = {"none": 1, "ddp": 1, "fsdp": ways, "hybrid": math.gcd(near, ways)}[dp]
     return Layout(ways // shards, shards, pp, tp)
 
@@ -356,8 +336,8 @@ def flops_per_token(config: LlamaConfig, seq_len: int, as_papers: bool = False) 
 def matmul_flops(device: str, dtype: torch.dtype) -> float | None:
     """FLOP/s of large matrix products: measured on a CPU, a table's on a GPU, None if unknown."""
     if device != "cpu":
-        name = torch.cuda.get_device_name() if device == "cuda" else device
-        known = [gpu.flops for gpu in GPUS.values() if gpu.name in name]
+        card = torch.cuda.get_device_name() if device == "cuda" else device
+        known = [flops for name, (_, _, flops) in GPUS.items() if name in card]
         return known[0] if known and dtype is torch.bfloat16 else None
     a, times, end = torch.ones(1024, 1024, dtype=dtype), [], time.perf_counter() + 0.25
     while time.perf_counter() < end:
@@ -375,97 +355,86 @@ def energy(gpu_hours: float, watts: float) -> tuple[float, float]:
 
 
 def rank_params(config: LlamaConfig, layout: Layout, place: int, shards: int
-                ) -> tuple[int, int, int, int]:
-    """Of the rank at that place of the pipeline: (layers, parameters of a layer, of the root, which
-    is embedding, norm and output, number of tensors) as the fullest of `shards` ranks keeps them.
-    FSDP cuts the rows by torch.chunk: of 97 rows the first of 7 ranks has 14."""
+                ) -> tuple[int, int, int]:
+    """Of the rank at that place of the pipeline: parameters of its layers, of the root (embedding,
+    norm, output), and number of tensors, as the fullest of `shards` ranks keeps them. FSDP cuts the
+    rows by torch.chunk: of 97 rows the first of 7 ranks has 14."""
     D, F, t = config.dim, config.hidden_dim // layout.tp, layout.tp
     q, kv = config.n_heads * config.head_dim // t, config.n_kv_heads * config.head_dim // t
     first, last, layers = place == 0, place == layout.pp - 1, stage_layers(config, place, layout.pp)
     tables = first + last - (first and last and config.tie_embeddings)
-    layer = [(q, D), (kv, D), (kv, D), (D, q), (F, D), (D, F), (F, D), (D, 1), (D, 1)]
+    layer = [(q, D), (kv, D), (kv, D), (D, q), (F, D), (D, F), (F, D), (D, 1), (D, 1)] * layers
     root = [(config.vocab_size // t, D)] * tables + [(D, 1)] * last
-    of_layer, of_root = (sum(-(-rows // shards) * columns for rows, columns in shapes)
-                         for shapes in (layer, root))
-    return layers, of_layer, of_root, layers * len(layer) + len(root)
+    in_layers, in_root = (sum(-(-rows // shards) * columns for rows, columns in shapes)
+                          for shapes in (layer, root))
+    return in_layers, in_root, len(layer + root)
 
 
-def layer_saves(config: LlamaConfig, seq_len: int, dtype: torch.dtype, attention: str,
-                backward: str) -> int:
+def layer_saves(run: "Run") -> int:
     """Bytes a token that a layer keeps for its backward: by hand the table of LayerByHand; autograd
     keeps, besides, each norm with and without its weight, silu(a) and swiglu(a, b)."""
-    H, q, kv = config.n_heads, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    kept, in_fp32 = 2 * (config.dim + q + kv + config.hidden_dim), H + 2
-    if backward != "manual":
-        casts = dtype != torch.float32
-        kept += 4 * config.dim + 2 * config.hidden_dim
-        in_fp32 += 2 * config.dim * casts  # x of the norms
-        if attention != "fused":  # k and v of each query head; scores and weights of T keys
-            kept += 2 * (q - kv) + H * seq_len * casts
-            in_fp32 += 2 * H * seq_len
-    return kept * dtype.itemsize + in_fp32 * 4
+    c, size = run.config, DTYPES[run.dtype].itemsize
+    H, q, kv = c.n_heads, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    kept, in_fp32 = 2 * (c.dim + q + kv + c.hidden_dim), H + 2
+    if run.backward != "manual":
+        kept += 4 * c.dim + 2 * c.hidden_dim
+        in_fp32 += 2 * c.dim * (size < 4)  # x of the norms
+        if run.attention != "fused":  # k and v of each query head; scores and weights of T keys
+            kept += 2 * (q - kv) + H * run.seq_len * (size < 4)
+            in_fp32 += 2 * H * run.seq_len
+    return kept * size + in_fp32 * 4
 
 
-def memory_needed(config: LlamaConfig, layout: Layout, rows: int, seq_len: int, dtype: torch.dtype,
-                  attention: str, backward: str, micro_batches: int = 1, place: int = 0
-                  ) -> dict[str, int]:
-    """Bytes of a step of micro_batches times `rows` sequences, by what they hold, on the rank at
-    that place of the pipeline.
+def rank_cost(run: "Run", rows: int, place: int) -> tuple[dict[str, int], dict[str, int]]:
+    """What a step in micro-batches of so many rows takes on the rank at that place of the pipeline:
+    bytes of memory by what they hold, and bytes sent by the field of Layout that they are for.
 
-    Weights, gradients and AdamW's moments are in fp32. Of t tensor parallel ranks each saves a t-th
-    of a layer, but under autograd its two gathered inputs whole. Buffers: ddp has a copy of all
-    weights to compute with; fsdp the root's and two layers', and a layer's gradients until they are
-    reduced; in a pipeline a copy of its weights, and whole gradients until the last micro-batch.
+    Weights, gradients and AdamW's moments are in fp32; weights travel in run.dtype. In a ring of s
+    ranks n bytes are gathered, or summed and scattered, in s - 1 turns of n/s: a rank sends
+    n (s - 1)/s, and twice that for both, an all-reduce.
     """
-    layers, layer, root, tensors = rank_params(config, layout, place, layout.shards)
-    held = layers * layer + root
-    _, layer, root, _ = rank_params(config, layout, place, 1)
-    size, t, tokens, V = dtype.itemsize, layout.tp, rows * seq_len, config.vocab_size // layout.tp
-    x, by_hand, sharded = tokens * config.dim * size, backward == "manual", layout.shards > 1
-    saved = tokens * layer_saves(config, seq_len, dtype, attention, backward) // t
+    config, layout, size, t = run.config, run.layout, DTYPES[run.dtype].itemsize, run.layout.tp
+    in_layers, in_root, tensors = rank_params(config, layout, place, layout.shards)
+    held, layers = in_layers + in_root, stage_layers(config, place, layout.pp)
+    whole_layers, root, _ = rank_params(config, layout, place, 1)
+    layer, whole, last = whole_layers // layers, whole_layers + root, place == layout.pp - 1
+    tokens, V, m = rows * run.seq_len, config.vocab_size // t, layout.passes(run.rows, rows)
+    x, sharded, by_hand = tokens * config.dim * size, layout.shards > 1, run.backward == "manual"
+
+    saved = tokens * layer_saves(run) // t
     if not by_hand:
-        saved += 2 * x * (t - 1) // t
-        if layout.dp == 1 and size < 4:  # weights in dtype, which FSDP makes otherwise
+        saved += 2 * x * (t - 1) // t  # both gathered inputs whole
+        if layout.dp == 1 and size < 4:  # weights in run.dtype, which FSDP makes otherwise
             saved += size * layer
-    # 1F1B: a rank begins pp - place micro-batches before the first one is back.
-    in_flight = layers * min(layout.pp - place, micro_batches)
+    in_flight = layers * min(layout.pp - place, m)  # 1F1B: the first is back after pp - place
     activations = in_flight * saved
-    if backward == "recompute":  # the input of each layer, and one layer at a time
+    if run.backward == "recompute":  # the input of each layer, and one layer at a time
         activations = in_flight * x // t + saved
-    if by_hand and attention == "equation":  # A, dA and their like, of one layer at a time
-        activations += 16 * tokens * config.n_heads // t * seq_len
+    if by_hand and run.attention == "equation":  # A, dA and their like, of one layer
+        activations += 16 * tokens * config.n_heads // t * run.seq_len
     logits = 0
-    if place == layout.pp - 1:  # a chunk of them, W cast, a chunk's dW, and dW until it is sharded
+    if last:  # a chunk of them, W cast, a chunk's dW, and dW until it is sharded
         at_once = min(logit_rows(V, config.dim), tokens)
         logits = (8 + 2 * size) * at_once * V + (2 * size + 4 * sharded) * V * config.dim
-    whole, most, buffers = layers * layer + root, max(layer, root), 2 * x * (t > 1)
-    if sharded and layout.pp == 1:
-        buffers += size * (root + 2 * layer) + (size + 4) * most
-    elif layout.dp > 1:
-        buffers += size * whole + 4 * (whole if sharded else most)
+    buffers = 2 * x * (t > 1)
+    if sharded and layout.pp == 1:  # weights of the root and two layers, gradients of one
+        buffers += size * (root + 2 * layer) + (size + 4) * max(layer, root)
+    elif sharded:  # in a pipeline all weights, and gradients until the last micro-batch
+        buffers += (size + 4) * whole
+    elif layout.dp > 1:  # all weights
+        buffers += size * whole + 4 * max(layer, root)
+
+    data, ends = (size + 4) * held, (place == 0) + last
+    if layout.pp == 1:  # for each micro-batch, and a layer's weights twice; in a pipeline once
+        data = m * (data + size * in_layers)
+    # A layer exchanges x 4 times forward and 4 times backward; by hand it gathers the 2 inputs of
+    # products again, recomputing does the forward again.
+    exchanges = layers * {"manual": 10, "autograd": 8, "recompute": 12}[run.backward] + 2 * ends
+    sent = {"replicas": 8 * held * (layout.replicas - 1) // layout.replicas,
+            "shards": data * (layout.shards - 1), "pp": m * (2 - ends) * x // t,  # x there, dx back
+            "tp": m * exchanges * (x // t) * (t - 1)}
     return {"weights": 4 * held, "gradients": 4 * held, "AdamW": 8 * held + 4 * tensors,  # steps
-            "activations": activations, "logits": logits, "buffers": buffers}
-
-
-def wire_bytes(config: LlamaConfig, layout: Layout, rows: int, seq_len: int, dtype: torch.dtype,
-               backward: str, micro_batches: int, place: int = 0) -> dict[str, int]:
-    """Bytes that such a rank sends in a step, by the field of Layout that they are for.
-
-    In a ring of s ranks n bytes are gathered, or summed and scattered, in s - 1 turns of n/s: a
-    rank sends n (s - 1)/s, and twice that for both, an all-reduce. Weights travel in dtype,
-    gradients in fp32. A layer of t ranks exchanges x 4 times forward and 4 times backward; by hand
-    the 2 inputs of products are gathered again, recomputing does the forward again.
-    """
-    layers, layer, root, _ = rank_params(config, layout, place, layout.shards)
-    held, m, ends = layers * layer + root, micro_batches, (place == 0) + (place == layout.pp - 1)
-    data = dtype.itemsize * held + 4 * held  # in a pipeline once, else for each micro-batch
-    if layout.pp == 1:  # the root's weights stay until the backward, a layer's come twice
-        data = m * (dtype.itemsize * (2 * held - root) + 4 * held)
-    x = rows * seq_len * config.dim * dtype.itemsize // layout.tp
-    exchanges = layers * {"manual": 10, "autograd": 8, "recompute": 12}[backward] + 2 * ends
-    return {"replicas": 8 * held * (layout.replicas - 1) // layout.replicas,
-            "shards": data * (layout.shards - 1), "pp": m * (2 - ends) * x,  # x there, dx back
-            "tp": m * exchanges * x * (layout.tp - 1)}
+            "activations": activations, "logits": logits, "buffers": buffers}, sent
 
 
 def memory_there(device: str) -> int:
@@ -484,110 +453,94 @@ def memory_there(device: str) -> int:
     return min(limits)
 
 
-def fit_micro_batch(config: LlamaConfig, layout: Layout, rows: int, seq_len: int,
-                    dtype: torch.dtype, attention: str, backward: str, micro_batch: int | None,
-                    there: float) -> tuple[int, dict[str, int], bool]:
-    """(sequences to compute at once, memory_needed by the fullest rank, whether it is there but for
-    a tenth, which is left for what is not counted). Without micro_batch, up to 8192 tokens as far
-    as they fit and, in a pipeline, a quarter of what would fill it."""
-    each = rows // layout.dp
-    if layout.pp > 1:
-        each //= 4 * layout.pp
-    size = micro_batch or max(1, min(8192 // seq_len, each))
+def fit_micro_batch(run: "Run", there: float) -> tuple[int, dict, dict, bool]:
+    """(sequences to compute at once, both of rank_cost for the fullest rank, whether the memory is
+    there but for a tenth, which is left for what is not counted). If the run leaves it open, up to
+    8192 tokens as far as they fit and, in a pipeline, a quarter of what would fill it."""
+    each = run.rows // run.layout.dp
+    if run.layout.pp > 1:
+        each //= 4 * run.layout.pp
+    size = run.micro_batch or max(1, min(8192 // run.seq_len, each))
     while True:
-        passes = layout.passes(rows, size)
-        needs = [memory_needed(config, layout, size, seq_len, dtype, attention, backward, passes,
-                               place) for place in range(layout.pp)]
-        need = max(needs, key=lambda need: sum(need.values()))
-        fits = sum(need.values()) < 0.9 * there
-        if fits or micro_batch or size == 1:
-            return size, need, fits
+        costs = [rank_cost(run, size, place) for place in range(run.layout.pp)]
+        memory, sent = max(costs, key=lambda cost: sum(cost[0].values()))
+        fits = sum(memory.values()) < 0.9 * there
+        if fits or run.micro_batch or size == 1:
+            return size, memory, sent, fits
         size //= 2
 
 
-def fit_memory(config: LlamaConfig, layout: Layout, rows: int, seq_len: int, dtype: torch.dtype,
-               attention: str, backward: str, device: str, local_size: int,
-               micro_batch: int | None, name: str) -> tuple[int, bool]:
-    """Sequences to compute at once on this machine, and whether freed memory may be kept, whose
-    gaps take up to a third more. ValueError, before anything large is allocated, if nothing fits.
-    """
-    there = memory_there(device) // (local_size if device == "cpu" else 1)
-    size, need, fits = fit_micro_batch(config, layout, rows, seq_len, dtype, attention, backward,
-                                       micro_batch, there)
+def fit(run: "Run", local_size: int) -> tuple["Run", bool]:
+    """The run with a micro-batch that this machine holds, and whether freed memory may be kept,
+    whose gaps take up to a third more. ValueError, before anything is allocated, if none fits."""
+    there = memory_there(run.device) // (local_size if run.device == "cpu" else 1)
+    size, need, _, fits = fit_micro_batch(run, there)
     total = sum(need.values())
-    if fits:
-        return size, total < 0.6 * there
-    advice, least = f"--micro-batch 1 or --seq-len {seq_len // 2}", need["weights"] + need["AdamW"]
-    if 1.5 * least > there:
-        smaller = [(c.n_params, size) for size, (c, _) in SIZES.items() if 20 * c.n_params < there]
-        advice = f"--size {max(smaller)[1]}"
-    parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in need.items())
-    raise ValueError(f"{name} needs about {total / 1e9:.0f} GB a process to train ({parts}) "
-                     f"and this machine has {there / 1e9:.0f} GB free for it; try {advice}")
-
-
-def plan(run: "Run", gpus: int, name: str, mfu: float | None) -> dict:
-    """What the run takes on `gpus` GPUs of that name in its layout. Allocates nothing. mfu: of the
-    whole step, if it was measured."""
-    gpu, layout, config, dtype = GPUS.get(name), run.layout, run.config, DTYPES[run.dtype]
-    if gpu is None:  # machines like this one, whose watts are a guess
-        gpu = Device("cpu", memory_there("cpu"), 100, matmul_flops("cpu", dtype))
-    elif run.dtype != "bf16":
-        raise ValueError("only the bf16 FLOP/s of GPUs are known; try --dtype bf16")
-    step = run.rows, run.seq_len, dtype, run.attention, run.backward
-    micro_batch, memory, fits = fit_micro_batch(config, layout, *step, run.micro_batch, gpu.memory)
-    passes, verdict = layout.passes(run.rows, micro_batch), "yes"
     if not fits:
-        verdict = f"no; try {nearest_that_fits(config, layout, gpu.memory, *step)}"
-    sent = wire_bytes(config, layout, micro_batch, run.seq_len, dtype, run.backward, passes,
-                      layout.pp // 2)  # a rank in the middle
+        parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in need.items())
+        raise ValueError(f"{run.size} needs about {total / 1e9:.0f} GB a process to train ({parts})"
+                         f", and {there / 1e9:.0f} GB are free; try a smaller --size, "
+                         f"--micro-batch 1 or --seq-len {run.seq_len // 2}")
+    return replace(run, micro_batch=size), total < 0.6 * there
+
+
+def plan(run: "Run", name: str, mfu: float | None) -> dict:
+    """What the run takes in its layout on GPUs of that name. mfu: of the whole step, if it was
+    measured. Sent is what the fullest rank sends. Allocates nothing."""
+    if name == "cpu":  # machines like this one, whose watts are a guess
+        there, watts, peak = memory_there("cpu"), 100, matmul_flops("cpu", DTYPES[run.dtype])
+    elif run.dtype == "bf16":
+        there, watts, peak = GPUS[name]
+    else:
+        raise ValueError("only the bf16 FLOP/s of GPUs are known; try --dtype bf16")
+    layout, config = run.layout, run.config
+    micro_batch, memory, sent, fits = fit_micro_batch(run, there)
+    passes = layout.passes(run.rows, micro_batch)
+    bubble = (layout.pp - 1) / passes  # how long a pipeline idles for what it computes
     if mfu is None:
-        mfu = MFU / (1 + layout.bubble(passes))
+        mfu = MFU / (1 + bubble)
         if run.backward == "recompute":  # the forward twice
             mfu *= 3 / 4
     flops, as_papers = (flops_per_token(config, run.seq_len, papers) for papers in (False, True))
     steps = run.steps or math.ceil(run.recipe.train_tokens / run.recipe.batch_tokens)
-    tokens, speed = steps * run.rows * run.seq_len, mfu * gpus * gpu.flops / flops
-    hours = tokens / speed / 3600
-    mwh, tons = energy(gpus * hours, gpu.watts)
-    return {"size": run.size, "params": config.n_params, "flops_per_token": flops, "gpus": gpus,
-            "gpu": name, **asdict(layout), "micro_batch": micro_batch, "micro_batches": passes,
-            "backward": run.backward, "memory": memory,
-            "each": {"needs": sum(memory.values()), "has": gpu.memory}, "fits": verdict,
-            "sends": sent, "bubble": layout.bubble(passes), "mfu": mfu,
-            "mfu_as_papers": mfu * as_papers / flops, "steps": steps, "tokens": tokens,
-            "tokens_per_s": speed, "step_s": run.rows * run.seq_len / speed, "days": hours / 24,
-            "gpu_hours": gpus * hours, "mwh": mwh, "tco2eq": tons}
+    tokens, speed = steps * run.rows * run.seq_len, mfu * layout.size * peak / flops
+    gpu_hours = layout.size * tokens / speed / 3600
+    mwh, tons = energy(gpu_hours, watts)
+    return {"size": run.size, "params": config.n_params, "flops_per_token": flops, "gpu": name,
+            "gpus": layout.size, **asdict(layout), "micro_batch": micro_batch, "passes": passes,
+            "memory": {**memory, "needed": sum(memory.values()), "there": there},
+            "fits": "yes" if fits else f"no; try {nearest_that_fits(run, there)}",
+            "sent": sent, "bubble": bubble, "mfu": mfu, "mfu_as_papers": mfu * as_papers / flops,
+            "steps": steps, "tokens": tokens, "tokens_per_s": speed,
+            "step_s": tokens / steps / speed, "days": tokens / speed / 86400,
+            "gpu_hours": gpu_hours, "mwh": mwh, "tco2eq": tons}
 
 
-def nearest_that_fits(config: LlamaConfig, layout: Layout, there: float, rows: int, seq_len: int,
-                      *options) -> str:
+def nearest_that_fits(run: "Run", there: float) -> str:
     """What to try where the memory does not hold a layout: FSDP with the fewest doublings and
     halvings of --tp and --pp."""
-    splits = [(2**i, 2**j) for i in range(4) for j in range(8)]
-    splits.sort(key=lambda split: abs(math.log2(split[0] / layout.tp))
-                + abs(math.log2(split[1] / layout.pp)))
+    splits = list(itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16, 32, 64)))
+    splits.sort(key=lambda split: abs(math.log2(split[0] / run.layout.tp))
+                + abs(math.log2(split[1] / run.layout.pp)))
     for tp, pp in splits:
         with contextlib.suppress(ValueError):  # there is no such layout
-            near = arrange(config, rows, seq_len, layout.size, NODE, "fsdp", tp, pp)
-            if fit_micro_batch(config, near, rows, seq_len, *options, None, there)[2]:
+            near = arrange(run.config, run.rows, run.seq_len, run.layout.size, NODE, "fsdp", tp, pp)
+            if fit_micro_batch(replace(run, layout=near, micro_batch=None), there)[-1]:
                 return f"--dp fsdp --tp {tp} --pp {pp}"
     return "more --gpus or --backward recompute"
 
 
 def plan_text(planned: dict) -> str:
-    """A plan to be read, one figure a line, bytes in GB of 1e9."""
+    """One name and value a line, bytes in GB of 1e9."""
     lines = []
     for name, value in planned.items():
-        if isinstance(value, float) and value < 1000:
-            value = f"{value:.4g}"
-        elif isinstance(value, (int, float)):
-            value = f"{value:,.0f}"
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             for part, size in value.items():
                 lines.append(f"{f'{name} {part}':22}{size / 1e9:,.2f} GB")
-            continue
-        lines.append(f"{name.replace('_', ' '):22}{value}")
+        elif isinstance(value, str):
+            lines.append(f"{name:22}{value}")
+        else:
+            lines.append(f"{name:22}{value:,.4g}" if value < 1000 else f"{name:22}{value:,.0f}")
     return "\n".join(lines)
 
 
@@ -629,7 +582,7 @@ class Writer(dcp.FileSystemWriter):
     state is there wholly or not at all. The last two up to this step are kept."""
 
     def __init__(self, folder: Path, facts: dict):
-        super().__init__(folder / "saving")
+        super().__init__(folder / "saving", per_thread_copy_ahead=0)
         self.facts, self.done = facts, folder / f"step-{facts['step']:09d}"
 
     def prepare_global_plan(self, plans):
@@ -654,53 +607,38 @@ def checksum(state: Path, facts: dict) -> int:
     return zlib.crc32((state / ".metadata").read_bytes() + json.dumps(facts).encode())
 
 
-class Saving(NamedTuple):
-    """A state that is being written."""
-    group: dist.ProcessGroup | None  # of its collectives, which run beside those of training
-    wait: Callable[[], None]         # until it is there; OSError on every rank if that failed
-
-
 def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict,
-               before: Saving | None = None) -> Saving:
-    """Begins to write folder/step-N, N being facts["step"], when the save `before` is done. What is
-    written is a copy, so that training goes on meanwhile; where memory for a copy is short,
-    training waits. Every rank calls this."""
-    group = None
+               group: dist.ProcessGroup | None, before: Future | None = None) -> Future:
+    """Begins to write folder/step-N, N being facts["step"], when the save `before` is done. A copy
+    is written while training goes on; where memory for a copy is short, training waits. The
+    result() waits; OSError on every rank if one failed. group: of all ranks, for this alone."""
     if before:
-        before.wait()
-        group = before.group
-    elif dist.is_initialized():
-        group = patient_group()
-    tensors, writer = {**tensors, "random": torch.get_rng_state()}, Writer(folder, facts)
-    size = sum(local_shard(x).nbytes for x in tensors.values())
+        before.result()
+    writer, size = Writer(folder, facts), sum(local_shard(x).nbytes for x in tensors.values())
     size *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of all ranks on this machine
     roomy = memory_there("cpu") > 2 * size
-    options = {"storage_writer": writer, "process_group": group, "no_dist": group is None}
     if roomy:
-        write = dcp.async_save(tensors, **options).result
-    else:
-        write = partial(dcp.save, tensors, **options)
-
-    @functools.cache  # so that dcp.save runs once
-    def wait() -> None:
-        try:
-            write()
-        except (OSError, dcp.api.CheckpointException) as error:
-            if group is None or dist.get_rank() == 0:
-                shutil.rmtree(writer.path, ignore_errors=True)
-            raise OSError(f"the state of step {facts['step']} could not be written "
-                          f"({cause_of(error)}); older states are untouched; try to free space, "
-                          "then the same command") from None
-
+        tensors = writer.stage(tensors)
+    saving = ThreadPoolExecutor(1).submit(write_state, writer, tensors, group)
     if not roomy:
-        wait()
-    return Saving(group, wait)
+        saving.result()
+    return saving
+
+
+def write_state(writer: Writer, tensors: dict[str, Tensor], group: dist.ProcessGroup | None):
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+    except (OSError, dcp.api.CheckpointException) as error:
+        if group is None or dist.get_rank() == 0:
+            shutil.rmtree(writer.path, ignore_errors=True)
+        raise OSError(f"the state of step {writer.facts['step']} could not be written "
+                      f"({cause_of(error)}); older states are untouched; try to free space, then "
+                      "the same command") from None
 
 
 def load_state(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
-    """Fills the tensors, and torch's random generator, from the newest state that is good on every
-    rank, whatever layout it was saved in, and returns its facts; None if there is none. A damaged
-    state is named and passed over."""
+    """Fills the tensors from the newest state that is good on every rank, whatever layout it was
+    saved in, and returns its facts; None if there is none. A damaged one is named, passed over."""
     states = together(lambda: sorted(folder.glob("step-*")))
     for state in reversed(states):
         try:
@@ -723,15 +661,14 @@ def read_state(state: Path, tensors: dict[str, Tensor]) -> dict:
         facts = json.loads((state / "facts.json").read_text(encoding="utf-8"))
         if facts.pop("crc32") != checksum(state, facts):
             raise ValueError("facts.json or .metadata is not what was written")
-        reader, random = SafeReader(state), torch.get_rng_state()
+        reader = SafeReader(state)
         for part in list(reader.metadata.storage_data.values())[rank::size]:
             with open(state / part.relative_path, "rb") as file:
                 file.seek(part.offset)
                 archive = BytesIO(file.read(part.length))
             if zipfile.ZipFile(archive).testzip():
                 raise ValueError(f"{part.relative_path} is not what was written")
-        dcp.load({**tensors, "random": random}, storage_reader=reader, no_dist=True)
-        torch.set_rng_state(random)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
         return facts
     except (Exception, dcp.api.CheckpointException) as error:  # whatever damaged bytes lead to
         raise ValueError(cause_of(error)) from None
@@ -750,22 +687,23 @@ def export_state(state: Path, config: LlamaConfig, folder: Path) -> None:
     """Meta's folder from the state in step-N, a tensor at a time, whatever layout wrote it."""
     reader, weights = SafeReader(state), {}
 
-    def read(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        tensors = {name: torch.empty(shape, dtype=dtype)}
+    def read(name: str, shape: tuple[int, ...]) -> Tensor:
+        tensors = {f"model.{name}": torch.empty(shape)}
         dcp.load(tensors, storage_reader=reader, no_dist=True)
-        return tensors[name]
+        return tensors[f"model.{name}"]
 
     for name, shape in shapes(config).items():
-        dtype = reader.metadata.state_dict_metadata[f"model.{name}"].properties.dtype
-        weights[name] = Weight(shape, dtype, (), partial(read, f"model.{name}", shape, dtype))
+        weights[name] = Weight(shape, torch.float32, (), partial(read, name, shape))
     write_meta(config, weights, folder)
 
 
 def state_tensors(parameters: dict[str, Tensor], optimizer) -> dict[str, Tensor]:
     """Everything that training goes on from: weights and AdamW's moments, by name."""
-    state = {f"model.{name}": p.detach() for name, p in parameters.items()}
+    state = {}
     for name, p in parameters.items():
-        state |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
+        state[f"model.{name}"] = p.detach()
+        for key, value in optimizer.state[p].items():
+            state[f"{key}.{name}"] = value
     return state
 
 
@@ -777,10 +715,9 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGU
 
 
 class World(NamedTuple):
-    rank: int = 0        # of this process among all
-    size: int = 1        # processes in all
-    local_rank: int = 0  # among those of this machine
-    local_size: int = 1
+    rank: int        # of this process
+    size: int        # processes in all
+    local_size: int  # on this machine
 
 
 def print_rank0(text: str) -> None:
@@ -792,12 +729,10 @@ def print_rank0(text: str) -> None:
 @contextlib.contextmanager
 def join(device: str, timeout: float) -> Iterator[World]:
     """This process's place among the ranks that torchrun or `start` made; without them it is alone.
-    A collective that takes `timeout` seconds is an error. Rank 0 reports an error at once, others
-    after seconds: by then whoever started the ranks has ended them, so that an error that all ranks
-    meet is said once."""
+    A collective that takes `timeout` seconds is an error."""
     env = os.environ
     rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    world = World(rank, size, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", size)))
+    world = World(rank, size, int(env.get("LOCAL_WORLD_SIZE", size)))
     if size == 1:
         yield world
         return
@@ -805,7 +740,7 @@ def join(device: str, timeout: float) -> Iterator[World]:
         watch = partial(end_with_parent, int(env["PARENT_PID"]))
         threading.Thread(target=watch, daemon=True).start()
     if device == "cuda":
-        torch.cuda.set_device(world.local_rank)
+        torch.cuda.set_device(int(env["LOCAL_RANK"]))
     else:
         torch.set_num_threads(max(1, cores() // world.local_size))
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
@@ -813,13 +748,11 @@ def join(device: str, timeout: float) -> Iterator[World]:
     try:
         yield world
         dist.destroy_process_group()
-    except (ValueError, OSError) as error:
-        if rank == 0:
-            raise
-        time.sleep(5)
-        raise ValueError(f"rank {rank}: {error}") from None
-    except Exception:
-        time.sleep(3)  # often the end of another rank is the cause, and that one is reported
+    except Exception as error:
+        # A mistake that all ranks meet is said by rank 0. Other errors often come from the end of
+        # another rank. Within seconds whoever started the ranks has ended the others.
+        if rank > 0 or not isinstance(error, (ValueError, OSError)):
+            time.sleep(5)
         raise
 
 
@@ -830,28 +763,30 @@ def end_with_parent(parent: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def patient_group() -> dist.ProcessGroup:
-    """A group of all ranks for collectives that wait longer than --timeout: for text that rank 0
-    prepares, or for a slow disk."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+def patient_group() -> dist.ProcessGroup | None:
+    """A group of all ranks, if there are several, for collectives that wait longer than --timeout:
+    for text that rank 0 prepares, or for a slow disk."""
+    if dist.is_initialized():
+        return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    return None
 
 
 def together(work: Callable, everywhere: bool = False):
     """Runs work() on rank 0, or with `everywhere` on all ranks. Every rank gets rank 0's result or
     raises the first ValueError or OSError of any rank."""
-    if not dist.is_initialized():
+    group = patient_group()
+    if group is None:
         return work()
-    group, error, results = patient_group(), None, [None]
+    result = error = None
     try:
         if everywhere or dist.get_rank() == 0:
-            results = [work()]
+            result = work()
     except (ValueError, OSError) as caught:
         error = caught
-    errors = [None] * dist.get_world_size()
+    errors, results = [None] * dist.get_world_size(), [result]
     dist.all_gather_object(errors, error, group)
-    for error in errors:
-        if error is not None:
-            raise error
+    for error in filter(None, errors):
+        raise error
     dist.broadcast_object_list(results, 0, group)
     return results[0]
 
@@ -875,8 +810,7 @@ def start(n: int, command: list[str], states: Path) -> int:
         newest = max(states.glob("step-*"), default=None)
         if again and newest == reached:
             print_rank0(f"error: rank {rank} {how}, again before a new state was saved; try "
-                        "--save-every with fewer steps, or the same command, which goes on from "
-                        "the last good state")
+                        "--save-every with fewer steps, then the same command, which goes on")
             return 1
         print_rank0(f"rank {rank} {how}; going on from the last good state")
         reached = newest
@@ -887,26 +821,22 @@ def run_ranks(n: int, command: list[str], again: int) -> tuple[int, int]:
     met an error, else of one when all have ended. Each rank has a session of its own, so that a
     terminal's Ctrl-C reaches this process alone, which passes it on, once."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
-              "TORCHELASTIC_RESTART_COUNT": again, "PARENT_PID": os.getpid()}
     envs, args = {}, dict.fromkeys(range(n), tuple(command[1:]))
     for rank in args:
-        env = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-        envs[rank] = {name: str(value) for name, value in env.items()}
+        envs[rank] = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{n}",
+                      "LOCAL_WORLD_SIZE": f"{n}", "MASTER_ADDR": "127.0.0.1",
+                      "MASTER_PORT": f"{store.port}", "TORCHELASTIC_USE_AGENT_STORE": "True",
+                      "TORCHELASTIC_RESTART_COUNT": f"{again}", "PARENT_PID": f"{os.getpid()}"}
     with tempfile.TemporaryDirectory() as logs:
         ranks = start_processes("train", command[0], args, envs, DefaultLogsSpecs(logs))
         processes = [handler.proc for handler in ranks.subprocess_handlers.values()]
         try:
             while True:  # ranks.wait() would end all when the first has stopped, while others save
-                ended = [(process.poll(), rank) for rank, process in enumerate(processes)]
-                failed = [end for end in ended if end[0] and end[0] <= 128]
-                if failed:  # of several, a signal is more likely the cause
-                    status, rank = min(failed)
-                    return rank, status
-                if None not in dict(ended):
-                    status, rank = max(ended)
-                    return rank, status
+                statuses = [process.poll() for process in processes]
+                failed = [status for status in statuses if status and status <= 128]
+                if failed or None not in statuses:  # of several, a signal is more likely the cause
+                    status = min(failed) if failed else max(statuses)
+                    return statuses.index(status), status
                 time.sleep(0.05)
         except SignalException as stop:
             with contextlib.suppress(SignalException):  # a second one: at once
@@ -922,29 +852,21 @@ def replicas_agree(tensors: dict[str, Tensor]) -> None:
     a tensor, the exclusive or of its elements, which any one wrong bit changes."""
     if not dist.is_initialized():
         return
-    checksums, wrong, found = {}, [], [None] * dist.get_world_size()
+    wrong = set()
     for name, tensor in tensors.items():
         for dim, placement in enumerate(getattr(tensor, "placements", ())):
-            if placement.is_replicate() and tensor.device_mesh.size(dim) > 1:
-                mine = checksums.setdefault(tensor.device_mesh.get_group(dim), {})
-                mine[name] = torch.hash_tensor(tensor.to_local()).item()
-    for group, mine in checksums.items():
-        ranks = dist.get_process_group_ranks(group)
-        every = [None] * len(ranks)
-        dist.all_gather_object(every, mine, group)
-        for name in mine:
-            common = statistics.mode(theirs[name] for theirs in every)
-            odd = [rank for rank, theirs in zip(ranks, every) if theirs[name] != common]
-            if odd:
-                if len(ranks) == 2:  # either may be the wrong one
-                    odd = ranks
-                wrong.append(f"{name} of rank {' or '.join(map(str, odd))}")
+            if placement.is_replicate():
+                mine = torch.hash_tensor(tensor.to_local()).view(torch.int64)
+                ends = torch.stack([mine, ~mine])  # most and, as ~ turns the order, least
+                dist.all_reduce(ends, dist.ReduceOp.MAX, tensor.device_mesh.get_group(dim))
+                if ends[0] != ~ends[1]:
+                    wrong.add(name)
+    found = [None] * dist.get_world_size()
     dist.all_gather_object(found, wrong)
-    wrong = sorted(set(itertools.chain(*found)))
+    wrong = sorted(set().union(*found))
     if wrong:
-        print_rank0(f"error: {wrong[0]} is not what the other copies are ({len(wrong)} such "
-                    "tensors): a memory or processor failed in silence; nothing was saved since; "
-                    "try without that one")
+        print_rank0(f"error: the copies of {wrong[0]} on several ranks differ ({len(wrong)} such "
+                    "tensors): a memory or processor failed in silence; nothing was saved since")
         dist.barrier()
         sys.exit(1)
 
@@ -1419,14 +1341,6 @@ def as_remembered(run: Run) -> Run:
     return replace(run, **kept)
 
 
-def fit(run: Run, local_size: int) -> tuple[Run, bool]:
-    """The run with a micro-batch that this machine holds; whether freed memory may be kept."""
-    micro_batch, roomy = fit_memory(
-        run.config, run.layout, run.rows, run.seq_len, DTYPES[run.dtype], run.attention,
-        run.backward, run.device, local_size, run.micro_batch, run.size)
-    return replace(run, micro_batch=micro_batch), roomy
-
-
 def prepare_run(run: Run, fresh: bool, local_size: int) -> tuple[Run, bool, Tokenizer, list[dict]]:
     """Makes the run's folder or opens it: fit's result, the tokenizer and facts of the text."""
     if fresh and (run.out / "run.json").exists():  # only of a run of ours is anything removed
@@ -1624,7 +1538,8 @@ def train_run(run: Run, engine: Engine, batches: Batches, peak: float | None, be
     progress = Progress(**(load_state(folder, tensors) or {}))
     engine.forget_gathered()
     log = Log(run, engine, peak, began, progress.step) if rank == 0 else None
-    stopper, saving, bad, done = Stopper(), None, 0, progress.step >= run.steps
+    stopper, group, saving = Stopper(), patient_group(), None
+    bad, done = 0, progress.step >= run.steps
     if done:
         print_rank0(f"{run.out} is finished at step {progress.step}; --steps N goes on, --fresh "
                     "starts over")
@@ -1648,9 +1563,9 @@ def train_run(run: Run, engine: Engine, batches: Batches, peak: float | None, be
                              f"last good state in {folder} is kept; try a lower --lr")
         if done or stops or finite and progress.step % save_every == 0:
             replicas_agree(engine.parameters)
-            saving = save_state(folder, tensors, asdict(progress), saving)
+            saving = save_state(folder, tensors, asdict(progress), group, saving)
         if done or stops:
-            saving.wait()
+            saving.result()
         if stops:
             sys.exit(128 + (stopper.signal or signal.SIGTERM))
     stopper.close()
@@ -1807,7 +1722,7 @@ def main(argv: list[str]) -> int | None:
         raise ValueError("--json is for --plan; try it without")
     if args.plan:
         run = resolve(args, device, args.gpus, min(args.gpus, NODE))
-        found = plan(run, args.gpus, args.gpu, args.mfu)
+        found = plan(run, args.gpu, args.mfu)
         print(json.dumps(found) if args.json else plan_text(found))
         return None
     is_rank, gpus = "RANK" in os.environ, torch.cuda.device_count()  # of torchrun, or of `start`
