@@ -26,7 +26,6 @@ import socket
 import struct
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 import tracemalloc
@@ -39,20 +38,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import regex
 import sentencepiece
-import tiktoken
-import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.convert_slow_tokenizer import generate_merges
 
 import generate
 import llama
@@ -2093,9 +2086,6 @@ FIXED = [
     "it's IT'S we'LLx I'Sx 'ſx don'Tx", "tab\tand\x1c\x1d\x85\xa0\u2028end", "a\r\n\r\nb \r\n c",
     "def f(x):\n    return x  # 10%\n", "👩\u200d👩\u200d👧 🦙", "٣٤٥٦ ⅷ½ 二〇 𝟙𝟚𝟛𝟜", "a\0b",
     "!" * 50 + "\n\n x", "<|eot_id|> <s> <0x0A> <unk>", "Ünï e\u0301 ß ǅ ﬁ ½ Å x𐐀𐐁1"]
-CHARACTERS = st.characters(exclude_categories=("Cs", "Cn"))
-TEXTS = st.lists(st.one_of(CHARACTERS, st.sampled_from(FIXED), st.text(CHARACTERS, max_size=8)),
-                 max_size=12).map("".join)
 BYTES = [bytes([i]) for i in range(256)]
 NEEDED = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
 LLAMA2, LLAMA3, TOK512 = (pytest.param(SHARED / "data" / name, marks=NEEDED) for name in (
@@ -2104,15 +2094,20 @@ LLAMA2, LLAMA3, TOK512 = (pytest.param(SHARED / "data" / name, marks=NEEDED) for
 
 
 def for_texts(check):
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+    characters = st.characters(exclude_categories=("Cs", "Cn"))
+    texts = st.lists(st.one_of(characters, st.sampled_from(FIXED), st.text(characters, max_size=8)),
+                     max_size=12).map("".join)
     for text in FIXED:
         check(text)
     seeded = settings(derandomize=True, deadline=None, max_examples=120, database=None)
-    seeded(given(TEXTS)(lambda text: check(text)))()
+    seeded(given(texts)(lambda text: check(text)))()
 
 
 def byte_pair(ranked):
     lines = (b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(ranked))
-    return tokenizer.BytePair(b"".join(lines))
+    return tokenizer.read_ranks(b"".join(lines), "3.1")
 
 
 @functools.cache
@@ -2139,70 +2134,92 @@ def ranked():
         corpus[i:i + n] for n in range(2, 9) for i in draw.sample(range(len(corpus) - 8), 120))]))
 
 
-def over_characters(model, normalizer=None, split=None):
+def over_characters(model, kind="legacy"):
     """Hugging Face's tokenizer of a SentencePiece model, as transformers converts LLaMA's."""
+    from tokenizers import (AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers,
+                            processors)
+    from transformers.convert_slow_tokenizer import generate_merges
     names = [model.id_to_piece(i) for i in range(len(model))]
     vocab = {name: i for i, name in enumerate(names)}
     merges = generate_merges(vocab, {name: model.get_score(i) for name, i in vocab.items()})
-    theirs = tokenizers.Tokenizer(models.BPE(
+    if kind == "words":  # a token that goes over the end of a word
+        vocab["n▁"] = len(vocab)
+        merges.insert(0, ("n", "▁"))
+    theirs = Tokenizer(models.BPE(
         vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    if normalizer:
-        theirs.normalizer = normalizer
+    space, front = normalizers.Replace(" ", "▁"), [normalizers.Prepend("▁")] * (kind == "legacy")
+    if kind in ("legacy", "replace"):
+        theirs.normalizer = normalizers.Sequence([*front, space])
     else:
-        theirs.pre_tokenizer = split
+        scheme = "always" if kind == "words" else kind
+        theirs.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
     theirs.decoder = decoders.Sequence([
         decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-        *[decoders.Strip(" ", 1, 0)] * ("prepend" in str(normalizer or split).lower())])
+        *[decoders.Strip(" ", 1, 0)] * (kind not in ("replace", "never"))])
     theirs.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
-    theirs.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in names[:3]])
+    theirs.add_special_tokens([AddedToken(name, normalized=False) for name in names[:3]])
     theirs.add_special_tokens(["<|im_end|>", "<|im_end|>x"])
+    theirs.add_tokens([AddedToken("<bla>", normalized=False)])
     return theirs
 
 
-def over_words(theirs):
-    """The same, with a token that goes over the end of a word."""
-    file = json.loads(theirs.to_str())
-    file["model"]["vocab"]["n▁"] = 420
-    for token in file["added_tokens"][3:]:
-        token["id"] += 1
-    file["model"]["merges"].insert(0, ["n", "▁"])
-    return tokenizers.Tokenizer.from_str(json.dumps(file))
-
-
-def over_bytes(split, whole=False, alphabet=()):
+def over_bytes(kind):
     """A BPE over bytes, trained by Hugging Face's library, with one token that no merge makes."""
-    theirs = tokenizers.Tokenizer(models.BPE(ignore_merges=whole))
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    whole, words = kind == "llama-bpe", pre_tokenizers.ByteLevel(False, use_regex=True)
+    split = {"gpt-2": words, "smollm": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), words]), "llama-bpe":
+        pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PAT), "isolated"),
+                                 pre_tokenizers.ByteLevel(False, use_regex=False)])}[kind]
+    theirs = Tokenizer(models.BPE(ignore_merges=whole))
     theirs.pre_tokenizer, theirs.decoder = split, decoders.ByteLevel()
+    alphabet = [] if kind == "smollm" else pre_tokenizers.ByteLevel.alphabet()
     theirs.train_from_iterator([NOVEL] * 9, trainers.BpeTrainer(
-        vocab_size=400, show_progress=False, initial_alphabet=list(alphabet), min_frequency=2,
+        vocab_size=400, show_progress=False, initial_alphabet=alphabet, min_frequency=2,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"] * (not whole)))
     file = json.loads(theirs.to_str())
     file["model"]["vocab"]["Ġwifes"] = len(file["model"]["vocab"])
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(file))
+    theirs = Tokenizer.from_str(json.dumps(file))
     if whole:
         theirs.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
         template = processors.TemplateProcessing(
             "<|begin_of_text|> $A", None, [("<|begin_of_text|>", len(file["model"]["vocab"]))])
         theirs.post_processor = processors.Sequence([processors.ByteLevel(), template])
+    theirs.add_tokens(["<bla>"])
     return theirs
 
 
-METASPACE = functools.partial(pre_tokenizers.Metaspace, "▁", split=False)
-IN_BYTES = functools.partial(pre_tokenizers.ByteLevel, False)
-PREPEND = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-HUGGING_FACE = {
-    "legacy": lambda: over_characters(trained().processor, PREPEND),
-    "replace": lambda: over_characters(trained().processor, normalizers.Replace(" ", "▁")),
-    "first": lambda: over_characters(trained().processor, split=METASPACE(prepend_scheme="first")),
-    "always": lambda: over_characters(trained().processor, split=METASPACE()),
-    "never": lambda: over_characters(trained().processor, split=METASPACE(prepend_scheme="never")),
-    "words": lambda: over_words(HUGGING_FACE["always"]()),
-    "smollm": lambda: over_bytes(pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), IN_BYTES()])),
-    "llama-bpe": lambda: over_bytes(pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(tokenizers.Regex(PAT), "isolated"), IN_BYTES(use_regex=False)]),
-        True, IN_BYTES.func.alphabet()),
-    "gpt-2": lambda: over_bytes(IN_BYTES(), False, IN_BYTES.func.alphabet())}
+CHARACTER_KINDS = "legacy", "replace", "first", "always", "never", "words"
+
+
+def hugging_face(kind):
+    if kind in CHARACTER_KINDS:
+        return over_characters(trained().processor, kind)
+    return over_bytes(kind)
+
+
+def unnamed_split():
+    """llama.cpp's regular expressions for a GGUF that names no split, run by Hugging Face."""
+    from tokenizers import Regex, pre_tokenizers
+    patterns = (r"[\p{P}\$\+<=>\^~\|]+", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+"
+                r"| ?[^\s\p{L}\p{N}]+|\s+(?!\S)", r"\p{N}+", r"[0-9][0-9][0-9]")
+    return pre_tokenizers.Sequence([
+        *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns),
+        pre_tokenizers.ByteLevel(False, use_regex=False)])
+
+
+def of_gguf(theirs, **more):
+    """What a GGUF file has of Hugging Face's tokenizer."""
+    file, added = json.loads(theirs.to_str()), theirs.get_added_tokens_decoder()
+    names = [theirs.id_to_token(i) for i in range(theirs.get_vocab_size())]
+    more |= {"tokens": names, "token_type": [1] * len(names),
+             "merges": [" ".join(merge) for merge in file["model"]["merges"]]}
+    for i, name in enumerate(names):
+        if i in added:
+            more["token_type"][i] = 3 if added[i].special else 4
+        elif re.fullmatch("<0x..>", name):
+            more["token_type"][i] = 6
+    return {f"tokenizer.ggml.{key}": value for key, value in more.items()}
 
 
 def many(n):
@@ -2225,11 +2242,30 @@ class TestSentencePiece:
                 assert shown == " " * (not inside and text > "") + plain
         for_texts(check)
         assert ours.vocab_size == len(theirs) and ours.stop_ids == {2} and ours.adds_bos
-        assert ours.special == {"<s>": 1, "</s>": 2} and ours.chat_template is None
+        assert ours.special == {"<unk>": 0, "<s>": 1, "</s>": 2} and ours.chat_template is None
         ids = [5, 1, *theirs.encode("a"), 2, *theirs.encode(" <s>")]
         assert [5, *ours.encode("<s>a</s> <s>", continues=True, allowed_special=["<s>", "</s>"])
                 ][:4] == ids[:4] and 1 not in ours.encode("<s>a")
         assert [ours.token_bytes(i) for i in range(259)] == [" ⁇ ".encode(), b"", b"", *BYTES]
+
+    def test_written_by_hand(self):
+        """User-defined pieces, equal scores, no space in front: as the library reads the file."""
+        pieces = [("<unk>", 0, 2), ("<s>", 0, 3), ("</s>", 0, 3)]
+        pieces += [(f"<0x{i:02X}>", 0, 6) for i in range(256)] + [("<|im_start|>", 0, 4)]
+        pieces += [(word, 0, 1) for word in "▁ 中 国 人 民 中国 国人 人民 ▁中 人民人民".split()]
+        for prefix in (True, False):
+            data = tokenizer.write_model(pieces, prefix)
+            ours, theirs = tokenizer.SentencePiece(data), sentencepiece.SentencePieceProcessor()
+            theirs.LoadFromSerializedProto(data)
+            text = "中国人民人民<|im_start|> 中国人民 <|im_start|>  x"
+            assert ours.encode(text) == theirs.encode(text)
+            assert ours.decode(ours.encode(text)) == text
+            assert (ours.encode("国") == theirs.encode("国") == [262]) is not prefix
+            with pytest.raises(ValueError, match="scores are equal.*; try"):
+                tokenizer.huggingface_files(ours)
+        ours = tokenizer.SentencePiece(tokenizer.write_model(pieces[:-5], True))
+        with pytest.raises(ValueError, match="types; try"):
+            tokenizer.huggingface_files(ours)
 
 
 class TestTrainSentencePiece:
@@ -2246,11 +2282,12 @@ class TestTrainSentencePiece:
         assert model[0] == tokenizer.train_sentencepiece(texts[::16], 300).data != model[1]
 
 
-class TestPretokenPattern:
+class TestSplitPattern:
     def test_equals_the_regex_module(self):
+        import regex
         theirs = PAT.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
         def check(text, top=0x110000):
-            assert tokenizer.pretoken_pattern(top).findall(text) == regex.findall(theirs, text)
+            assert tokenizer.split_pattern(PAT, top).findall(text) == regex.findall(theirs, text)
         for_texts(check)
         known = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in
                  ("Cn", "Co", "Cs") and (not c.isalpha() or c < "\U00020000" and ord(c) % 5 == 1)]
@@ -2258,9 +2295,31 @@ class TestPretokenPattern:
             check("".join(f"x{c}x {c} 1{c}2!{c}\n" for c in known if ord(c) < top), top)
 
 
+class TestMerge:
+    def test_worked_example(self):
+        ranks = {"aa": 0, "ab": 1, "aaab": 2}
+        for merge in (tokenizer.merge_naively, tokenizer.merge):
+            parts = merge("aaabdaaabac", lambda left, right: ranks.get(left + right))
+            assert parts == ["aaab", "d", "aaab", "a", "c"]
+
+    def test_heap_equals_naive(self):
+        draw = random.Random(0)
+        for n in range(400):
+            text = "".join(draw.choices("abc", k=n % 60))
+            words = ["".join(draw.choices("abc", k=k)) for k in draw.choices(range(1, 6), k=40)]
+            ranks, pairs = {w: i for i, w in enumerate(words)}, {}
+            for rank in range(40):
+                pairs[draw.choice(words), draw.choice([*words, "a", "b"])] = rank // 2
+                pairs[draw.choice("ab"), draw.choice("abc")] = rank
+            for rank in (lambda a, b: ranks.get(a + b), lambda a, b: pairs.get((a, b))):
+                assert tokenizer.merge(text, rank) == tokenizer.merge_naively(text, rank)
+
+
 class TestBytePair:
     def oracle(self, o):
-        return tiktoken.Encoding("", pat_str=PAT, mergeable_ranks=o.ranks, special_tokens=o.special)
+        import tiktoken
+        ranks = {token: i for i, token in enumerate(o.tokens[:len(o.ranks)])}
+        return tiktoken.Encoding("", pat_str=PAT, mergeable_ranks=ranks, special_tokens=o.special)
 
     @pytest.mark.parametrize("file", [None, LLAMA3])
     def test_equals_tiktoken(self, file):
@@ -2282,7 +2341,7 @@ class TestBytePair:
         ("3.1", "0 1 finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id "
                 "python_tag image 2 245", {1, 8, 9})])
     def test_special_tokens_only_where_allowed(self, names, words, stops):
-        ours, n = tokenizer.BytePair(ranked().data, names), ranked().bos_id
+        ours, n = tokenizer.read_ranks(ranked().data, names), ranked().bos_id
         words = [f"<|{'reserved_special_token_' * w.isdigit()}{w}|>" for w in words.split()]
         assert [*ours.special][2:len(words) + 1] + [*ours.special][-1:] == words
         assert ours.stop_ids == {n + stop for stop in stops} and ours.token_bytes(n + 9) == b""
@@ -2297,10 +2356,10 @@ class TestLoadTokenizer:
         (folder / "file").write_bytes(data)
         return tokenizer.load_tokenizer(folder / "file")
 
-    @pytest.mark.parametrize("file", [None, TOK512])
-    def test_llama2c_merges_by_score(self, file, tmp_path):
-        data, vocab, at = file.read_bytes() if file else llama2c(), {}, 4
-        ours = self.load(tmp_path, data)
+    @pytest.mark.parametrize("file", [TOK512])
+    def test_llama2c_merges_by_score(self, file):
+        data, vocab, at = file.read_bytes(), {}, 4
+        ours = tokenizer.load_tokenizer(file)
         while at < len(data):
             score, size = struct.unpack_from("<fI", data, at)
             at += 8 + size
@@ -2313,7 +2372,6 @@ class TestLoadTokenizer:
                 i = min(pairs)[1]
                 parts[i:i + 2] = [parts[i] + parts[i + 1]]
             assert ours.encode(text) == [vocab[part][0] for part in parts]
-            assert ours.decode(ours.encode(text)) == text and ours.vocab_size == len(vocab)
 
     @pytest.mark.parametrize("kind", ["model", "ranks", "bin"])
     def test_told_apart_wrong_ids_and_damage(self, kind, tmp_path):
@@ -2321,7 +2379,7 @@ class TestLoadTokenizer:
         data = llama2c() if kind == "bin" else ours.data
         self.load(tmp_path, data).save(tmp_path / "saved")
         again, draw = tokenizer.load_tokenizer(tmp_path / "saved", "3.0"), random.Random(0)
-        assert type(again) is (tokenizer.HuggingFace if kind == "bin" else type(ours))
+        assert type(again) is type(ours)
         assert ranked().bos_id + 8 not in again.stop_ids
         for text in FIXED:
             assert again.encode(text) == ours.encode(text)
@@ -2344,8 +2402,9 @@ class TestLoadTokenizer:
         lies = [b"\n".join(lines[:4] + [line] + lines[5:]) for line in (
             b"QQ== 7", lines[3], lines[3][:-1] + b"4", b"!! 4", b"")]
         lies += [data[:at] + struct.pack("<I", value) + data[at + 4:] for at, value in (
-            (0, 2), (4, 0x7FC00000), (8, 2**31), (8, 2**32 - 1), (8, 6), (8, 4))]  # 7FC00000: NaN
-        lies += [data + b"\0\0\0\0\2\0\0\0\7", data + b"\0", data.replace(b"<0xC1>", b"<0xC2>"),
+            (0, 2), (8, 2**31), (8, 2**32 - 1), (8, 6), (8, 4))]
+        lies += [data + b"\0\0\0\0\2\0\0\0\7", data + b"\0\0\xc0\x7f\1\0\0\0\7", data + b"\0",
+                 data.replace(b"<0xC1>", b"<0xC2>"),
                  b"", b"\n", b"hello", b"\n".join(lines[:255]), model[:model.rindex(b"\x08id") - 3]]
         for i, lie in enumerate(lies):
             with pytest.raises(ValueError, match="line 5 .*; try" if i < 5 else "; try"):
@@ -2367,9 +2426,9 @@ def places(tree):
 def check_lies(read, tree):
     """A tree with a lie at any place reads, or is one line of ValueError; returns those lines."""
     said = []
-    for inside, key in [*places(tree)]:
+    for i, (inside, key) in enumerate([*places(tree)]):
         true = inside[key]
-        for lie in LIES:
+        for lie in LIES[i % 3::3]:
             inside[key] = lie
             try:
                 read(tree).encode("a 1\u20ac", bos=True, eos=True)
@@ -2384,24 +2443,26 @@ class TestHuggingFace:
     load = TestLoadTokenizer.load
 
     def equal(self, ours, theirs, for_texts=for_texts):
-        names, hides = ours.special.keys(), ours.spaced
+        names, hides = ours.special.keys(), isinstance(ours, tokenizer.SentencePiece)
         def check(text):
             ids = theirs.encode(text).ids
             assert ours.encode(text, bos=ours.adds_bos, allowed_special=names) == ids
             assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=hides)
             plain = ours.encode(text)
-            assert not {*plain} & {*ours.special.values()}
-            if b"\xf1" in ours.tokens:  # SmolLM2 and ours of its kind have not all bytes
+            special = {ours.special[name] for name in ours.special if name not in ours.found_always}
+            assert not {*plain} & special
+            if "<bla>" not in text and (hides or not ours.missing):  # SmolLM2 has not all bytes
                 shown = b"".join(map(ours.token_bytes, ours.encode(text, continues=True)))
                 assert shown.decode() == (text.replace("▁", " ") if hides else text)
         for_texts(check)
         for text in ("ab" * 1000, " wifes wifesx", "  <s> a<|im_end|> 1 <|eot_id|>b", "ananas\n",
-                     "a<|im_end|>x<|im_end|>", "x    1   2  345    \n    6"):
+                     "a<|im_end|>x<|im_end|>", "x    1   2  345    \n    6",
+                     "a<bla> b <bla>", "<bla>", *(f"x{n * ' '}y" for n in range(40))):
             check(text)
 
-    @pytest.mark.parametrize("kind", HUGGING_FACE)
+    @pytest.mark.parametrize("kind", [*CHARACTER_KINDS, "smollm", "llama-bpe", "gpt-2"])
     def test_equals_tokenizers(self, kind, tmp_path):
-        theirs = HUGGING_FACE[kind]()
+        theirs = hugging_face(kind)
         ours = self.load(tmp_path, theirs.to_str().encode())
         self.equal(ours, theirs)
         added = {token.content: i for i, token in theirs.get_added_tokens_decoder().items()}
@@ -2423,76 +2484,70 @@ class TestHuggingFace:
         (tmp_path / "x").mkdir()
         told.save(tmp_path / "x" / "file")
         again = tokenizer.load_tokenizer(tmp_path / "x" / "file")
-        for name in ("tokens", "ranks", "merges", "special", "bos_id", "stop_ids", "adds_bos",
-                     "chat_template", "eos_id", "hidden", "pattern", "data"):
+        for name in ("special", "bos_id", "stop_ids", "adds_bos", "chat_template", "eos_id",
+                     "found_always", "data"):
             assert getattr(again, name) == getattr(told, name), name
-        theirs = tokenizers.Tokenizer.from_str(again.data.decode())
-        self.equal(ours, theirs, lambda check: [*map(check, FIXED)])
+        assert [*map(again.encode, FIXED)] == [*map(ours.encode, FIXED)]
+        written = tokenizer.huggingface_files(ours)["tokenizer.json"]
+        written = type(theirs).from_str(written.decode())
+        self.equal(ours, written, lambda check: [*map(check, FIXED)])
 
     @pytest.mark.parametrize("kind", ["legacy", "llama-bpe"])
     def test_lies(self, kind, tmp_path):
-        data = HUGGING_FACE[kind]().to_str()
+        data = hugging_face(kind).to_str()
         read = lambda tree: self.load(tmp_path, json.dumps(tree).encode())
         if kind == "legacy":
-            assert len(check_lies(read, json.loads(data))) > 300
-        for change, named in (
-                ({"normalizer": {"type": "NFC"}}, "NFC"), ({"decoder": None}, "decoder"),
-                ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
-                ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFD"}]}}, "NFD"),
-                ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "a+"}}}, "a[+]"),
-                ({"post_processor": {"type": "BertProcessing"}}, "Bert")):
+            assert len(check_lies(read, json.loads(data))) > 100
+        rest = {"normalized": True, "special": False, "single_word": False, "id": 3, "content": "a"}
+        for part, change, named in (
+                ("normalizer", {"type": "NFC"}, "NFC"), ("decoder", None, "decoder"),
+                ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFD"}]}, "NFD"),
+                ("pre_tokenizer", {"type": "Whitespace"}, "Whitespace"),
+                ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "a+"}}, "a[+]"),
+                ("post_processor", {"type": "BertProcessing"}, "Bert"),
+                ("added_tokens", [rest | {"lstrip": True}], "lstrip"),
+                ("type", "WordPiece", "type .WordPiece"), ("dropout", 0.1, "dropout 0.1"),
+                ("end_of_word_suffix", "</w>", "</w>"), ("merges", ["a zz"], "merge 0"),
+                ("merges", ["u i"], "merge 0"), ("merges", [["", "e"]], "merge 0"),
+                ("byte_fallback", kind != "legacy", "(normalizer|ignore_merges)"),
+                *[("merges", [], "no scores")] * (kind == "legacy"),
+                ("vocab", {"": 0, "a": 1}, "the ids"), ("vocab", {"a": 0.0}, "the ids")):
+            tree = json.loads(data)
+            tree["model" if part in tree["model"] else part] = (
+                tree["model"] | {part: change} if part in tree["model"] else change)
             with pytest.raises(ValueError, match=f"file: .*{named}.*; try"):
-                read(json.loads(data) | change)
-        for change, named in (
-                ({"type": "WordPiece"}, "type .WordPiece"), ({"dropout": 0.1}, "dropout 0.1"),
-                ({"end_of_word_suffix": "</w>"}, "</w>"), ({"merges": ["a zz"]}, "merge 0"),
-                ({"merges": ["u i"]}, "merge 0"), ({"merges": [["", "e"]]}, "merge 0"),
-                ({"byte_fallback": kind != "legacy"}, "byte_fallback")):
-            with pytest.raises(ValueError, match=f"file: .*{named}.*; try"):
-                read({**json.loads(data), "model": json.loads(data)["model"] | change})
-        vocab = json.loads(HUGGING_FACE["llama-bpe"]().to_str())
-        number = vocab["model"]["vocab"].pop("Ġwifes")
-        for name, value in (("", number), ("\ud800", number), ("Ġwifes", float(number))):
-            vocab["model"]["vocab"][name] = value
-            with pytest.raises(ValueError, match="file: (the ids|text holds half).*; try"):
-                read(vocab)
-            del vocab["model"]["vocab"][name]
+                read(tree)
         deep = b'{"model":' * 100_000
-        for lie in (deep, data[:-9].encode(), b'{"a": 1}', b'{"model": "\xff"}'):
-            with pytest.raises(ValueError, match="file: .*; try"):
-                self.load(tmp_path, lie)
-        for name, lie in (("tokenizer_config.json", deep), ("tokenizer_config.json", b"[7]"),
+        for name, lie in (("file", deep), ("file", data[:-9].encode()), ("file", b'{"a": 1}'),
+                          ("file", b'{"model": "\xff"}'), ("tokenizer_config.json", b"[7]"),
                           ("tokenizer_config.json", b'{"bos_token": "absent"}'),
                           ("tokenizer_config.json", b'{"add_bos_token": 7}'),
                           ("chat_template.jinja", b"\xff")):
+            (tmp_path / "file").write_text(data, "utf-8")
             (tmp_path / name).write_bytes(lie)
             with pytest.raises(ValueError, match="; try"):
-                self.load(tmp_path, data.encode())
+                tokenizer.load_tokenizer(tmp_path / "file")
             (tmp_path / name).unlink()
+
+    def test_normalized_token_that_is_found_behind_a_space_alone(self, tmp_path):
+        theirs = hugging_face("legacy")
+        theirs.add_tokens(["<x>"])
+        with pytest.raises(ValueError, match="normalized.*; try"):
+            self.load(tmp_path, theirs.to_str().encode())
 
     @pytest.mark.parametrize("file", [LLAMA2])
     def test_llama_2(self, file):
         ours = tokenizer.load_tokenizer(file)
-        theirs = over_characters(ours.processor, PREPEND)
-        self.equal(tokenizer.HuggingFace(theirs.to_str().encode()), theirs)
+        theirs = over_characters(ours.processor)
+        self.equal(tokenizer.tokenizer_from_json(theirs.to_str().encode()), theirs)
 
 
 class TestFromGGUF:
-    def fields(self, theirs, **more):
-        """What a GGUF file has of it."""
-        file, added = json.loads(theirs.to_str()), theirs.get_added_tokens_decoder()
-        names = [theirs.id_to_token(i) for i in range(theirs.get_vocab_size())]
-        types = [3 if i in added else 6 if re.fullmatch("<0x..>", name) else 1
-                 for i, name in enumerate(names)]
-        more |= {"tokens": names, "token_type": types, "merges": file["model"]["merges"]}
-        more["merges"] = [" ".join(merge) for merge in more["merges"]]
-        return {f"tokenizer.ggml.{key}": value for key, value in more.items()}
-
     @pytest.mark.parametrize("kind, front", [("legacy", True), ("replace", False)])
     def test_llama(self, kind, front):
-        theirs = HUGGING_FACE[kind]()
-        scores = [trained().processor.get_score(i) for i in range(420)] + [0.0] * 2
-        fields = self.fields(theirs, model="llama", scores=scores, add_space_prefix=front,
+        theirs = hugging_face(kind)
+        scores = [trained().processor.get_score(i) for i in range(420)] + [0.0] * 3
+        fields = of_gguf(theirs, model="llama", scores=scores, add_space_prefix=front,
                              bos_token_id=1, eos_token_id=2)
         fields["tokenizer.ggml.token_type"][0] = 2
         ours = tokenizer.tokenizer_from_gguf(fields)
@@ -2500,37 +2555,62 @@ class TestFromGGUF:
         assert ours.adds_bos and (ours.bos_id, ours.stop_ids) == (1, {2, 420})
         with pytest.raises(ValueError, match="no token has id -1; try"):
             tokenizer.tokenizer_from_gguf(fields | {"tokenizer.ggml.bos_token_id": -1})
-        used = next(i for i in ours.encode(NOVEL) if len(ours.tokens[i]) > 2)
+        used = next(i for i in ours.encode(NOVEL) if len(ours.token_bytes(i)) > 2)
         fields["tokenizer.ggml.token_type"][used] = 5  # unused
         assert used not in tokenizer.tokenizer_from_gguf(fields).encode(NOVEL)
         fields["tokenizer.ggml.token_type"][420] = 4
         assert tokenizer.tokenizer_from_gguf(fields).token_bytes(420) == b"<|im_end|>"
         if front:
-            assert len(check_lies(tokenizer.tokenizer_from_gguf, fields)) > 100
+            assert len(check_lies(tokenizer.tokenizer_from_gguf, fields)) > 50
 
     @pytest.mark.parametrize("pre, kind", [
         ("llama-bpe", "llama-bpe"), ("smollm", "smollm"), ("gpt-2", "gpt-2"), ("default", "gpt-2")])
     def test_gpt2(self, pre, kind):
-        theirs = HUGGING_FACE[kind]()
-        bos, eot, eos = theirs.get_added_tokens_decoder()
-        fields = self.fields(theirs, model="gpt2", pre=pre, bos_token_id=bos, eos_token_id=eos,
+        theirs = hugging_face(kind)
+        if pre == "default":
+            theirs.pre_tokenizer = unnamed_split()
+        bos, eot, eos, _ = theirs.get_added_tokens_decoder()
+        fields = of_gguf(theirs, model="gpt2", pre=pre, bos_token_id=bos, eos_token_id=eos,
                              eot_token_id=eot)
         fields["tokenizer.chat_template"] = "{{ 2 }}"
         ours = tokenizer.tokenizer_from_gguf(fields)
         TestHuggingFace().equal(ours, theirs)
         assert ours.adds_bos is (kind == "llama-bpe") and ours.chat_template == "{{ 2 }}"
         assert (ours.bos_id, ours.eos_id) == (bos, eos) and {eos, eot} <= ours.stop_ids
-        without = fields | {"tokenizer.ggml.add_bos_token": False}
-        assert not tokenizer.tokenizer_from_gguf(without).adds_bos
+        fields["tokenizer.ggml.add_bos_token"] = False
+        assert not tokenizer.tokenizer_from_gguf(fields).adds_bos
         with pytest.raises(ValueError, match="pre .qwen2.*; try"):
             tokenizer.tokenizer_from_gguf(fields | {"tokenizer.ggml.pre": "qwen2"})
         if kind == "smollm":
-            assert len(check_lies(tokenizer.tokenizer_from_gguf, fields)) > 100
+            assert len(check_lies(tokenizer.tokenizer_from_gguf, fields)) > 50
+
+
+class TestHuggingfaceFiles:
+    @pytest.mark.parametrize("make", [trained, ranked, *(functools.partial(
+        lambda kind: tokenizer.tokenizer_from_json(hugging_face(kind).to_str().encode()), kind)
+        for kind in ("legacy", "first", "smollm", "gpt-2", "llama-bpe"))])
+    def test_transformers_reads_the_same_ids(self, make, tmp_path):
+        from transformers import AutoTokenizer
+        ours = make()
+        ours.configure({"chat_template": "{{ 3 }}", "eos_token": [*ours.special][-1]})
+        for name, data in tokenizer.huggingface_files(ours).items():
+            (tmp_path / name).write_bytes(data)
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        theirs = AutoTokenizer.from_pretrained(tmp_path)
+        def check(text):
+            ids = ours.encode(text, bos=ours.adds_bos, allowed_special=ours.special)
+            assert theirs.encode(text) == ids == again.encode(
+                text, bos=again.adds_bos, allowed_special=again.special)
+        again = tokenizer.load_tokenizer(tmp_path / "tokenizer.json")
+        for_texts(check)
+        assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+        assert theirs.chat_template == again.chat_template == "{{ 3 }}"
+        assert len(theirs) == ours.vocab_size and again.special == ours.special
 
 
 class TestStreamDecoder:
     @pytest.mark.parametrize("ours", [trained, ranked, *(
-        lambda kind=kind: tokenizer.HuggingFace(HUGGING_FACE[kind]().to_str().encode())
+        lambda kind=kind: tokenizer.tokenizer_from_json(hugging_face(kind).to_str().encode())
         for kind in ("legacy", "llama-bpe"))])
     def test_equals_decode(self, ours):
         ours = ours()
@@ -2637,9 +2717,9 @@ class TestTokenizerCommand:
         return ended.value.code, *capsys.readouterr()
 
     def test_tokenizer_json(self, tmp_path, capsys):
-        HUGGING_FACE["legacy"]().save(str(tmp_path / "t.json"))
+        hugging_face("legacy").save(str(tmp_path / "t.json"))
         status, out, err = self.run(capsys, "info", tmp_path / "t.json")
-        assert (status, err) == (0, "") and "HuggingFace: 422 tokens, bos 1, eos 2, ends at" in out
+        assert (status, err) == (0, "") and "SentencePiece: 423 tokens, bos 1, eos 2" in out
         status, out, err = self.run(capsys, "decode", "--tokenizer", tmp_path / "t.json", 1, 20)
         assert (status, out, err) == (0, "\x11\n", "")
 
@@ -3460,7 +3540,7 @@ class TestBatches:
             for row in batches.step(step)["tokens"]:
                 seen[row] += 1
         assert np.mean(seen == 0) < 0.01 and seen.max() <= 6
-        assert batches.epochs(3 * 5000 // 64) == [pytest.approx(3, rel=0.02)]
+        assert batches.epochs(0, 3 * 5000 // 64) == pytest.approx(3, rel=0.02)
 
     def test_weights(self, tmp_path):
         batches = self.batches(tmp_path, [900, 5000, 300], [1, 2.0, 7])
@@ -3468,7 +3548,8 @@ class TestBatches:
         share = [(begins // 10_000 == k).float().mean().item() for k in range(3)]
         assert share == [pytest.approx(p, abs=0.01) for p in (0.1, 0.2, 0.7)]
         free = self.batches(tmp_path, [900, 5000, 300])
-        assert free.epochs(100) == [pytest.approx(100 * 64 / 6200, rel=1e-3)] * 3
+        for k in range(3):
+            assert free.epochs(k, 100) == pytest.approx(100 * 64 / 6200, rel=1e-3)
 
     def test_last_token_is_reached_and_too_little_is_said(self, tmp_path):
         batches = self.batches(tmp_path, [20])
@@ -3479,7 +3560,7 @@ class TestBatches:
     def test_damaged_shards_are_said(self, tmp_path):
         source, = shards(tmp_path, [900])
         for change in ({"train_tokens": 901}, {"dtype": "x"}, {"val_tokens": -9}, {"name": 3}):
-            with pytest.raises(ValueError, match="shards in .* are damaged; try --fresh"):
+            with pytest.raises(ValueError, match="shards in .* are damaged.*; try --fresh"):
                 train.Batches(tmp_path, [{**source, **change}], 16, 4, 0)
         with pytest.raises(ValueError, match="damaged"):
             train.Batches(tmp_path, [{}], 16, 4, 0)
@@ -3496,8 +3577,8 @@ class TestBatches:
         batch = train.next_tokens(rows, bos_id=1)
         assert batch["targets"].tolist() == [[1, 6, 7, 1], [6, 1, 1, -1]]
         assert torch.equal(batch["tokens"], rows[:, :4])
-        close(train.document_starts(batch["begins"]), starts(0, 1, 4, 6, 7, 8))
-        assert "begins" not in train.next_tokens(rows)
+        close(train.document_starts(batch), starts(0, 1, 4, 6, 7, 8))
+        assert train.document_starts(train.next_tokens(rows)) is None
         assert torch.equal(self.batches(tmp_path, [900], bos_id=40).step(0)["begins"],
                            self.batches(tmp_path, [900]).step(0)["tokens"] == 40)
 
@@ -4042,8 +4123,11 @@ class TestRun:
 
     def test_every_setting_must_match_or_may_differ(self):
         """None is forgotten: what changes the result is compared."""
-        free = {"out", "eval_every", "save_every", "device", "tokenizer", *train.KEPT}
-        assert {field for field in train.Run.__dataclass_fields__} == {*train.MUST_MATCH, *free}
+        free = {"out", "fresh", "minutes", "steps", "eval_every", "save_every", "layout", "device",
+                "local_size", "threads", "code", "micro_batch", "roomy", "sources"}
+        parts = {*LlamaConfig.__dataclass_fields__, *Recipe.__dataclass_fields__}
+        settings = {*train.Run.__dataclass_fields__, *parts} - {"config", "recipe"}
+        assert settings == {*train.MUST_MATCH, *free}
 
     def test_fresh(self, text, whole_run, tmp_path):
         with pytest.raises(ValueError, match="there is no nowhere"):
@@ -4067,13 +4151,12 @@ class TestRun:
         assert len(losses(tmp_path / "r")) == 2
 
     @pytest.mark.parametrize("name, data", [
-        ("run.json", "[]"), ("run.json", "{"), ("tokens/sources.json", "[]"),
-        ("tokens/sources.json", "{}"), ("tokens/sources.json", '{"sources": [{}]}'),
-        ("tokens/0.train.bin", "")])
+        ("run.json", "[]"), ("run.json", "{"), ("run.json", '{"sources": [{}]}'),
+        ("run.json", '{"sources": 3}'), ("tokens/0.train.bin", "")])
     def test_damaged_files_of_a_run(self, text, whole_run, tmp_path, name, data):
         shutil.copytree(whole_run, tmp_path / "r")
         (tmp_path / "r" / name).write_text(data)
-        with pytest.raises(ValueError, match="damaged; try --fresh"):
+        with pytest.raises(ValueError, match="damaged.*; try --fresh"):
             train.main(run_options(text, tmp_path / "r"))
 
     def test_bad_files_are_named_and_counted(self, text, tmp_path, capsys):
@@ -4084,8 +4167,8 @@ class TestRun:
         train.main([*run_options(tmp_path / "t", tmp_path / "r"), "--steps", "1"])
         said = capsys.readouterr().err
         for name in ("bad.txt: not UTF-8 text", "empty.txt: empty", "lines.jsonl: 2 lines are not"):
-            assert f"passed over {tmp_path / 't'}/{name}" in said
-        assert "passed over 3 in all" in said
+            assert f"{tmp_path / 't'}/{name}" in said
+        assert "passed over 3:" in said
 
     def test_skips_steps_that_are_not_finite_and_stops(self, text, whole_run, tmp_path,
                                                        monkeypatch):
@@ -4155,13 +4238,6 @@ def rank_runs(folder, *options):
         with full_disk(100_000):
             report["full"] = go("fsdp", "--steps", "40")
         go("none", "--bench", "2")
-        engine = train.Engine(SMALL, train.Layout(replicas=2), "cpu", 1)
-        batch = train.next_tokens(tokens(2, 17))
-        engine.loss(batch, train.pretrain, train=False)  # and leaves gathered weights
-        for p in engine.parameters.values():
-            p.detach().to_local().mul_(3)
-        engine.forget_gathered()
-        report["set"] = [engine.loss(batch, train.pretrain, train=False) for _ in range(2)]
         if world.rank == 1:  # whose clock is three times as fast
             train.time = SimpleNamespace(perf_counter=lambda: 3 * time.perf_counter())
         train.train_run = lambda run, *rest: sys.exit(run.steps)
@@ -4271,10 +4347,6 @@ class TestTraining:
         assert [row["world"] for row in rows] == [1] * 7 + [2] * 5 + [1] * 18
         nearly_equal(folder / "grown", whole_run)
         nearly_equal(folder / "ddp", whole_run)
-
-    def test_weights_that_were_set_are_used_at_once(self, two_ranks):
-        for report in two_ranks[1]:
-            assert report["set"][0] == report["set"][1]
 
     def test_not_a_number_on_one_rank(self, two_ranks):
         rows = log_of(two_ranks[0] / "fsdp")
@@ -4389,11 +4461,11 @@ class TestMistakes:
 
     CASES = [
         ("train --size 8b", "no size '8b'"), ("train --set dims=3", "unknown field 'dims'"),
-        ("train --set dim", "FIELD=NUMBER"), ("train --set vocab_size=3", "--vocab-size"),
+        ("train --set dim", "--set"), ("train --set vocab_size=3", "--vocab-size"),
         ("train --steps -3", "--steps"), ("train --seq-len 4096", "--seq-len 4096"),
         ("train --data nowhere.txt", "no nowhere.txt"), ("train --json", "--json is for --plan"),
         ("train --data README.md=x", "'x' is not a positive float"),
-        ("train --data README.md=1 llama.py", "some sources have a weight and some have none"),
+        ("train --data README.md=1 llama.py", "some sources have a weight, some have none"),
         ("train --mixture table2 .", "no mixture 'table2'"),
         ("train --mixture table1 .", "commoncrawl"), ("train --warmpu 3", "--warmpu"),
         ("train --backward hand", "'manual', 'autograd', 'recompute'"),

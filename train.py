@@ -2,7 +2,6 @@
 
     python train.py                                 # `tiny` on Python's own library, 5 minutes
     python train.py --data book.txt notes/ --minutes 20                             # your text
-    python train.py --size 7b --data corpus/ --tokenizer tokenizer.model
     python train.py --size stories15m --bench 5     # speed alone, on random tokens
     python train.py --nproc 4 --tp 2                # many processes; torchrun starts them too
     python train.py --size 65b --plan --gpus 2048   # what it would take
@@ -81,7 +80,7 @@ class Batches:
 
     def __init__(self, folder: Path, sources: list[dict], seq_len: int, rows: int, seed: int,
                  bos_id: int | None = None):
-        """rows: sequences a step. bos_id: the token that begins a document, for --document-mask."""
+        """rows: sequences a step. bos_id: the token that begins a document, to mask others."""
         self.sources, self.seq_len, self.rows, self.bos_id = sources, seq_len, rows, bos_id
         self.first = int.from_bytes(hashlib.sha256(f"batches {seed}".encode()).digest()[:8], "big")
         self.train = open_shards(folder, sources, "train")
@@ -137,8 +136,8 @@ def open_shards(folder: Path, sources: list[dict], split: str) -> list[np.ndarra
 
 
 def next_tokens(rows: Tensor, bos_id: int | None = None) -> dict[str, Tensor]:
-    """The batch of rows (N, T + 1), of -1 where there is no token: tokens and targets (N, T), a
-    negative target is none; with bos_id also `begins`, where a document starts."""
+    """The batch of rows (N, T + 1), -1 where there is no token: tokens and targets (N, T), of which
+    negative ones are none; with bos_id also `begins`, where a document starts."""
     batch = {"tokens": rows[:, :-1].clamp(min=0), "targets": rows[:, 1:]}
     if bos_id is not None:
         batch["begins"] = batch["tokens"] == bos_id
@@ -1084,32 +1083,24 @@ class Engine:
         the objective over all targets >= 0. train: leaves its gradient in .grad."""
         rows, count = self.rows(batch), max(1, int((batch["targets"] >= 0).sum()))
         scale = self.layout.dp / count  # the gradients' mean over data-parallel ranks is taken
+        starts, total = range(0, len(rows["targets"]), self.micro_batch), 0.0
         stance = contextlib.nullcontext()
         if self.compiled and not train:  # evaluations have more shapes than are worth compiling
             stance = torch.compiler.set_stance("force_eager")
         with torch.set_grad_enabled(train), stance:
             if self.layout.pp > 1:
-                total = self.run_pipeline(rows, scale, train)
-            else:
-                total = self.run_micro_batches(rows, objective, scale, train)
+                starts, total = [], self.run_pipeline(rows, scale, train)
+            for at in starts:
+                part = {name: x[at:at + self.micro_batch] for name, x in rows.items()}
+                if self.layout.replicas > 1:  # they exchange gradients once
+                    self.stage.set_requires_all_reduce(at == starts[-1])
+                loss = self.stage.compute(objective, part)
+                if train:
+                    (loss * scale).backward()  # adds to .grad
+                total += loss.item()
         if train:
             self.complete()
         return total / (count * self.layout.tp)
-
-    def run_micro_batches(self, rows: dict[str, Tensor], objective: Objective, scale: float,
-                          train: bool) -> float:
-        """The sum of the objective; gradients of the micro-batches add up in .grad, and replicas
-        exchange theirs with the last one."""
-        total, starts = 0.0, range(0, len(rows["targets"]), self.micro_batch)
-        for at in starts:
-            part = {name: x[at:at + self.micro_batch] for name, x in rows.items()}
-            if self.layout.replicas > 1:
-                self.stage.set_requires_all_reduce(at == starts[-1])
-            loss = self.stage.compute(objective, part)
-            if train:
-                (loss * scale).backward()
-            total += loss.item()
-        return total
 
     def run_pipeline(self, rows: dict[str, Tensor], scale: float, train: bool) -> float:
         """The sum of `pretrain` through the ranks of the pipeline, 0 on all but the last. Each
@@ -1229,8 +1220,7 @@ def evaluate(engine: Engine, batches: Batches, limit: int) -> tuple[float, float
 
 @dataclass(frozen=True)
 class Run:
-    """Every setting of a run, resolved: from the command line, the size, this machine. run.json
-    holds them all, config and recipe by field."""
+    """Every setting of a run, resolved. run.json holds them all, config and recipe by field."""
     size: str
     config: LlamaConfig
     recipe: Recipe               # without gaps
@@ -1252,11 +1242,11 @@ class Run:
     layout: Layout
     device: str
     local_size: int              # processes of this machine
-    threads: int | None          # torch's; None where many processes share the cores
-    code: int                    # CRC-32 of llama.py
     micro_batch: int | None      # None until it is known what the memory holds,
     roomy: bool = False          # and whether freed memory may be kept
+    threads: int | None = None   # torch's; None where many processes share the cores
     sources: list[dict] | None = None  # facts of the token shards, when they are there
+    code: int = zlib.crc32(Path(__file__).with_name("llama.py").read_bytes())
 
     @property
     def rows(self) -> int:
@@ -1270,19 +1260,18 @@ MUST_MATCH = ("size", *LlamaConfig.__dataclass_fields__, *Recipe.__dataclass_fie
               "compile")
 
 
+def setting(text: str) -> tuple[str, object]:
+    """A type for argparse: FIELD=VALUE as (field, value)."""
+    name, _, value = text.partition("=")
+    return name, json.loads(value.lower().replace("none", "null"))
+
+
 def shape_of(args) -> tuple[LlamaConfig, Recipe]:
     """The size's shape and recipe, with the changes that were asked for."""
     if args.size not in SIZES:
         raise ValueError(f"there is no size {args.size!r}; try one of {', '.join(SIZES)}")
     config, recipe = SIZES[args.size]
-    changes = asdict(config)
-    for change in args.set:
-        name, _, text = change.partition("=")
-        try:
-            changes[name] = json.loads(text.lower().replace("none", "null"))
-        except ValueError:
-            raise ValueError(f"--set takes FIELD=NUMBER, not {change}; try --set n_layers=4"
-                             ) from None
+    changes = asdict(config) | dict(args.set)
     if args.vocab_size:
         changes["vocab_size"] = args.vocab_size
     if args.tokenizer:
@@ -1307,30 +1296,27 @@ def resolve(args, device: str, size: int, local_size: int) -> Run:
     if args.dtype == "auto":
         planned = args.plan and args.gpu != "cpu"
         settings["dtype"] = "bf16" if planned or has_bf16(device) else "fp32"
-    if args.compile and recipe.document_mask and device == "cpu":
-        raise ValueError("on a CPU documents are taken one by one, which --compile would compile "
-                         "anew in every step; try --no-document-mask, or without --compile")
-    if args.compile and args.tp:
-        raise ValueError("--compile cannot see through the exchanges of --tp; try one of both")
+    if args.compile and (args.tp or recipe.document_mask and device == "cpu"):
+        raise ValueError("--compile cannot see through the exchanges of --tp, and on a CPU would "
+                         "compile anew for every document; try --no-document-mask, or without it")
     layout = arrange(config, recipe.batch_tokens // seq_len, seq_len, size, local_size, args.dp,
                      args.tp, args.pp)
     if args.size == "tiny" and not (args.steps or args.minutes):
         settings["minutes"] = TINY_MINUTES
     elif not (args.steps or args.minutes):
         settings["steps"] = math.ceil(recipe.train_tokens / recipe.batch_tokens)
-    threads = torch.get_num_threads() if size == 1 else None
-    code = zlib.crc32(Path(__file__).with_name("llama.py").read_bytes())
+    if size == 1:
+        settings["threads"] = torch.get_num_threads()
+    settings["out"] = Path(args.out or f"runs/{args.size}")
     return Run(**settings | {"config": config, "recipe": recipe, "seq_len": seq_len,
-                             "layout": layout, "device": device, "local_size": local_size,
-                             "threads": threads, "code": code,
-                             "out": Path(args.out or f"runs/{args.size}")})
+                             "layout": layout, "device": device, "local_size": local_size})
 
 
 def has_bf16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities()
-    return device == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device == "cpu" and any(map(known.get, ("avx512_bf16", "amx_bf16", "bf16")))
 
 
 def settings_of(run: Run) -> dict:
@@ -1373,10 +1359,9 @@ def open_run(run: Run) -> Run:
     if file.exists() and run.fresh:  # only of a run of ours is anything removed
         data_sources(run)  # a mistake there, or in memory, is said before
         fit(run)
-        for name in ("state", "tokens"):
-            shutil.rmtree(run.out / name, ignore_errors=True)
-        for name in ("run.json", "log.jsonl", "loss.svg", "params.json", "consolidated.00.pth",
-                     "tokenizer.model"):
+        for folder in ("state", "tokens"):
+            shutil.rmtree(run.out / folder, ignore_errors=True)
+        for name in "run.json log.jsonl loss.svg params.json consolidated.00.pth".split():
             (run.out / name).unlink(missing_ok=True)
     elif file.exists():
         try:
@@ -1408,7 +1393,7 @@ def create_engine(run: Run) -> Engine:
 
 
 def utilisation(run: Run, tokens_per_s: float, peak: float | None) -> float | None:
-    """MFU: of the peak FLOP/s of all devices, those that the model needs; None where unknown."""
+    """MFU: FLOP/s that the model needs, of the peak of all devices; None where that is unknown."""
     flops = tokens_per_s * flops_per_token(run.config, run.seq_len)
     return peak and flops / (peak * run.layout.size)
 
@@ -1469,7 +1454,8 @@ class Log:
         """Goes on from `step`: later lines, and torn ones, are cut off. began: when the process
         did, by time.perf_counter."""
         self.run, self.path, self.rows, self.times = run, run.out / "log.jsonl", [], []
-        self.peak, self.shown, before = matmul_flops(run.device, DTYPES[run.dtype]), 0.0, 0.0
+        self.shown, self.held_out, before = 0.0, math.nan, 0.0
+        self.peak = matmul_flops(run.device, DTYPES[run.dtype])
         held = sum(local_shard(p).numel() for p in engine.parameters.values())
         self.fixed = {"world": run.layout.size, "rank_params": held,
                       "rank_tokens": -(-run.rows // run.layout.dp) * run.seq_len}
@@ -1497,31 +1483,24 @@ class Log:
 
     def add_step(self, progress: Progress, seconds: float, figures: dict) -> None:
         """Notes and shows a step that took so many seconds; figures: its loss, lr and the like."""
-        tokens, elapsed, noted = self.run.rows * self.run.seq_len, self.elapsed(), {}
+        run, step, elapsed, noted = self.run, progress.step, self.elapsed(), {}
         for name, value in figures.items():  # JSON has no number that is not finite
             noted[name] = value if math.isfinite(value) else None
-        speed = tokens / seconds
-        self.add({"step": progress.step, "tokens": progress.step * tokens, **noted,
-                  "tokens_per_s": round(speed, 1), "skipped": progress.skipped,
-                  "mfu": utilisation(self.run, speed, self.peak), **self.fixed,
+        tokens = run.rows * run.seq_len
+        mfu = utilisation(run, tokens / seconds, self.peak)
+        self.add({"step": step, "tokens": step * tokens, **noted, "mfu": mfu, **self.fixed,
+                  "tokens_per_s": round(tokens / seconds, 1), "skipped": progress.skipped,
                   "elapsed_s": elapsed, "useful": round(progress.useful_s / elapsed, 3)})
         self.times.append(seconds)
-        self.show(self.rows[-1])
+        self.held_out = figures.get("val_bpb", self.held_out)
+        left = (run.steps - step) * statistics.median(self.times[-50:])
+        self.show(f"step {step}/{run.steps}  loss {figures['loss']:.3f}  held out "
+                  f"{self.held_out:.3f} bits/byte  {tokens / seconds:,.0f} tokens/s  MFU "
+                  f"{mfu or math.nan:.0%}  {left // 60:.0f}m{left % 60:02.0f}s left  "
+                  f"{progress.skipped} skipped", step == run.steps)
 
-    def show(self, row: dict) -> None:
+    def show(self, text: str, last: bool) -> None:
         """On a terminal every step, in one line; else a line every ten seconds."""
-        steps = self.run.steps
-        left = (steps - row["step"]) * statistics.median(self.times[-50:])
-        parts = [f"step {row['step']}/{steps}", f"loss {row['loss'] or math.nan:.3f}",
-                 f"{row['tokens_per_s']:,.0f} tokens/s", f"{left // 60:.0f}m{left % 60:02.0f}s left"]
-        if row["mfu"]:
-            parts.insert(3, f"MFU {row['mfu']:.0%}")
-        held_out = [old["val_bpb"] for old in self.rows if old.get("val_bpb")]
-        if held_out:
-            parts.insert(2, f"held out {held_out[-1]:.3f} bits/byte")
-        if row["skipped"]:
-            parts.append(f"{row['skipped']} skipped")
-        text, last = "  ".join(parts), row["step"] == steps
         if sys.stderr.isatty():
             print(f"\r{text:110}", end="\n" * last, file=sys.stderr, flush=True)
         elif last or time.monotonic() - self.shown > 10:
@@ -1620,11 +1599,10 @@ def finish(run: Run, progress: Progress, log: Log) -> None:
 
 
 def announce(run: Run, batches: Batches) -> None:
-    """Says what is about to be trained, and on what."""
+    """Says what is trained, and on what."""
     _, assumed = SIZES[run.size][1].filled()
     if assumed:
-        print_rank0(f"never published for {run.size}, and taken from Llama 2 unless given here: "
-                    f"{', '.join(assumed)}")
+        print_rank0(f"never published, so from Llama 2 unless given here: {', '.join(assumed)}")
     print_rank0(f"{run.size}: {run.config.n_params:,} parameters, {run.steps} steps of {run.rows} "
                 f"x {run.seq_len} tokens in micro-batches of {run.micro_batch}, {run.dtype}, on "
                 f"{run.layout.size} x {run.device} ({run.layout})")
@@ -1650,26 +1628,27 @@ def sample(run: Run, tokenizer: Tokenizer) -> None:
 def parser() -> Parser:
     p = Parser(prog="train.py", description="Trains a Llama from text: tokenizer, weights, sample.")
 
+    several = {"nargs": "+", "default": [], "action": "extend"}
+
     def number(group, flag: str, text: str, kind: type = int, **options) -> None:
         group.add_argument(flag, type=positive(kind), metavar="N" if kind is int else "X",
                            help=text, **options)
 
     g = p.add_argument_group("model")
     g.add_argument("--size", default="tiny", metavar="NAME", help=", ".join(SIZES))
-    g.add_argument("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE",
+    g.add_argument("--set", **several, type=setting, metavar="FIELD=VALUE",
                    help="change a field of the size, as n_layers=4 or rope_scaling=8")
-    g.add_argument("--attention", choices=ATTENTION, default="fused", help="tiled and equation "
-                   "are for reading; equation's memory grows with the square of T")
+    g.add_argument("--attention", choices=ATTENTION, default="fused",
+                   help="tiled and equation are for reading; equation takes memory as T squared")
     g.add_argument("--backward", choices=BACKWARD, default="manual", help="of a layer: by hand "
                    "(section 2.4); by torch; or from its input alone: least memory, a third slower")
-    g.add_argument("--compile", action="store_true", help="compile the layers: 10 to 30 seconds, "
-                   "then steps a tenth to a fifth faster")
+    g.add_argument("--compile", action="store_true",
+                   help="compile the layers: 10 to 30 seconds, then a tenth to a fifth faster")
     g.add_argument("--document-mask", action=argparse.BooleanOptionalAction,
                    help="no attention across documents; default: from Llama 3 on")
     g = p.add_argument_group("text")
-    g.add_argument("--data", nargs="+", default=[], action="extend", type=data_argument,
-                   metavar="PATH[=WEIGHT]", help="files and folders; .jsonl by \"text\"; default: "
-                   "Python's own library")
+    g.add_argument("--data", **several, type=data_argument, metavar="PATH[=WEIGHT]",
+                   help="files and folders; .jsonl by \"text\"; default: Python's own library")
     g.add_argument("--mixture", nargs=2, metavar=("table1", "DIR"),
                    help=f"subfolders {' '.join(TABLE_1)} with the weights of Table 1")
     g.add_argument("--tokenizer", metavar="PATH", help="default: one is trained on the text")
