@@ -1106,9 +1106,13 @@ class Engine:
         """The sum of `pretrain` through the ranks of the pipeline, 0 on all but the last. Each
         micro-batch goes back as soon as it came to the end (1F1B; Narayanan et al. 2021), so that
         a rank keeps the activations of pp micro-batches at most."""
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B
         count = len(rows["targets"]) // self.micro_batch
         if count not in self.schedules:
-            self.schedules[count] = self.make_schedule(count, rows["targets"].shape[1])
+            stage = PipelineStage(self.stage, self.pp_rank, self.layout.pp,
+                                  torch.device(self.device), group=self.mesh.get_group("pp"))
+            self.schedules[count] = Schedule1F1B(
+                stage, count, loss_fn=lambda loss, scale: loss * scale[0], scale_grads=False)
         schedule, inputs, ends, losses = self.schedules[count], [], {}, []
         if self.stage.first:
             inputs = [rows["tokens"]]
@@ -1117,24 +1121,6 @@ class Engine:
         go = schedule.step if train else schedule.eval
         go(*inputs, batch=rows, return_outputs=False, **ends)
         return sum(loss.item() for loss in losses) / scale
-
-    def make_schedule(self, count: int, T: int):
-        """torch's order of work for `count` micro-batches of rows of T tokens. It is told all
-        shapes, so that ranks need not send them."""
-        from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-        shape, meta = (self.micro_batch, T), partial(torch.empty, device="meta")
-        x = meta(shape, dtype=torch.int64)
-        if self.layout.tp > 1:
-            shape = (self.micro_batch * T // self.layout.tp,)
-        y = h = meta(*shape, self.config.dim, dtype=self.stage.dtype, requires_grad=True)
-        if not self.stage.first:
-            x = h
-        if self.stage.last:
-            y = meta((), requires_grad=True)
-        stage = PipelineStage(self.stage, self.pp_rank, self.layout.pp, torch.device(self.device),
-                              x, y, group=self.mesh.get_group("pp"))
-        return Schedule1F1B(stage, count, loss_fn=lambda loss, scale: loss * scale[0],
-                            scale_grads=False)
 
     def gradients(self) -> list[Tensor]:
         """This rank's part of every gradient."""
