@@ -2338,6 +2338,26 @@ class TestMerge:
                 assert tokenizer.merge(text, rank) == tokenizer.merge_naively(text, rank)
 
 
+class TestMerge:
+    def test_worked_example(self):
+        ranks = {"aa": 0, "ab": 1, "aaab": 2}
+        for merge in (tokenizer.merge_naively, tokenizer.merge):
+            parts = merge("aaabdaaabac", lambda left, right: ranks.get(left + right))
+            assert parts == ["aaab", "d", "aaab", "a", "c"]
+
+    def test_heap_equals_naive(self):
+        draw = random.Random(0)
+        for n in range(400):
+            text = "".join(draw.choices("abc", k=n % 60))
+            words = ["".join(draw.choices("abc", k=k)) for k in draw.choices(range(1, 6), k=40)]
+            ranks, pairs = {w: i for i, w in enumerate(words)}, {}
+            for rank in range(40):
+                pairs[draw.choice(words), draw.choice([*words, "a", "b"])] = rank // 2
+                pairs[draw.choice("ab"), draw.choice("abc")] = rank
+            for rank in (lambda a, b: ranks.get(a + b), lambda a, b: pairs.get((a, b))):
+                assert tokenizer.merge(text, rank) == tokenizer.merge_naively(text, rank)
+
+
 class TestBytePair:
     def oracle(self, o):
         import tiktoken

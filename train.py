@@ -2,7 +2,6 @@
 
     python train.py                                 # `tiny` on Python's own library, 5 minutes
     python train.py --data book.txt notes/ --minutes 20                             # your text
-    python train.py --size 7b --data corpus/ --tokenizer tokenizer.model
     python train.py --size stories15m --bench 5     # speed alone, on random tokens
     python train.py --nproc 4 --tp 2                # many processes; torchrun starts them too
     python train.py --size 65b --plan --gpus 2048   # what it would take
@@ -81,7 +80,7 @@ class Batches:
 
     def __init__(self, folder: Path, sources: list[dict], seq_len: int, rows: int, seed: int,
                  bos_id: int | None = None):
-        """rows: sequences a step. bos_id: the token that begins a document, for --document-mask."""
+        """rows: sequences a step. bos_id: the token that begins a document, to mask others."""
         self.sources, self.seq_len, self.rows, self.bos_id = sources, seq_len, rows, bos_id
         self.first = int.from_bytes(hashlib.sha256(f"batches {seed}".encode()).digest()[:8], "big")
         self.train = open_shards(folder, sources, "train")
@@ -115,19 +114,15 @@ class Batches:
         for source, tokens in zip(self.sources, self.val):
             every = -(-len(tokens) * len(self.val) // limit)
             for at in range(0, len(tokens) - 1, self.seq_len)[::every]:
-                window = tokens[at:at + self.seq_len + 1].astype(np.int64)
-                size += (len(window) - 1) * source["val_bytes"] / len(tokens)
-                missing = self.seq_len + 1 - len(window)
-                windows.append(np.pad(window, (0, missing), constant_values=-1))
-        return torch.from_numpy(np.stack(windows)), size
+                part = torch.from_numpy(tokens[at:at + self.seq_len + 1].astype(np.int64))
+                size += (len(part) - 1) * source["val_bytes"] / len(tokens)
+                windows.append(F.pad(part, (0, self.seq_len + 1 - len(part)), value=-1))
+        return torch.stack(windows), size
 
-    def epochs(self, steps: int) -> list[float]:
-        """How often a run of that many steps reads each source."""
-        read = []
-        for (low, high), tokens in zip(itertools.pairwise(self.edges), self.train):
-            share = (high - low) / 2**64
-            read.append(share * steps * self.rows * self.seq_len / len(tokens))
-        return read
+    def epochs(self, k: int, steps: int) -> float:
+        """How often a run of that many steps reads source k."""
+        share = (self.edges[k + 1] - self.edges[k]) / 2**64
+        return share * steps * self.rows * self.seq_len / len(self.train[k])
 
 
 def open_shards(folder: Path, sources: list[dict], split: str) -> list[np.ndarray]:
@@ -135,90 +130,78 @@ def open_shards(folder: Path, sources: list[dict], split: str) -> list[np.ndarra
     try:
         return [np.memmap(folder / f"{source['name']}.{split}.bin", source["dtype"], "r",
                           shape=source[f"{split}_tokens"]) for source in sources]
-    except (KeyError, TypeError, ValueError, OverflowError, OSError) as error:
-        if dist.is_initialized() and isinstance(error, FileNotFoundError):
-            raise ValueError(f"{folder} is not there on this machine; try --out with a folder "
-                             "that all machines share") from None
-        raise ValueError(f"the token shards in {folder} are damaged; try --fresh") from None
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        raise ValueError(f"the token shards in {folder} are damaged, or not on this machine; try "
+                         "--fresh, or an --out that all machines share") from None
 
 
 def next_tokens(rows: Tensor, bos_id: int | None = None) -> dict[str, Tensor]:
-    """The batch of rows (N, T + 1), of -1 where there is no token: tokens and targets (N, T), a
-    negative target is none; with bos_id also `begins`, where a document starts."""
+    """The batch of rows (N, T + 1), -1 where there is no token: tokens and targets (N, T), of which
+    negative ones are none; with bos_id also `begins`, where a document starts."""
     batch = {"tokens": rows[:, :-1].clamp(min=0), "targets": rows[:, 1:]}
     if bos_id is not None:
         batch["begins"] = batch["tokens"] == bos_id
     return batch
 
 
-def document_starts(begins: Tensor) -> Tensor:
-    """The boundaries (cu_seqlens) of `begins` (B, T): every row starts a document too."""
-    starts = F.pad(begins.flatten(), (0, 1), value=True)
-    starts[::begins.shape[1]] = True
+def document_starts(batch: dict[str, Tensor]) -> Tensor | None:
+    """The boundaries (cu_seqlens) of a batch's documents, every row starting one too; None where
+    attention may cross them."""
+    if "begins" not in batch:
+        return None
+    starts = F.pad(batch["begins"].flatten(), (0, 1), value=True)
+    starts[::batch["begins"].shape[1]] = True
     return starts.nonzero()[:, 0].int()
 
 
-class Source(NamedTuple):
-    path: str
-    weight: float | None  # None: by its number of tokens
-    read: Callable        # a tokenizer.Reader
+def data_argument(text: str) -> tuple[str, float | None]:
+    """A type for argparse: PATH=WEIGHT, or PATH, whose weight is its number of tokens (None)."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or os.path.exists(text):
+        return text, None
+    return path, positive(float)(weight)
 
 
-def data_sources(data: list[str], mixture: list[str] | None) -> list[Source]:
-    """What --data and --mixture ask for; the standard library where they ask for nothing."""
-    asked = []
-    if mixture:
-        preset, folder = mixture
+def data_sources(run: "Run") -> list[tuple[str, float | None, Callable]]:
+    """(path, weight, tokenizer.Reader) of each text that --data and --mixture ask for; the standard
+    library where they ask for nothing."""
+    asked = list(run.data)
+    if run.mixture:
+        preset, folder = run.mixture
         if preset != "table1":
             raise ValueError(f"there is no mixture {preset!r}; try --mixture table1 DIR")
-        asked = [(os.path.join(folder, name), weight) for name, weight in TABLE_1.items()]
-    for text in data:
-        path, equals, weight = text.rpartition("=")
-        if not equals or os.path.exists(text):
-            asked.append((text, None))
-            continue
-        try:
-            asked.append((path, positive(float)(weight)))
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(f"the weight {error}; try --data {path}=0.5") from None
-    for path, _ in asked:
+        asked += [(os.path.join(folder, name), weight) for name, weight in TABLE_1.items()]
+    sources = []
+    for path, weight in asked:
         if not os.path.exists(path):
             raise ValueError(f"there is no {path}; try --data with a file or folder of text")
-    if len({weight is None for _, weight in asked}) > 1:
-        raise ValueError("some sources have a weight and some have none; try PATH=WEIGHT for all")
-    if not asked:
-        return [Source("the standard library", None, standard_library)]
-    return [Source(path, weight, partial(documents, [path])) for path, weight in asked]
+        if (weight is None) != (asked[0][1] is None):
+            raise ValueError("some sources have a weight, some have none; try PATH=WEIGHT for all")
+        sources.append((path, weight, partial(documents, [path])))
+    return sources or [("the standard library", None, standard_library)]
 
 
-def prepare_data(run: "Run") -> tuple[Tokenizer, list[dict]]:
-    """Makes the run's tokenizer and token shards, once: (the tokenizer, facts of each source)."""
-    index, file = run.out / "tokens" / "sources.json", run.out / "tokenizer.model"
-    if index.exists():
-        return load_tokenizer(file), read_run_file(index).get("sources")
-    sources = data_sources(run.data, run.mixture)
-    print_rank0(f"reading {', '.join(source.path for source in sources)}")
-    surveys = [survey(source.read) for source in sources]
-    for source, found in zip(sources, surveys):
-        for reason in found.skipped[:20]:
-            print_rank0(f"passed over {reason}")
+def prepare_data(run: "Run") -> list[dict]:
+    """Makes the run's tokenizer and token shards; returns the facts of each source."""
+    surveyed, texts, facts = [], [], []
+    for path, weight, reader in data_sources(run):
+        print_rank0(f"reading {path}")
+        found = survey(reader)
         if found.skipped:
-            print_rank0(f"passed over {len(found.skipped)} in all of {source.path}")
+            print_rank0("\n  ".join([f"passed over {len(found.skipped)}:", *found.skipped[:20]]))
+        surveyed.append((path, weight, reader, found))
+        texts.append(training_text(reader, found.chosen))
     if run.tokenizer:
         tokenizer = load_tokenizer(run.tokenizer)
     else:
         print_rank0(f"training a tokenizer of {run.config.vocab_size} tokens")
-        texts = [training_text(source.read, found.chosen)
-                 for source, found in zip(sources, surveys)]
         tokenizer = train_sentencepiece(itertools.chain(*texts), run.config.vocab_size)
-    facts = []
-    for number, (source, found) in enumerate(zip(sources, surveys)):
-        print_rank0(f"cutting {source.path} into tokens")
-        made = prepare(str(number), source.read, found, tokenizer, index.parent)
-        facts.append({**made, "path": source.path, "weight": source.weight})
-    tokenizer.save(file)
-    write_json(index, {"sources": facts})
-    return tokenizer, facts
+    for path, weight, reader, found in surveyed:
+        print_rank0(f"cutting {path} into tokens")
+        made = prepare(str(len(facts)), reader, found, tokenizer, run.out / "tokens")
+        facts.append({**made, "path": path, "weight": weight})
+    tokenizer.save(run.out / "tokenizer.model")
+    return facts
 
 
 # ---------------------------------------------------------------------------------------------
@@ -901,8 +884,7 @@ Objective = Callable[[Llama, dict[str, Tensor]], Tensor]
 
 def pretrain(model: Llama, batch: dict[str, Tensor]) -> Tensor:
     """Objective of section 2: negative log-likelihood of the next token, in nats."""
-    boundaries = document_starts(batch["begins"]) if "begins" in batch else None
-    return model.loss(batch["tokens"], batch["targets"], boundaries, reduction="sum")
+    return model.loss(batch["tokens"], batch["targets"], document_starts(batch), reduction="sum")
 
 
 class Stage(Llama):
@@ -931,8 +913,7 @@ class Stage(Llama):
         """What torch's pipeline calls, for `pretrain` in stages: x is the tokens on the first
         stage, else h of the stage before; the last stage gives the loss, the others h."""
         h = self.embed(x) if self.first else x
-        boundaries = document_starts(batch["begins"]) if "begins" in batch else None
-        h = self.run_layers(h, batch["targets"].shape[1], boundaries)
+        h = self.run_layers(h, batch["targets"].shape[1], document_starts(batch))
         if not self.last:
             return h
         return self.loss_of(self.norm(h), batch["targets"], reduction="sum")
@@ -963,17 +944,15 @@ def share_state(stage: Stage, layout: Layout, mesh) -> None:
                                         register_fsdp_forward_method)
     dims = ("replicas", "shards") if layout.replicas > 1 else ("shards",)
     policy = MixedPrecisionPolicy(stage.dtype, torch.float32, cast_forward_inputs=False)
-    split = partial(fully_shard, mesh=mesh[dims], mp_policy=policy)
     # Weights that were gathered stay until the backward where there is nothing to free them for
     # (DDP), and in a pipeline, which would gather them again for every micro-batch.
     freed = layout.shards > 1 and layout.pp == 1
-    layers = [split(layer, reshard_after_forward=freed) for layer in stage.layers
-              if layer is not None]
+    split = partial(fully_shard, mesh=mesh[dims], mp_policy=policy)
+    for layer in stage.layers:
+        if layer is not None:
+            split(layer, reshard_after_forward=freed)
     split(stage)
     register_fsdp_forward_method(stage, "compute")
-    for layer, following in itertools.pairwise(layers):
-        layer.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([layer])
 
 
 class Engine:
@@ -988,7 +967,7 @@ class Engine:
         self.dp_rank = self.pp_rank = 0
         tp, names = NoTensorParallel(), ("replicas", "shards", "pp", "tp")
         if layout.size > 1:
-            shape = tuple(getattr(layout, name) for name in names)
+            shape = (layout.replicas, layout.shards, layout.pp, layout.tp)
             self.mesh = dist.init_device_mesh(device, shape, mesh_dim_names=names)
             replica, shard, self.pp_rank, _ = self.mesh.get_coordinate()
             self.dp_rank = replica * layout.shards + shard
@@ -1009,26 +988,15 @@ class Engine:
         self.parameters = dict(self.stage.named_parameters())
         self.schedules = {}  # of the pipeline, by the number of micro-batches
 
-    def forget_gathered(self) -> None:
-        """After weights were set: frees what FSDP gathered of the old ones."""
-        for module in self.stage.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()
-
-    def rows_each(self, count: int) -> int:
-        """Of `count` rows in all, those that each rank computes: a pipeline wants a multiple of pp
-        micro-batches."""
-        unit = self.layout.pp * self.micro_batch if self.layout.pp > 1 else 1
-        return -(-count // (self.layout.dp * unit)) * unit
-
     def rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The rows of a batch that this rank computes; those that are missing have no targets."""
-        count = len(batch["targets"])
-        each = self.rows_each(count)
-        mine = {}
+        """The rows of a batch that this rank computes: as many as others do, in a pipeline whole
+        micro-batches, filled up with rows without targets."""
+        count, dp = len(batch["targets"]), self.layout.dp
+        each, mine = -(-count // dp), {}
+        if self.layout.pp > 1:
+            each = self.layout.passes(count, self.micro_batch) * self.micro_batch
         for name, x in batch.items():
-            x = F.pad(x, (0, 0, 0, each * self.layout.dp - count),
-                      value=-1 if name == "targets" else 0)
+            x = F.pad(x, (0, 0, 0, each * dp - count), value=-(name == "targets"))
             mine[name] = x[self.dp_rank * each:][:each].to(self.device)
         return mine
 
@@ -1037,41 +1005,36 @@ class Engine:
         the objective over all targets >= 0. train: leaves its gradient in .grad."""
         rows, count = self.rows(batch), max(1, int((batch["targets"] >= 0).sum()))
         scale = self.layout.dp / count  # the gradients' mean over data-parallel ranks is taken
+        starts, total = range(0, len(rows["targets"]), self.micro_batch), 0.0
         stance = contextlib.nullcontext()
         if self.compiled and not train:  # evaluations have more shapes than are worth compiling
             stance = torch.compiler.set_stance("force_eager")
         with torch.set_grad_enabled(train), stance:
             if self.layout.pp > 1:
-                total = self.run_pipeline(rows, scale, train)
-            else:
-                total = self.run_micro_batches(rows, objective, scale, train)
+                starts, total = [], self.run_pipeline(rows, scale, train)
+            for at in starts:
+                part = {name: x[at:at + self.micro_batch] for name, x in rows.items()}
+                if self.layout.replicas > 1:  # they exchange gradients once
+                    self.stage.set_requires_all_reduce(at == starts[-1])
+                loss = self.stage.compute(objective, part)
+                if train:
+                    (loss * scale).backward()  # adds to .grad
+                total += loss.item()
         if train:
             self.complete()
         return total / (count * self.layout.tp)
-
-    def run_micro_batches(self, rows: dict[str, Tensor], objective: Objective, scale: float,
-                          train: bool) -> float:
-        """The sum of the objective; gradients of the micro-batches add up in .grad, and replicas
-        exchange theirs with the last one."""
-        total = 0.0
-        starts = range(0, len(rows["targets"]), self.micro_batch)
-        for at in starts:
-            part = {name: x[at:at + self.micro_batch] for name, x in rows.items()}
-            if self.layout.replicas > 1:
-                self.stage.set_requires_all_reduce(at == starts[-1])
-            loss = self.stage.compute(objective, part)
-            if train:
-                (loss * scale).backward()
-            total += loss.item()
-        return total
 
     def run_pipeline(self, rows: dict[str, Tensor], scale: float, train: bool) -> float:
         """The sum of `pretrain` through the ranks of the pipeline, 0 on all but the last. Each
         micro-batch goes back as soon as it came to the end (1F1B; Narayanan et al. 2021), so that
         a rank keeps the activations of pp micro-batches at most."""
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B
         count = len(rows["targets"]) // self.micro_batch
         if count not in self.schedules:
-            self.schedules[count] = self.make_schedule(count, rows["targets"].shape[1])
+            stage = PipelineStage(self.stage, self.pp_rank, self.layout.pp,
+                                  torch.device(self.device), group=self.mesh.get_group("pp"))
+            self.schedules[count] = Schedule1F1B(
+                stage, count, loss_fn=lambda loss, scale: loss * scale[0], scale_grads=False)
         schedule, inputs, ends, losses = self.schedules[count], [], {}, []
         if self.stage.first:
             inputs = [rows["tokens"]]
@@ -1080,24 +1043,6 @@ class Engine:
         go = schedule.step if train else schedule.eval
         go(*inputs, batch=rows, return_outputs=False, **ends)
         return sum(loss.item() for loss in losses) / scale
-
-    def make_schedule(self, count: int, T: int):
-        """torch's order of work for `count` micro-batches of rows of T tokens. It is told all
-        shapes, so that ranks need not send them."""
-        from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-        shape = (self.micro_batch, T)
-        tokens = torch.empty(shape, dtype=torch.int64, device="meta")
-        if self.layout.tp > 1:
-            shape = (self.micro_batch * T // self.layout.tp,)
-        h = torch.empty(*shape, self.config.dim, dtype=self.stage.dtype, device="meta",
-                        requires_grad=True)
-        loss = torch.empty((), device="meta", requires_grad=True)
-        x = tokens if self.stage.first else h
-        y = loss if self.stage.last else h
-        stage = PipelineStage(self.stage, self.pp_rank, self.layout.pp, torch.device(self.device),
-                              x, y, group=self.mesh.get_group("pp"))
-        return Schedule1F1B(stage, count, loss_fn=lambda loss, scale: loss * scale[0],
-                            scale_grads=False)
 
     def gradients(self) -> list[Tensor]:
         """This rank's part of every gradient."""
@@ -1111,26 +1056,26 @@ class Engine:
             whole = torch.cat(norms)
             dist.all_reduce(whole, group=self.mesh.get_group("tp"))
             torch._foreach_copy_(norms, whole.split([len(norm) for norm in norms]))
-        if self.layout.pp > 1 and self.config.tie_embeddings and (
-                self.stage.first or self.stage.last):
+        ends = self.stage.first or self.stage.last
+        if self.layout.pp > 1 and ends and self.config.tie_embeddings:
             mine = local_shard(self.stage.tok_embeddings.weight.grad)
-            theirs, group = torch.empty_like(mine), self.mesh.get_group("pp")
+            theirs = torch.empty_like(mine)
             peer = self.layout.pp - 1 if self.stage.first else 0
-            exchange = [dist.P2POp(dist.isend, mine, group=group, group_peer=peer),
-                        dist.P2POp(dist.irecv, theirs, group=group, group_peer=peer)]
-            for work in dist.batch_isend_irecv(exchange):
+            swap = partial(dist.P2POp, group=self.mesh.get_group("pp"), group_peer=peer)
+            for work in dist.batch_isend_irecv([swap(dist.isend, mine), swap(dist.irecv, theirs)]):
                 work.wait()
             mine += theirs
 
     def squared_norm(self) -> float:
-        """This rank's share of the squared norm of the gradient: a part that several ranks hold is
-        divided among them."""
+        """This rank's share of the squared norm of the gradient: a part that several ranks hold,
+        of all weights the replicas and of a norm the tensor parallel ranks, is divided among them.
+        """
         norms, copies = [], []
         for name, p in self.parameters.items():
             tied = name == "tok_embeddings.weight" and not self.stage.first  # the first one's again
             if p.grad is not None and not tied:
                 norms.append(local_shard(p.grad))
-                copies.append(count_copies(p))
+                copies.append(self.layout.replicas * self.layout.tp ** (p.dim() == 1))
         squares = torch.stack(torch._foreach_norm(norms)).double().square().cpu()
         return (squares / torch.tensor(copies)).sum().item()
 
@@ -1143,15 +1088,6 @@ class Engine:
         return sums.tolist()
 
 
-def count_copies(weight: Tensor) -> int:
-    """How many ranks hold the same part of a weight."""
-    copies = 1
-    for dim, placement in enumerate(getattr(weight, "placements", ())):
-        if placement.is_replicate():
-            copies *= weight.device_mesh.size(dim)
-    return copies
-
-
 def train_step(engine: Engine, optimizer, batch: dict[str, Tensor], objective: Objective,
                lr: float, clip: float, flag: float = 0) -> tuple[float, float, float]:
     """One step: (loss, norm of the gradient, sum of all ranks' flags).
@@ -1162,7 +1098,7 @@ def train_step(engine: Engine, optimizer, batch: dict[str, Tensor], objective: O
     share = engine.loss(batch, objective, train=True)
     loss, square, flags = engine.add_up(share, engine.squared_norm(), flag)
     norm = math.sqrt(square)
-    if math.isfinite(loss) and math.isfinite(norm):
+    if math.isfinite(loss + norm):
         if norm > clip:
             torch._foreach_mul_(engine.gradients(), clip / (norm + 1e-6))
         for group in optimizer.param_groups:
@@ -1176,13 +1112,13 @@ def evaluate(engine: Engine, batches: Batches, limit: int) -> tuple[float, float
     """About `limit` tokens of held-out text: (mean negative log-likelihood a token in nats, bits
     per byte)."""
     windows, size = batches.held_out(limit)
-    total, tokens = 0.0, 0
+    share, tokens = 0.0, 0
     for rows in windows.split(batches.rows):
         batch = next_tokens(rows, batches.bos_id)
         count = int((batch["targets"] >= 0).sum())
-        total += count * engine.loss(batch, pretrain, train=False)
+        share += count * engine.loss(batch, pretrain, train=False)
         tokens += count
-    nll, = engine.add_up(total)
+    nll, = engine.add_up(share)
     return nll / tokens, nll / math.log(2) / size
 
 
@@ -1192,11 +1128,11 @@ def evaluate(engine: Engine, batches: Batches, limit: int) -> tuple[float, float
 
 @dataclass(frozen=True)
 class Run:
-    """Every setting of a run, resolved: from the command line, the size, this machine."""
+    """Every setting of a run, resolved. run.json holds them all, config and recipe by field."""
     size: str
     config: LlamaConfig
     recipe: Recipe               # without gaps
-    data: list[str]
+    data: list[tuple[str, float | None]]  # path, weight
     mixture: list[str] | None
     tokenizer: str | None        # None: one is trained
     seq_len: int
@@ -1206,15 +1142,19 @@ class Run:
     backward: str
     compile: bool
     out: Path
+    fresh: bool
     minutes: float | None        # what sets the steps, if anything does
     steps: int | None            # None until the speed is known
     eval_every: int | None       # None: a tenth of the steps, at most 1000
     save_every: int | None       # None: as eval_every
-    micro_batch: int | None      # None until it is known what the memory holds
     layout: Layout
     device: str
-    threads: int | None          # torch's; None where many processes share the cores
-    code: str                    # SHA-256 of the llama.py that the run began with
+    local_size: int              # processes of this machine
+    micro_batch: int | None      # None until it is known what the memory holds,
+    roomy: bool = False          # and whether freed memory may be kept
+    threads: int | None = None   # torch's; None where many processes share the cores
+    sources: list[dict] | None = None  # facts of the token shards, when they are there
+    code: int = zlib.crc32(Path(__file__).with_name("llama.py").read_bytes())
 
     @property
     def rows(self) -> int:
@@ -1222,11 +1162,16 @@ class Run:
         return self.recipe.batch_tokens // self.seq_len
 
 
-# What a resumed run must match; of config and recipe each field.
-MUST_MATCH = ("size", "config", "recipe", "data", "mixture", "tokenizer", "seq_len", "seed",
-              "dtype", "attention", "backward", "compile")
-# What run.json holds besides, for a run that goes on in the same layout.
-KEPT = ("minutes", "steps", "micro_batch", "layout", "threads", "code")
+# What a resumed run must match.
+MUST_MATCH = ("size", *LlamaConfig.__dataclass_fields__, *Recipe.__dataclass_fields__, "data",
+              "mixture", "tokenizer", "seq_len", "seed", "dtype", "attention", "backward",
+              "compile")
+
+
+def setting(text: str) -> tuple[str, object]:
+    """A type for argparse: FIELD=VALUE as (field, value)."""
+    name, _, value = text.partition("=")
+    return name, json.loads(value.lower().replace("none", "null"))
 
 
 def shape_of(args) -> tuple[LlamaConfig, Recipe]:
@@ -1234,129 +1179,106 @@ def shape_of(args) -> tuple[LlamaConfig, Recipe]:
     if args.size not in SIZES:
         raise ValueError(f"there is no size {args.size!r}; try one of {', '.join(SIZES)}")
     config, recipe = SIZES[args.size]
-    changes = {}
-    for change in args.set:
-        name, _, text = change.partition("=")
-        try:
-            changes[name] = json.loads(text.lower().replace("none", "null"))
-        except ValueError:
-            raise ValueError(f"--set takes FIELD=NUMBER, not {change}; try --set n_layers=4"
-                             ) from None
-    if "vocab_size" in changes and not (args.bench or args.plan):
-        raise ValueError("the vocabulary is the tokenizer's; try --vocab-size")
+    changes = asdict(config) | dict(args.set)
     if args.vocab_size:
         changes["vocab_size"] = args.vocab_size
     if args.tokenizer:
         changes["vocab_size"] = load_tokenizer(args.tokenizer).vocab_size
-    config = LlamaConfig.from_dict({**asdict(config), **changes})
     recipe, _ = recipe.filled()
     for name in ("lr", "warmup", "batch_tokens", "document_mask"):
         if getattr(args, name) is not None:
             recipe = replace(recipe, **{name: getattr(args, name)})
-    return config, recipe
+    return LlamaConfig.from_dict(changes), recipe
 
 
 def resolve(args, device: str, size: int, local_size: int) -> Run:
     """All settings of a run of `size` processes; ValueError for what cannot be."""
     config, recipe = shape_of(args)
     most = min(config.max_seq_len, recipe.batch_tokens)
+    settings = {name: value for name, value in vars(args).items()
+                if name in Run.__dataclass_fields__}
     seq_len = args.seq_len or most
     if seq_len > most:
         raise ValueError(f"--seq-len {seq_len} is over the context, {config.max_seq_len}, or the "
                          f"batch, {recipe.batch_tokens}; try --set max_seq_len=N")
-    dtype = args.dtype
-    if dtype == "auto":
+    if args.dtype == "auto":
         planned = args.plan and args.gpu != "cpu"
-        dtype = "bf16" if planned or has_bf16(device) else "fp32"
-    if args.compile and recipe.document_mask and device == "cpu":
-        raise ValueError("on a CPU documents are taken one by one, which --compile would compile "
-                         "anew in every step; try --no-document-mask, or without --compile")
-    if args.compile and args.tp:
-        raise ValueError("--compile cannot see through the exchanges of --tp; try one of both")
+        settings["dtype"] = "bf16" if planned or has_bf16(device) else "fp32"
+    if args.compile and (args.tp or recipe.document_mask and device == "cpu"):
+        raise ValueError("--compile cannot see through the exchanges of --tp, and on a CPU would "
+                         "compile anew for every document; try --no-document-mask, or without it")
     layout = arrange(config, recipe.batch_tokens // seq_len, seq_len, size, local_size, args.dp,
                      args.tp, args.pp)
-    minutes, steps = args.minutes, args.steps
-    if args.size == "tiny" and not steps:
-        minutes = minutes or TINY_MINUTES
-    if not minutes:
-        steps = steps or math.ceil(recipe.train_tokens / recipe.batch_tokens)
-    code = Path(__file__).with_name("llama.py").read_bytes()
-    return Run(args.size, config, recipe, args.data, args.mixture, args.tokenizer, seq_len,
-               args.seed, dtype, args.attention, args.backward, args.compile,
-               Path(args.out or f"runs/{args.size}"), minutes, steps, args.eval_every,
-               args.save_every, args.micro_batch, layout, device,
-               torch.get_num_threads() if size == 1 else None, hashlib.sha256(code).hexdigest())
+    if args.size == "tiny" and not (args.steps or args.minutes):
+        settings["minutes"] = TINY_MINUTES
+    elif not (args.steps or args.minutes):
+        settings["steps"] = math.ceil(recipe.train_tokens / recipe.batch_tokens)
+    if size == 1:
+        settings["threads"] = torch.get_num_threads()
+    settings["out"] = Path(args.out or f"runs/{args.size}")
+    return Run(**settings | {"config": config, "recipe": recipe, "seq_len": seq_len,
+                             "layout": layout, "device": device, "local_size": local_size})
 
 
 def has_bf16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities()
-    return device == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device == "cpu" and any(map(known.get, ("avx512_bf16", "amx_bf16", "bf16")))
 
 
-def settings_of(run: Run, names: tuple[str, ...]) -> dict:
-    """These settings as run.json holds them."""
-    settings = {}
-    for name in names:
-        value = getattr(run, name)
-        settings |= asdict(value) if name in ("config", "recipe") else {name: value}
-    return json.loads(json.dumps(settings, default=asdict))
+def settings_of(run: Run) -> dict:
+    """What run.json holds."""
+    values = asdict(run)
+    values = {**values.pop("config"), **values.pop("recipe"), **values}
+    return json.loads(json.dumps(values, default=str))
 
 
-def remember(run: Run) -> None:
-    write_json(run.out / "run.json", settings_of(run, MUST_MATCH + KEPT))
-
-
-def read_run_file(path: Path) -> dict:
-    """The JSON object of a run's own file."""
-    try:
-        return read_json(path.read_bytes())
-    except ValueError:
-        raise ValueError(f"{path} is damaged; try --fresh to start over, or another --out"
-                         ) from None
-
-
-def as_remembered(run: Run) -> Run:
-    """The run with what its folder holds; ValueError if the folder is of something else."""
-    file = run.out / "run.json"
-    if not file.exists() and run.out.exists() and any(run.out.iterdir()):
-        raise ValueError(f"{run.out} holds files that are no run's; try another --out")
-    if not (run.out / "tokens" / "sources.json").exists():
-        return run  # nothing to go on from
-    old = read_run_file(file)
-    for name, value in settings_of(run, MUST_MATCH).items():
-        if old.get(name, value) != value:  # a run may be of before a setting existed
+def go_on(run: Run, old: dict) -> Run:
+    """The run with what run.json kept; ValueError where a setting must be what it was."""
+    new = settings_of(run)
+    for name in MUST_MATCH:
+        if old.get(name, new[name]) != new[name]:  # a run may be of before a setting existed
             raise ValueError(f"{run.out} was trained with {name}={old[name]}; "
                              "try --out DIR or --fresh")
     if old.get("code") != run.code:
         print_rank0("warning: llama.py is not what this run began with; its losses may differ")
-    kept = {"code": old.get("code")}
+    kept = {"sources": old["sources"]}
     if run.steps is None and old.get("minutes") == run.minutes:  # the clock sets them once
         kept["steps"] = old.get("steps")
-    if run.micro_batch is None and old.get("layout") == asdict(run.layout):
+    if run.micro_batch is None and old.get("layout") == new["layout"]:
         kept["micro_batch"] = old.get("micro_batch")
     if run.threads and old.get("threads"):
         kept["threads"] = old["threads"]
     return replace(run, **kept)
 
 
-def prepare_run(run: Run, fresh: bool, local_size: int) -> tuple[Run, bool, Tokenizer, list[dict]]:
-    """Makes the run's folder or opens it: fit's result, the tokenizer and facts of the text."""
-    if fresh and (run.out / "run.json").exists():  # only of a run of ours is anything removed
-        data_sources(run.data, run.mixture)  # a mistake there, or in memory, is said before
-        fit(run, local_size)
-        for name in ("state", "tokens"):
-            shutil.rmtree(run.out / name, ignore_errors=True)
+def open_run(run: Run) -> Run:
+    """Makes the run's folder, or opens it: the run with what it kept, with its text prepared."""
+    file, old = run.out / "run.json", {}
+    if file.exists() and run.fresh:  # only of a run of ours is anything removed
+        data_sources(run)  # a mistake there, or in memory, is said before
+        fit(run)
+        for folder in ("state", "tokens"):
+            shutil.rmtree(run.out / folder, ignore_errors=True)
         for name in ("run.json", "log.jsonl", "loss.svg", "params.json", "consolidated.00.pth",
                      "tokenizer.model"):
             (run.out / name).unlink(missing_ok=True)
-    run, roomy = fit(as_remembered(run), local_size)
+    elif file.exists():
+        try:
+            old = read_json(file.read_bytes())
+        except ValueError:
+            raise ValueError(f"{file} is damaged; try --fresh to start over, or another --out"
+                             ) from None
+    elif run.out.exists() and any(run.out.iterdir()):
+        raise ValueError(f"{run.out} holds files that are no run's; try another --out")
+    run = fit(go_on(run, old) if old.get("sources") else run)
     run.out.mkdir(parents=True, exist_ok=True)
-    remember(run)
-    tokenizer, sources = prepare_data(run)
-    config = replace(run.config, vocab_size=tokenizer.vocab_size)
-    return replace(run, config=config), roomy, tokenizer, sources
+    write_json(file, settings_of(run))
+    if not run.sources:
+        run = replace(run, sources=prepare_data(run))
+        write_json(file, settings_of(run))
+    return run
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1369,6 +1291,12 @@ def create_engine(run: Run) -> Engine:
     return Engine(run.config, run.layout, run.device, run.micro_batch, run.seed, run.compile,
                   attention=run.attention, backward=run.backward,
                   dtype=None if run.dtype == "fp32" else DTYPES[run.dtype])
+
+
+def utilisation(run: Run, tokens_per_s: float, peak: float | None) -> float | None:
+    """MFU: FLOP/s that the model needs, of the peak of all devices; None where that is unknown."""
+    flops = tokens_per_s * flops_per_token(run.config, run.seq_len)
+    return peak and flops / (peak * run.layout.size)
 
 
 def timed_steps(run: Run, engine: Engine, count: int) -> tuple[float, float]:
@@ -1385,21 +1313,19 @@ def timed_steps(run: Run, engine: Engine, count: int) -> tuple[float, float]:
     return seconds / run.layout.size, loss
 
 
-def bench(run: Run, count: int, peak: float | None) -> dict:
+def bench(run: Run, count: int) -> dict:
     """What --bench prints: the speed of `count` steps and the memory that they took."""
+    peak = matmul_flops(run.device, DTYPES[run.dtype])
     step_s, loss = timed_steps(run, create_engine(run), count)
-    speed = run.rows * run.seq_len / step_s
-    mfu, rss = "unknown", None
-    if peak:
-        mfu = speed * flops_per_token(run.config, run.seq_len) / (peak * run.layout.size)
+    speed, rss = run.rows * run.seq_len / step_s, None
     if sys.platform != "win32":
         import resource
         unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return {"tokens_per_s": speed, "mfu": mfu, "peak_gflops": peak and peak / 1e9,
-            "step_s": step_s, "peak_rss_gb": rss, "loss": loss, "params": run.config.n_params,
-            "backward": run.backward, "dtype": run.dtype, "world": run.layout.size,
-            "layout": asdict(run.layout)}
+    return {"tokens_per_s": speed, "mfu": utilisation(run, speed, peak) or "unknown",
+            "peak_gflops": peak and peak / 1e9, "step_s": step_s, "peak_rss_gb": rss, "loss": loss,
+            "params": run.config.n_params, "backward": run.backward, "dtype": run.dtype,
+            "world": run.layout.size, "layout": asdict(run.layout)}
 
 
 def steps_in_time(run: Run, engine: Engine, began: float) -> int:
@@ -1425,17 +1351,18 @@ class Progress:
 class Log:
     """log.jsonl, one object a line, and the line that shows progress; rank 0 has one."""
 
-    def __init__(self, run: Run, engine: Engine, peak: float | None, began: float, step: int):
-        """Goes on from `step`: later lines are cut off. peak: FLOP/s of a device. began: when the
-        process did, by time.perf_counter."""
-        self.run, self.peak, self.path = run, peak, run.out / "log.jsonl"
-        self.rows, self.times, self.shown, before = [], [], 0.0, 0.0
-        mine = min(run.rows, engine.rows_each(run.rows))
+    def __init__(self, run: Run, engine: Engine, began: float, step: int):
+        """Goes on from `step`: later lines, and torn ones, are cut off. began: when the process
+        did, by time.perf_counter."""
+        self.run, self.path, self.rows, self.times = run, run.out / "log.jsonl", [], []
+        self.shown, self.held_out, before = 0.0, math.nan, 0.0
+        self.peak = matmul_flops(run.device, DTYPES[run.dtype])
         held = sum(local_shard(p).numel() for p in engine.parameters.values())
-        self.split = {"world": run.layout.size, "rank_params": held,
-                      "rank_tokens": mine * run.seq_len}
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # of a line that was torn
+        self.fixed = {"world": run.layout.size, "rank_params": held,
+                      "rank_tokens": -(-run.rows // run.layout.dp) * run.seq_len}
+        self.path.touch()
+        for line in self.path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 row = json.loads(line)
                 before = max(before, row["elapsed_s"])
                 if row["step"] <= step:
@@ -1451,39 +1378,30 @@ class Log:
         return round(time.perf_counter() - self.began, 3)
 
     def add(self, row: dict) -> None:
-        for name, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                row = {**row, name: None}  # JSON has no such numbers
         self.rows.append(row)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def add_step(self, progress: Progress, seconds: float, figures: dict) -> None:
         """Notes and shows a step that took so many seconds; figures: its loss, lr and the like."""
-        tokens, elapsed, mfu = self.run.rows * self.run.seq_len, self.elapsed(), None
-        if self.peak:
-            flops = tokens * flops_per_token(self.run.config, self.run.seq_len)
-            mfu = round(flops / seconds / (self.peak * self.run.layout.size), 3)
-        row = {"step": progress.step, "tokens": progress.step * tokens, **figures,
-               "tokens_per_s": round(tokens / seconds, 1), "skipped": progress.skipped, "mfu": mfu,
-               **self.split, "elapsed_s": elapsed, "useful": round(progress.useful_s / elapsed, 3)}
-        self.add(row)
+        run, step, elapsed, noted = self.run, progress.step, self.elapsed(), {}
+        for name, value in figures.items():  # JSON has no number that is not finite
+            noted[name] = value if math.isfinite(value) else None
+        tokens = run.rows * run.seq_len
+        mfu = utilisation(run, tokens / seconds, self.peak)
+        self.add({"step": step, "tokens": step * tokens, **noted, "mfu": mfu, **self.fixed,
+                  "tokens_per_s": round(tokens / seconds, 1), "skipped": progress.skipped,
+                  "elapsed_s": elapsed, "useful": round(progress.useful_s / elapsed, 3)})
         self.times.append(seconds)
-        self.show(row)
+        self.held_out = figures.get("val_bpb", self.held_out)
+        left = (run.steps - step) * statistics.median(self.times[-50:])
+        self.show(f"step {step}/{run.steps}  loss {figures['loss']:.3f}  held out "
+                  f"{self.held_out:.3f} bits/byte  {tokens / seconds:,.0f} tokens/s  MFU "
+                  f"{mfu or math.nan:.0%}  {left // 60:.0f}m{left % 60:02.0f}s left  "
+                  f"{progress.skipped} skipped", step == run.steps)
 
-    def show(self, row: dict) -> None:
+    def show(self, text: str, last: bool) -> None:
         """On a terminal every step, in one line; else a line every ten seconds."""
-        steps, mfu = self.run.steps, "unknown" if row["mfu"] is None else f"{row['mfu']:.0%}"
-        left = (steps - row["step"]) * statistics.median(self.times[-50:])
-        parts = [f"step {row['step']}/{steps}", f"loss {row['loss']:.3f}",
-                 f"{row['tokens_per_s']:,.0f} tokens/s", f"MFU {mfu}",
-                 f"{left // 60:.0f}m{left % 60:02.0f}s left"]
-        held_out = [old["val_bpb"] for old in self.rows if old.get("val_bpb")]
-        if held_out:
-            parts.insert(2, f"held out {held_out[-1]:.3f} bits/byte")
-        if row["skipped"]:
-            parts.append(f"{row['skipped']} skipped")
-        text, last = "  ".join(parts), row["step"] == steps
         if sys.stderr.isatty():
             print(f"\r{text:110}", end="\n" * last, file=sys.stderr, flush=True)
         elif last or time.monotonic() - self.shown > 10:
@@ -1494,26 +1412,25 @@ class Log:
 def draw_loss(rows: list[dict], path: Path, title: str) -> None:
     """Training loss against tokens, as in the paper's Figure 1, with the held-out loss as dots. The
     line has up to 500 points, each the mean of a stretch; the steep first fiftieth is left out."""
-    losses = [(row["tokens"], row["loss"]) for row in rows if row.get("loss") is not None]
-    held = [(row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
-    if not losses:
+    rows = [row for row in rows if row.get("loss") is not None]
+    held = [(row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss")]
+    rows, line = rows[len(rows) // 50:], []
+    stretch = -(-len(rows) // 500)
+    while len(line) * stretch < len(rows):
+        part = rows[len(line) * stretch:][:stretch]
+        line.append((part[-1]["tokens"], statistics.fmean(row["loss"] for row in part)))
+    if not line:
         return
-    losses, stretch, line = losses[len(losses) // 50:], -(-len(losses) // 500), []
-    for i in range(0, len(losses), stretch):
-        part = losses[i:i + stretch]
-        line.append((part[-1][0], statistics.fmean(loss for _, loss in part)))
-    values, end = [loss for _, loss in line + held], losses[-1][0]
+    values, end = [loss for _, loss in line + held], line[-1][0]
     low, high = math.floor(10 * min(values)) / 10, math.ceil(10 * max(values) + 0.01) / 10
 
     def at(tokens: float, loss: float) -> str:
         return f"{70 + 550 * tokens / end:.1f} {350 - 300 * (loss - low) / (high - low):.1f}"
 
-    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 400" font-size="13" '
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 400" font-size="13" '
            'font-family="sans-serif" text-anchor="middle"><rect width="640" height="400" '
            f'fill="white"/><text x="345" y="28">{title}</text><text x="345" y="392">tokens</text>'
-           '<text transform="translate(18 200) rotate(-90)">loss (nats a token)</text>'
-           '<text x="585" y="66" fill="#1f77b4">training</text>'
-           '<text x="585" y="84" fill="#d62728">held out</text>']
+           '<text transform="translate(18 200) rotate(-90)">loss (nats a token)</text>']
     for i in range(5):  # lines and numbers to read values from
         loss, tokens = low + i * (high - low) / 4, i * end / 4
         svg += [f'<path d="M{at(0, loss)}h550" stroke="#ddd"/>',
@@ -1527,8 +1444,7 @@ def draw_loss(rows: list[dict], path: Path, title: str) -> None:
     write_aside(path, lambda file: file.write(text.encode()))
 
 
-def train_run(run: Run, engine: Engine, batches: Batches, peak: float | None, began: float,
-              rank: int) -> None:
+def train_run(run: Run, engine: Engine, batches: Batches, began: float, rank: int) -> None:
     """From the newest good state to the last step."""
     recipe = replace(run.recipe, warmup=min(run.recipe.warmup, run.steps // 10))
     eval_every = run.eval_every or max(1, min(1000, run.steps // 10))
@@ -1536,25 +1452,27 @@ def train_run(run: Run, engine: Engine, batches: Batches, peak: float | None, be
     optimizer = make_optimizer(engine.parameters, recipe)
     tensors = state_tensors(engine.parameters, optimizer)
     progress = Progress(**(load_state(folder, tensors) or {}))
-    engine.forget_gathered()
-    log = Log(run, engine, peak, began, progress.step) if rank == 0 else None
+    log = Log(run, engine, began, progress.step) if rank == 0 else None
     stopper, group, saving = Stopper(), patient_group(), None
-    bad, done = 0, progress.step >= run.steps
+    bad, stops, done = 0, 0, progress.step >= run.steps
     if done:
         print_rank0(f"{run.out} is finished at step {progress.step}; --steps N goes on, --fresh "
                     "starts over")
-    while not done:
+    while not (done or stops):
         begin = time.perf_counter()
         lr = learning_rate(progress.step, run.steps, recipe)
         loss, norm, stops = train_step(engine, optimizer, batches.step(progress.step), pretrain,
                                        lr, recipe.clip, stopper.signal)
-        seconds, finite = time.perf_counter() - begin, math.isfinite(loss) and math.isfinite(norm)
+        seconds, finite = time.perf_counter() - begin, math.isfinite(loss + norm)
         bad = 0 if finite else bad + 1
         progress = Progress(progress.step + 1, progress.skipped + (not finite),
                             progress.useful_s + seconds * finite)
         done, figures = progress.step == run.steps, {"loss": loss, "lr": lr, "grad_norm": norm}
         if done or progress.step % eval_every == 0:
-            limit = held_out_tokens(run, done)
+            # A held-out token costs a third of one that is trained on: the last evaluation takes
+            # up to a thirtieth of the time, and those on the way together as much.
+            tenth = run.steps * run.rows * run.seq_len // 10
+            limit = min(FINAL_EVAL_TOKENS, tenth) if done else min(EVAL_TOKENS, tenth // 10)
             figures["val_loss"], figures["val_bpb"] = evaluate(engine, batches, limit)
         if log:
             log.add_step(progress, seconds, figures)
@@ -1564,19 +1482,12 @@ def train_run(run: Run, engine: Engine, batches: Batches, peak: float | None, be
         if done or stops or finite and progress.step % save_every == 0:
             replicas_agree(engine.parameters)
             saving = save_state(folder, tensors, asdict(progress), group, saving)
-        if done or stops:
-            saving.result()
-        if stops:
-            sys.exit(128 + (stopper.signal or signal.SIGTERM))
+    if saving:
+        saving.result()
+    if stops:
+        sys.exit(128 + (stopper.signal or signal.SIGTERM))
     stopper.close()
     together(partial(finish, run, progress, log))
-
-
-def held_out_tokens(run: Run, last: bool) -> int:
-    """How many an evaluation reads. A token costs a third of one that is trained on: the last
-    evaluation takes up to a thirtieth of the time, and those on the way together as much."""
-    tenth = run.steps * run.rows * run.seq_len // 10
-    return min(FINAL_EVAL_TOKENS, tenth) if last else min(EVAL_TOKENS, tenth // 10)
 
 
 def finish(run: Run, progress: Progress, log: Log) -> None:
@@ -1589,24 +1500,16 @@ def finish(run: Run, progress: Progress, log: Log) -> None:
 
 
 def announce(run: Run, batches: Batches) -> None:
-    """Says what is about to be trained, and on what."""
-    filled, assumed = SIZES[run.size][1].filled()
-    gaps = []
-    for name in assumed:
-        if name != "train_tokens" and getattr(filled, name) == getattr(run.recipe, name):
-            gaps.append(f"{name}={getattr(filled, name)}")
-    if gaps:
-        print_rank0(f"never published for {run.size}, taken from Llama 2: {', '.join(gaps)}")
+    """Says what is trained, and on what."""
+    _, assumed = SIZES[run.size][1].filled()
+    if assumed:
+        print_rank0(f"never published, so from Llama 2 unless given here: {', '.join(assumed)}")
     print_rank0(f"{run.size}: {run.config.n_params:,} parameters, {run.steps} steps of {run.rows} "
-                f"x {run.seq_len} tokens, {run.dtype}, on {run.device}")
-    layout = run.layout
-    if layout.size > 1:
-        passes = layout.passes(run.rows, run.micro_batch)
-        print_rank0(f"{layout.size} processes: {layout.replicas} replicas of the state x "
-                    f"{layout.shards} shards x pp {layout.pp} x tp {layout.tp}; gradients of "
-                    f"{passes} micro-batches of {run.micro_batch} add up on each")
-    for source, epochs in zip(batches.sources, batches.epochs(run.steps)):
-        print_rank0(f"{source['path']}: {source['train_tokens']:,} tokens, read {epochs:.2f} times")
+                f"x {run.seq_len} tokens in micro-batches of {run.micro_batch}, {run.dtype}, on "
+                f"{run.layout.size} x {run.device} ({run.layout})")
+    for k, source in enumerate(run.sources):
+        print_rank0(f"{source['path']}: {source['train_tokens']:,} tokens, read "
+                    f"{batches.epochs(k, run.steps):.2f} times")
 
 
 def sample(run: Run, tokenizer: Tokenizer) -> None:
@@ -1625,92 +1528,91 @@ def sample(run: Run, tokenizer: Tokenizer) -> None:
 
 def parser() -> Parser:
     p = Parser(prog="train.py", description="Trains a Llama from text: tokenizer, weights, sample.")
-    whole, number = positive(int), positive(float)
+
+    several = {"nargs": "+", "default": [], "action": "extend"}
+
+    def number(group, flag: str, text: str, kind: type = int, **options) -> None:
+        group.add_argument(flag, type=positive(kind), metavar="N" if kind is int else "X",
+                           help=text, **options)
+
     g = p.add_argument_group("model")
     g.add_argument("--size", default="tiny", metavar="NAME", help=", ".join(SIZES))
-    g.add_argument("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE",
+    g.add_argument("--set", **several, type=setting, metavar="FIELD=VALUE",
                    help="change a field of the size, as n_layers=4 or rope_scaling=8")
-    g.add_argument("--attention", choices=ATTENTION, default="fused", help="tiled and equation "
-                   "are for reading; equation's memory grows with the square of T")
+    g.add_argument("--attention", choices=ATTENTION, default="fused",
+                   help="tiled and equation are for reading; equation takes memory as T squared")
     g.add_argument("--backward", choices=BACKWARD, default="manual", help="of a layer: by hand "
-                   "(section 2.4); by torch; or from its input alone, in the least memory and a "
-                   "third more time")
-    g.add_argument("--compile", action="store_true", help="compile the layers: 10 to 30 seconds, "
-                   "then steps a tenth to a fifth faster")
+                   "(section 2.4); by torch; or from its input alone: least memory, a third slower")
+    g.add_argument("--compile", action="store_true",
+                   help="compile the layers: 10 to 30 seconds, then a tenth to a fifth faster")
     g.add_argument("--document-mask", action=argparse.BooleanOptionalAction,
                    help="no attention across documents; default: from Llama 3 on")
     g = p.add_argument_group("text")
-    g.add_argument("--data", nargs="+", default=[], action="extend", metavar="PATH[=WEIGHT]",
+    g.add_argument("--data", **several, type=data_argument, metavar="PATH[=WEIGHT]",
                    help="files and folders; .jsonl by \"text\"; default: Python's own library")
     g.add_argument("--mixture", nargs=2, metavar=("table1", "DIR"),
                    help=f"subfolders {' '.join(TABLE_1)} with the weights of Table 1")
     g.add_argument("--tokenizer", metavar="PATH", help="default: one is trained on the text")
-    g.add_argument("--vocab-size", type=whole, metavar="N", help="of the tokenizer to train")
+    number(g, "--vocab-size", "of the tokenizer to train")
     g = p.add_argument_group("length and recipe (default: the size's own)")
-    g.add_argument("--steps", type=whole, metavar="N", help="more than before: a run goes on")
-    g.add_argument("--minutes", type=number, metavar="X", help="of the whole command: sets the "
-                   f"steps once, from the measured speed (default for tiny: {TINY_MINUTES})")
-    g.add_argument("--batch-tokens", type=whole, metavar="N", help="tokens of a step")
-    g.add_argument("--micro-batch", type=whole, metavar="N", help="sequences computed at once; "
-                   "fewer need less memory and give the same result")
-    g.add_argument("--seq-len", type=whole, metavar="N", help="default: the size's context")
-    g.add_argument("--lr", type=number, metavar="X", help="lower it if the loss is not finite")
-    g.add_argument("--warmup", type=whole, metavar="N", help="steps; a tenth of the run at most")
+    number(g, "--steps", "more than before: a run goes on")
+    number(g, "--minutes", "of the whole command: sets the steps once, from the measured speed "
+           f"(default for tiny: {TINY_MINUTES})", float)
+    number(g, "--batch-tokens", "tokens of a step")
+    number(g, "--micro-batch", "sequences computed at once; fewer: less memory, the same result")
+    number(g, "--seq-len", "default: the size's context")
+    number(g, "--lr", "lower it if the loss is not finite", float)
+    number(g, "--warmup", "steps; a tenth of the run at most")
     g.add_argument("--seed", type=int, default=0, metavar="N")
     g.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto",
                    help="to compute in; weights stay fp32; auto: bf16 where the processor has it")
     g = p.add_argument_group("run")
     g.add_argument("--out", metavar="DIR", help="default: runs/SIZE")
     g.add_argument("--fresh", action="store_true", help="start over: a run in DIR is removed")
-    g.add_argument("--eval-every", type=whole, metavar="N", help="steps")
-    g.add_argument("--save-every", type=whole, metavar="N", help="steps between states")
-    g.add_argument("--bench", type=whole, metavar="N", help="no run: the speed of N steps")
+    number(g, "--eval-every", "steps")
+    number(g, "--save-every", "steps between states")
+    number(g, "--bench", "no run: the speed of N steps")
     g = p.add_argument_group("many devices")
     g.add_argument("--dp", choices=("none", "ddp", "fsdp", "hybrid"), help="ddp repeats the model, "
                    "fsdp (default) splits it over all ranks, hybrid over those of a machine")
-    g.add_argument("--tp", type=whole, metavar="N", help="ranks, of one machine, that share each "
-                   "layer and, between the products, its tokens")
-    g.add_argument("--pp", type=whole, metavar="N", help="ranks that the layers are split over")
-    g.add_argument("--nproc", type=whole, metavar="N", help="processes on this machine (default: "
-                   "its GPUs, else 1); one that dies is started again; not under torchrun")
-    g.add_argument("--timeout", type=number, default=1800, metavar="S", help="a rank for which "
-                   "others wait S seconds hangs: all start again (default: %(default)s)")
+    number(g, "--tp", "ranks of one machine that share each layer, and its tokens in between")
+    number(g, "--pp", "ranks that the layers are split over")
+    number(g, "--nproc", "processes on this machine (default: its GPUs, else 1); one that dies is "
+           "started again; not under torchrun")
+    number(g, "--timeout", "a rank for which others wait X seconds hangs: all start again "
+           "(default: %(default)s)", float, default=1800)
     g = p.add_argument_group("plan")
     g.add_argument("--plan", action="store_true", help="no run: what it would take")
-    g.add_argument("--gpus", type=whole, default=NODE, metavar="N", help="default: %(default)s")
+    number(g, "--gpus", "default: %(default)s", default=NODE)
     g.add_argument("--gpu", choices=(*GPUS, "cpu"), default="H100", help="default: %(default)s; "
                    "cpu: machines like this one")
-    g.add_argument("--mfu", type=number, metavar="X", help="of the whole step, as measured")
+    number(g, "--mfu", "of the whole step, as measured", float)
     g.add_argument("--json", action="store_true", help="the plan as one JSON object")
     return p
 
 
 def train_rank(args, device: str, world: World, began: float) -> None:
     """What one process does. began: when it did, by time.perf_counter."""
-    run, sources, tokenizer = resolve(args, device, world.size, world.local_size), None, None
-    if args.bench:
-        run, roomy = together(partial(fit, run, world.local_size))
-    else:
-        run, roomy, tokenizer, sources = together(
-            partial(prepare_run, run, args.fresh, world.local_size))
-    if roomy:
+    run = resolve(args, device, world.size, world.local_size)
+    run = together(partial(fit if args.bench else open_run, run))
+    if run.roomy:
         keep_freed_memory()
-    peak = matmul_flops(device, DTYPES[run.dtype])
     if args.bench:
-        result = bench(run, args.bench, peak)
+        result = bench(run, args.bench)
         if world.rank == 0:
             print(json.dumps(result))
         return
     if run.threads:
         torch.set_num_threads(run.threads)
+    tokenizer = load_tokenizer(run.out / "tokenizer.model")
     bos_id = tokenizer.bos_id if run.recipe.document_mask else None
-    batches = Batches(run.out / "tokens", sources, run.seq_len, run.rows, run.seed, bos_id)
+    batches = Batches(run.out / "tokens", run.sources, run.seq_len, run.rows, run.seed, bos_id)
     engine = create_engine(run)
     if run.steps is None:
         run = replace(run, steps=steps_in_time(run, engine, began))
-    together(partial(remember, run))
+        together(partial(write_json, run.out / "run.json", settings_of(run)))
     announce(run, batches)
-    train_run(run, engine, batches, peak, began, world.rank)
+    train_run(run, engine, batches, began, world.rank)
     del engine
     if world.rank == 0:
         sample(run, tokenizer)
@@ -1741,7 +1643,7 @@ def main(argv: list[str]) -> int | None:
     # Mistakes are said, and the text is prepared, before there are ranks.
     run = resolve(args, device, n, n)
     if not args.bench:
-        prepare_run(run, args.fresh, n)
+        open_run(run)
     rest = [word for word in argv if word != "--fresh"]
     return start(n, [sys.executable, __file__, *rest], run.out / "state")
 
