@@ -453,10 +453,12 @@ def fit_micro_batch(run: "Run", there: float) -> tuple[int, dict, dict, bool]:
         size //= 2
 
 
-def fit(run: "Run", local_size: int) -> tuple["Run", bool]:
+def fit(run: "Run") -> "Run":
     """The run with a micro-batch that this machine holds, and whether freed memory may be kept,
     whose gaps take up to a third more. ValueError, before anything is allocated, if none fits."""
-    there = memory_there(run.device) // (local_size if run.device == "cpu" else 1)
+    there = memory_there(run.device)
+    if run.device == "cpu":
+        there //= run.local_size
     size, need, _, fits = fit_micro_batch(run, there)
     total = sum(need.values())
     if not fits:
@@ -464,7 +466,7 @@ def fit(run: "Run", local_size: int) -> tuple["Run", bool]:
         raise ValueError(f"{run.size} needs about {total / 1e9:.0f} GB a process to train ({parts})"
                          f", and {there / 1e9:.0f} GB are free; try a smaller --size, "
                          f"--micro-batch 1 or --seq-len {run.seq_len // 2}")
-    return replace(run, micro_batch=size), total < 0.6 * there
+    return replace(run, micro_batch=size, roomy=total < 0.6 * there)
 
 
 def plan(run: "Run", name: str, mfu: float | None) -> dict:
@@ -768,8 +770,9 @@ def together(work: Callable, everywhere: bool = False):
         error = caught
     errors, results = [None] * dist.get_world_size(), [result]
     dist.all_gather_object(errors, error, group)
-    for error in filter(None, errors):
-        raise error
+    for error in errors:
+        if error is not None:
+            raise error
     dist.broadcast_object_list(results, 0, group)
     return results[0]
 
