@@ -961,32 +961,34 @@ def share_state(stage: Stage, layout: Layout, mesh) -> None:
 class Engine:
     """What this rank holds of a model, and how its part of a batch passes through it."""
 
-    def __init__(self, config: LlamaConfig, layout: Layout, device: str, micro_batch: int,
-                 seed: int = 0, compiled: bool = False, **options):
-        """micro_batch: sequences computed at once. compiled: torch.compile fuses what lies between
-        the products of a layer. options are Llama's: attention, backward, dtype."""
-        self.config, self.layout, self.device = config, layout, device
-        self.micro_batch, self.compiled = micro_batch, compiled
+    def __init__(self, run: "Run"):
+        """With run.compile torch.compile fuses what lies between the products of a layer."""
+        self.config, self.layout, self.device = run.config, run.layout, run.device
+        self.micro_batch, self.compiled = run.micro_batch, run.compile
         self.dp_rank = self.pp_rank = 0
-        tp, names = NoTensorParallel(), ("replicas", "shards", "pp", "tp")
+        layout, tp, names = run.layout, NoTensorParallel(), ("replicas", "shards", "pp", "tp")
+        if run.compile:
+            check_compiler()
         if layout.size > 1:
             shape = (layout.replicas, layout.shards, layout.pp, layout.tp)
-            self.mesh = dist.init_device_mesh(device, shape, mesh_dim_names=names)
+            self.mesh = dist.init_device_mesh(run.device, shape, mesh_dim_names=names)
             replica, shard, self.pp_rank, _ = self.mesh.get_coordinate()
             self.dp_rank = replica * layout.shards + shard
             if layout.tp > 1:
                 tp = TensorParallel(self.mesh.get_group("tp"))
+        dtype = None if run.dtype == "fp32" else DTYPES[run.dtype]
         with torch.device("meta"):
-            self.stage = Stage(config, self.pp_rank, layout.pp, tp=tp, **options)
+            self.stage = Stage(run.config, self.pp_rank, layout.pp, attention=run.attention,
+                               backward=run.backward, dtype=dtype, tp=tp)
         for layer in self.stage.layers:
-            if compiled and layer is not None:
+            if run.compile and layer is not None:
                 layer.compile()
         if layout.tp > 1:
             share_layers(self.stage, self.mesh["tp"])
         if layout.dp > 1:
             share_state(self.stage, layout, self.mesh)
-        self.stage.to_empty(device=device)
-        self.stage.init_weights(seed)
+        self.stage.to_empty(device=run.device)
+        self.stage.init_weights(run.seed)
         # FSDP replaces parameters by gathered ones for a while; these stay.
         self.parameters = dict(self.stage.named_parameters())
         self.schedules = {}  # of the pipeline, by the number of micro-batches
@@ -1288,14 +1290,6 @@ def open_run(run: Run) -> Run:
 # What a run does, and the line that shows it
 
 
-def create_engine(run: Run) -> Engine:
-    if run.compile:
-        check_compiler()
-    return Engine(run.config, run.layout, run.device, run.micro_batch, run.seed, run.compile,
-                  attention=run.attention, backward=run.backward,
-                  dtype=None if run.dtype == "fp32" else DTYPES[run.dtype])
-
-
 def utilisation(run: Run, tokens_per_s: float, peak: float | None) -> float | None:
     """MFU: FLOP/s that the model needs, of the peak of all devices; None where that is unknown."""
     flops = tokens_per_s * flops_per_token(run.config, run.seq_len)
@@ -1319,7 +1313,7 @@ def timed_steps(run: Run, engine: Engine, count: int) -> tuple[float, float]:
 def bench(run: Run, count: int) -> dict:
     """What --bench prints: the speed of `count` steps and the memory that they took."""
     peak = matmul_flops(run.device, DTYPES[run.dtype])
-    step_s, loss = timed_steps(run, create_engine(run), count)
+    step_s, loss = timed_steps(run, Engine(run), count)
     speed, rss = run.rows * run.seq_len / step_s, None
     if sys.platform != "win32":
         import resource
@@ -1610,7 +1604,7 @@ def train_rank(args, device: str, world: World, began: float) -> None:
     tokenizer = load_tokenizer(run.out / "tokenizer.model")
     bos_id = tokenizer.bos_id if run.recipe.document_mask else None
     batches = Batches(run.out / "tokens", run.sources, run.seq_len, run.rows, run.seed, bos_id)
-    engine = create_engine(run)
+    engine = Engine(run)
     if run.steps is None:
         run = replace(run, steps=steps_in_time(run, engine, began))
         together(partial(write_json, run.out / "run.json", settings_of(run)))
