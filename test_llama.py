@@ -4084,6 +4084,39 @@ class TestRun:
             train.main(run_options(text, tmp_path, *more))
         assert files(tmp_path) == ["consolidated.00.pth"]
 
+    def test_one_process_writes_a_run(self, text, tmp_path):
+        """A second one is refused; a lock that a killed process leaves is none."""
+        words = ["killed", 9, 9, *run_options(text, tmp_path)]
+        command = [sys.executable, "-W", "ignore", __file__, "rank", *map(str, words)]
+        with train.sole_writer(tmp_path), pytest.raises(ValueError, match="another process trains"):
+            train.main(run_options(text, tmp_path))
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == -9, done.stderr
+        train.main(run_options(text, tmp_path))
+        assert len(losses(tmp_path)) == 30
+
+    def test_auto_is_what_is_measured_to_be_faster(self, text, tmp_path, monkeypatch):
+        rates = {torch.float32: 2, torch.bfloat16: 1}
+        monkeypatch.setattr(train, "matmul_flops", lambda device, dtype: rates[dtype])
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+        assert train.faster_dtype("cpu") == "fp32" == train.faster_dtype("mps")
+        args = train.parser().parse_args(["--size", "stories15m"])
+        run = train.resolve(args, "cpu", 1, 1)
+        assert train.fit(run).dtype == "fp32"
+        need = sum(train.rank_cost(replace(run, dtype="bf16"), 1, 0)[0].values())
+        monkeypatch.setattr(train, "memory_there", lambda device: need / 0.89)
+        assert train.fit(run).dtype == "bf16"  # fp32 would not fit
+        rates[torch.bfloat16] = 3
+        assert train.faster_dtype("cpu") == "bf16"
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+        assert train.faster_dtype("cpu") == "fp32"
+
+    def test_a_run_keeps_its_dtype(self, text, whole_run, tmp_path, monkeypatch):
+        options = run_options(text, begun(whole_run, tmp_path), "--dtype", "auto", "--steps", "2")
+        monkeypatch.setattr(train, "faster_dtype", lambda device: "bf16")
+        train.main(options)
+        assert json.loads((tmp_path / "run.json").read_text())["dtype"] == "fp32"
+
     def test_a_mistake_before_there_is_text_leaves_no_settings(self, text, tmp_path):
         with pytest.raises(ValueError, match="; try"):
             train.main([*run_options(text, tmp_path / "r"), "--vocab-size", "99999"])
@@ -4158,7 +4191,8 @@ def rank_runs(folder, *options):
         def go(name, *more):
             args = train.parser().parse_args([*options, "--out", str(folder / name), *more])
             try:
-                train.train_rank(args, "cpu", world, train.time.perf_counter())
+                with contextlib.ExitStack() as held:
+                    train.train_rank(args, "cpu", world, train.time.perf_counter(), held)
             except (OSError, SystemExit) as end:
                 return str(end)
 
@@ -4264,7 +4298,7 @@ class TestTraining:
         (n, command, states), = started
         assert n == 2 and states == tmp_path / "r" / "state" and "--fresh" not in command
         assert command[:2] == [sys.executable, train.__file__]
-        assert {"tokens", "tokenizer.model", "run.json"} == set(files(tmp_path / "r"))
+        assert files(tmp_path / "r") == ["lock", "run.json", "tokenizer.model", "tokens"]
         with pytest.raises(ValueError, match="no multiple of --tp 3"):
             train.main([*options, "--tp", "3", "--set", "n_kv_heads=3", "n_heads=3", "dim=36",
                         "hidden_dim=66", "--vocab-size", "399", "--seq-len", "63"])

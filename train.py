@@ -12,6 +12,7 @@ consolidated.00.pth and tokenizer.model (for generate.py), log.jsonl, loss.svg, 
 import argparse
 import bisect
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -316,18 +317,31 @@ def flops_per_token(config: LlamaConfig, seq_len: int, as_papers: bool = False) 
     return 6 * (config.n_params - table) + scores
 
 
+@functools.cache
 def matmul_flops(device: str, dtype: torch.dtype) -> float | None:
     """FLOP/s of large matrix products: measured on a CPU, a table's on a GPU, None if unknown."""
     if device != "cpu":
         card = torch.cuda.get_device_name() if device == "cuda" else device
         known = [flops for name, (_, _, flops) in GPUS.items() if name in card]
         return known[0] if known and dtype is torch.bfloat16 else None
-    a, times, end = torch.ones(1024, 1024, dtype=dtype), [], time.perf_counter() + 0.25
+    a, times, end = torch.ones(1024, 1024, dtype=dtype), [], time.perf_counter() + 0.15
     while time.perf_counter() < end:
         begin = time.perf_counter()
         a @ a
         times.append(time.perf_counter() - begin)
     return 2 * 1024**3 / min(times)
+
+
+def faster_dtype(device: str) -> str:
+    """What --dtype auto means: bf16 on GPUs that have it, and on processors that multiply faster
+    in it. Some with bf16 instructions do not: a Xeon without AMX takes twice as long as in fp32."""
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    known = torch.cpu.get_capabilities()
+    if device == "mps" or not any(map(known.get, ("avx512_bf16", "amx_bf16", "bf16"))):
+        return "fp32"
+    rates = {name: matmul_flops("cpu", DTYPES[name]) for name in ("fp32", "bf16")}
+    return max(rates, key=rates.get)
 
 
 def energy(gpu_hours: float, watts: float) -> tuple[float, float]:
@@ -456,11 +470,16 @@ def fit_micro_batch(run: "Run", there: float) -> tuple[int, dict, dict, bool]:
 def fit(run: "Run") -> "Run":
     """The run with a micro-batch that this machine holds, and whether freed memory may be kept,
     whose gaps take up to a third more. ValueError, before anything is allocated, if none fits."""
+    auto = run.dtype == "auto"
+    if auto:
+        run = replace(run, dtype=faster_dtype(run.device))
     there = memory_there(run.device)
     if run.device == "cpu":
         there //= run.local_size
     size, need, _, fits = fit_micro_batch(run, there)
     total = sum(need.values())
+    if not fits and auto and run.dtype == "fp32":
+        return fit(replace(run, dtype="bf16"))
     if not fits:
         parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in need.items())
         raise ValueError(f"{run.size} needs about {total / 1e9:.0f} GB a process to train ({parts})"
@@ -1206,9 +1225,8 @@ def resolve(args, device: str, size: int, local_size: int) -> Run:
     if seq_len > most:
         raise ValueError(f"--seq-len {seq_len} is over the context, {config.max_seq_len}, or the "
                          f"batch, {recipe.batch_tokens}; try --set max_seq_len=N")
-    if args.dtype == "auto":
-        planned = args.plan and args.gpu != "cpu"
-        settings["dtype"] = "bf16" if planned or has_bf16(device) else "fp32"
+    if args.dtype == "auto" and args.plan:
+        settings["dtype"] = faster_dtype(device) if args.gpu == "cpu" else "bf16"
     if args.compile and (args.tp or recipe.document_mask and device == "cpu"):
         raise ValueError("--compile cannot see through the exchanges of --tp, and on a CPU would "
                          "compile anew for every document; try --no-document-mask, or without it")
@@ -1225,13 +1243,6 @@ def resolve(args, device: str, size: int, local_size: int) -> Run:
                              "layout": layout, "device": device, "local_size": local_size})
 
 
-def has_bf16(device: str) -> bool:
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = torch.cpu.get_capabilities()
-    return device == "cpu" and any(map(known.get, ("avx512_bf16", "amx_bf16", "bf16")))
-
-
 def settings_of(run: Run) -> dict:
     """What run.json holds."""
     values = asdict(run)
@@ -1241,6 +1252,8 @@ def settings_of(run: Run) -> dict:
 
 def go_on(run: Run, old: dict) -> Run:
     """The run with what run.json kept; ValueError where a setting must be what it was."""
+    if run.dtype == "auto":
+        run = replace(run, dtype=old.get("dtype", "auto"))
     new = settings_of(run)
     for name in MUST_MATCH:
         if old.get(name, new[name]) != new[name]:  # a run may be of before a setting existed
@@ -1258,9 +1271,33 @@ def go_on(run: Run, old: dict) -> Run:
     return replace(run, **kept)
 
 
-def open_run(run: Run) -> Run:
-    """Makes the run's folder, or opens it: the run with what it kept, with its text prepared."""
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Locks a run's folder, as long as this process lives at most: the system unlocks it even when
+    the process is killed. ValueError if another process holds the lock."""
+    with open(folder / "lock", "a") as file:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process trains in {folder}; try --out with another folder, "
+                             "or wait until it ends") from None
+        yield
+
+
+def open_run(run: Run, held: contextlib.ExitStack) -> Run:
+    """Makes the run's folder, or opens it: the run with what it kept, with its text prepared. The
+    folder is locked until `held` is closed."""
     file, old = run.out / "run.json", {}
+    if not file.exists() and run.out.exists() and set(os.listdir(run.out)) - {"lock"}:
+        raise ValueError(f"{run.out} holds files that are no run's; try another --out")
+    run.out.mkdir(parents=True, exist_ok=True)
+    if "PARENT_PID" not in os.environ:  # else the parent has locked it
+        held.enter_context(sole_writer(run.out))
     if file.exists() and run.fresh:  # only of a run of ours is anything removed
         data_sources(run)  # a mistake there, or in memory, is said before
         fit(run)
@@ -1275,10 +1312,7 @@ def open_run(run: Run) -> Run:
         except ValueError:
             raise ValueError(f"{file} is damaged; try --fresh to start over, or another --out"
                              ) from None
-    elif run.out.exists() and any(run.out.iterdir()):
-        raise ValueError(f"{run.out} holds files that are no run's; try another --out")
     run = fit(go_on(run, old) if old.get("sources") else run)
-    run.out.mkdir(parents=True, exist_ok=True)
     write_json(file, settings_of(run))
     if not run.sources:
         run = replace(run, sources=prepare_data(run))
@@ -1562,7 +1596,7 @@ def parser() -> Parser:
     number(g, "--warmup", "steps; a tenth of the run at most")
     g.add_argument("--seed", type=int, default=0, metavar="N")
     g.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto",
-                   help="to compute in; weights stay fp32; auto: bf16 where the processor has it")
+                   help="to compute in; weights stay fp32; auto: the faster one here, as measured")
     g = p.add_argument_group("run")
     g.add_argument("--out", metavar="DIR", help="default: runs/SIZE")
     g.add_argument("--fresh", action="store_true", help="start over: a run in DIR is removed")
@@ -1588,10 +1622,10 @@ def parser() -> Parser:
     return p
 
 
-def train_rank(args, device: str, world: World, began: float) -> None:
-    """What one process does. began: when it did, by time.perf_counter."""
+def train_rank(args, device: str, world: World, began: float, held: contextlib.ExitStack) -> None:
+    """What one process does. began: when it did, by time.perf_counter. held: see open_run."""
     run = resolve(args, device, world.size, world.local_size)
-    run = together(partial(fit if args.bench else open_run, run))
+    run = together(partial(fit, run) if args.bench else partial(open_run, run, held))
     if run.roomy:
         keep_freed_memory()
     if args.bench:
@@ -1634,15 +1668,16 @@ def main(argv: list[str]) -> int | None:
     if device == "mps" and (is_rank or n > 1):
         device = "cpu"  # which many processes can share
     if n == 1:
-        with join(device, args.timeout) as world:
-            train_rank(args, device, world, began)
+        with join(device, args.timeout) as world, contextlib.ExitStack() as held:
+            train_rank(args, device, world, began, held)
         return None
-    # Mistakes are said, and the text is prepared, before there are ranks.
-    run = resolve(args, device, n, n)
-    if not args.bench:
-        open_run(run)
-    rest = [word for word in argv if word != "--fresh"]
-    return start(n, [sys.executable, __file__, *rest], run.out / "state")
+    with contextlib.ExitStack() as held:
+        # Mistakes are said, and the text is prepared, before there are ranks.
+        run = resolve(args, device, n, n)
+        if not args.bench:
+            open_run(run, held)
+        rest = [word for word in argv if word != "--fresh"]
+        return start(n, [sys.executable, __file__, *rest], run.out / "state")
 
 
 if __name__ == "__main__":
