@@ -2261,7 +2261,7 @@ class TestSentencePiece:
             assert ours.encode(text) == theirs.encode(text)
             assert ours.decode(ours.encode(text)) == text
             assert (ours.encode("国") == theirs.encode("国") == [262]) is not prefix
-            with pytest.raises(ValueError, match="scores are equal.*; try"):
+            with pytest.raises(ValueError, match="are equal.*; try"):
                 tokenizer.huggingface_files(ours)
         ours = tokenizer.SentencePiece(tokenizer.write_model(pieces[:-5], True))
         with pytest.raises(ValueError, match="types; try"):
@@ -2591,8 +2591,10 @@ class TestHuggingfaceFiles:
         for kind in ("legacy", "first", "smollm", "gpt-2", "llama-bpe"))])
     def test_transformers_reads_the_same_ids(self, make, tmp_path):
         from transformers import AutoTokenizer
-        ours = make()
-        ours.configure({"chat_template": "{{ 3 }}", "eos_token": [*ours.special][-1]})
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+            {"chat_template": "{{ 3 }}", "eos_token": [*make().special][-1]}))
+        make().save(tmp_path / "t")
+        ours = tokenizer.load_tokenizer(tmp_path / "t")
         for name, data in tokenizer.huggingface_files(ours).items():
             (tmp_path / name).write_bytes(data)
         (tmp_path / "config.json").write_text('{"model_type": "llama"}')
@@ -2630,19 +2632,17 @@ class TestStreamDecoder:
 
 class TestCut:
     @pytest.mark.parametrize("text, lengths", [
-        ("", []), ("a\n\n" * 21845 + "b", [65536]), ("é" * 32768 + "a", [65536, 1]),
-        ("x" + "é" * 40000, [65535, 14466]), ("w" * 200000, [65536] * 3 + [3392]),
-        (("y" * 99 + "\n\n") * 2000, [16463] * 12 + [4444]),  # at blank lines
+        ("", []), ("a\n\n" * 21845 + "b", [65536]), ("é" * 65537, [65536, 1]),
+        ("w" * 200000, [65536] * 3 + [3392]),
+        (("é" * 99 + "\n\n") * 2000, [16463] * 12 + [4444]),  # at blank lines
         (("y" * 99 + "\r\n\r\n") * 2000, [16480] * 12 + [8240]),
         (("y" * 30000 + "\n\n\n\n") * 10, [30004] * 10),
         (("z" * 99 + "\n") * 2000, [16400] * 12 + [3200]),  # at line ends, where there are none
         ("v" * 60000 + "\n" + "v" * 5000 + "\n\n" + "v" * 9000, [65003, 9000]),
         ("v" * 60000 + "\n" + "v" * 9000 + "\n\n" + "v" * 60000, [60001, 65536, 3466])])
-    def test_where_whatever_the_chunks(self, text, lengths):
-        data = text.encode()
-        for step in (999, 1 << 16, 1 << 17):
-            pieces = list(tokenizer.cut(data[i:i + step] for i in range(0, len(data), step)))
-            assert "".join(pieces) == text and [len(p.encode()) for p in pieces] == lengths
+    def test_where(self, text, lengths):
+        pieces = list(tokenizer.cut(io.StringIO(text, newline="")))
+        assert "".join(pieces) == text and list(map(len, pieces)) == lengths
 
 
 class TestDocuments:

@@ -1435,7 +1435,7 @@ def prepare_run(run: Run, fresh: bool, local_size: int) -> tuple[Run, bool, Toke
         for name in ("state", "tokens"):
             shutil.rmtree(run.out / name, ignore_errors=True)
         for name in ("run.json", "log.jsonl", "loss.svg", "params.json", "consolidated.00.pth",
-                     "tokenizer.model"):
+                     "tokenizer.model", "tokenizer_config.json"):
             (run.out / name).unlink(missing_ok=True)
     run, roomy = fit(as_remembered(run), local_size)
     run.out.mkdir(parents=True, exist_ok=True)
