@@ -341,25 +341,12 @@ class SentencePiece(Tokenizer):
         return self.bare.decode([*self.bare.encode("a"), token])[1:].encode()
 
 
-def even_sample(texts: Iterable[str], bound: int) -> list[str]:
-    """Every n-th text, where n doubles whenever the kept ones exceed `bound` characters."""
-    kept, size, stride = [], 0, 1
-    for i, text in enumerate(texts):
-        if i % stride == 0:
-            kept.append(text)
-            size += len(text)
-        if size > bound:
-            kept, stride = kept[::2], 2 * stride
-            size = sum(map(len, kept))
-    return kept
-
-
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, sample: int = 1 << 24
-                        ) -> SentencePiece:
-    """LLaMA's tokenizer, with the flags in LLaMA's own file, from pieces of text (`sample` of their
-    characters at most). The same texts give the same bytes."""
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, size: int = 0) -> SentencePiece:
+    """LLaMA's tokenizer, with the flags in LLaMA's own file, from pieces of text. If they have over
+    16 MiB (`size` in all), every n-th is read. The same texts give the same bytes."""
+    sample = itertools.islice(texts, 0, None, 1 + (size >> 24))
     # Lines over 4,192 bytes would be dropped. A newline is in none, so it stays byte <0x0A>.
-    lines = "\n".join(even_sample(texts, sample)).split("\n")
+    lines = "\n".join(sample).split("\n")
     parts = (line[i:i + 1000] for line in lines for i in range(0, len(line), 1000))
     model = io.BytesIO()
     try:
@@ -549,16 +536,14 @@ def expect_one_of(what: str, value, *allowed):
     return value
 
 
-# What follows the ranks, up to 256 special tokens; each - is a reserved one.
-LLAMA3_SPECIAL = {
-    "3.0": "begin_of_text end_of_text - - - - start_header_id end_header_id - eot_id",
-    "3.1": "begin_of_text end_of_text - - finetune_right_pad_id step_id start_header_id "
-           "end_header_id eom_id eot_id python_tag image"}
+# What follows the ranks; each - is a reserved one. Llama 3.0 has the same, with more reserved ones.
+LLAMA3_SPECIAL = ("begin_of_text end_of_text - - finetune_right_pad_id step_id start_header_id "
+                  "end_header_id eom_id eot_id python_tag image" + " -" * 244)
 
 
-def read_ranks(data: bytes, release: str = "3.1", config: dict | None = None) -> BytePair:
+def read_ranks(data: bytes, config: dict | None = None) -> BytePair:
     """Llama 3's tokenizer.model, a tiktoken file: lines "base64 rank", the ranks in order from 0.
-    256 special tokens follow, those of Llama `release`."""
+    256 special tokens follow."""
     names, reserved = {}, itertools.count()
     for rank, line in enumerate(data.splitlines()):
         text, _, number = line.partition(b" ")
@@ -569,8 +554,7 @@ def read_ranks(data: bytes, release: str = "3.1", config: dict | None = None) ->
         if len(names) == rank:
             raise ValueError(f"line {rank + 1} is no new token with rank {rank}; try another copy")
     types = [NORMAL] * len(names) + [CONTROL] * 256
-    words = LLAMA3_SPECIAL[expect_one_of("Llama", release, *LLAMA3_SPECIAL)] + " -" * 256
-    for word in words.split()[:256]:
+    for word in LLAMA3_SPECIAL.split():
         if word == "-":
             word = f"reserved_special_token_{next(reserved)}"
         names[f"<|{word}|>"] = None
@@ -606,13 +590,13 @@ def character_level(pieces: list[tuple[str, float, int]], front: str, own: dict,
     return SentencePiece(model, config, front, found, own, file)
 
 
-def read_merges(merges: list, normal: Container[str]) -> dict[tuple[str, str], int]:
+def read_merges(merges: list, names: list[str], types: list[int]) -> dict[tuple[str, str], int]:
     """The rank of each pair in ["a b", ...] or [["a", "b"], ...], all of normal tokens."""
-    ranks = {}
+    type_of, ranks = dict(zip(names, types)), {}
     for rank, pair in enumerate(merges):
         left, right = pair.split(" ") if isinstance(pair, str) else pair
         for token in (left, right, left + right):
-            if token not in normal:
+            if type_of.get(token) != NORMAL:
                 raise ValueError(f"merge {rank} is not of tokens; try another copy")
         ranks[left, right] = rank
     return ranks
@@ -653,7 +637,7 @@ def tokenizer_from_gguf(fields: dict) -> Tokenizer:
         whole = GGUF_SPLITS[pre] == (LLAMA3,)
         config["add_bos_token"] = field.get("add_bos_token", model == "llama" or whole)
         if model == "gpt2":
-            merges = read_merges(field["merges"], normal_tokens(names, types))
+            merges = read_merges(field["merges"], names, types)
             return BytePair(names, types, merges, GGUF_SPLITS[pre], whole, {}, config)
         spaced = expect_one_of("add_space_prefix", field.get("add_space_prefix", True), True, False)
         pieces = list(zip(names, field["scores"], types, strict=True))
@@ -725,16 +709,10 @@ def read_vocabulary(vocab: dict, added: list[dict]) -> tuple[list[str], list[int
     return names, [kinds.get(name, NORMAL) for name in names]
 
 
-def normal_tokens(names: list[str], types: list[int]) -> dict[str, None]:
-    return dict.fromkeys(itertools.compress(names, map(NORMAL.__eq__, types)))
-
-
-def read_scores(merges: list, normal: Iterable[str]) -> dict[str, float]:
+def merge_scores(ranks: dict[tuple[str, str], int], normal: Iterable[str]) -> dict[str, float]:
     """Scores of the normal tokens that do what merges do: the earlier a token's first merge, the
     higher; runs of spaces may have one score. ValueError where none do the same."""
-    scores = dict.fromkeys(normal, -len(merges))
-    ranks = read_merges(merges, scores)
-    pairs = sorted(ranks, key=ranks.get)
+    scores, pairs = dict.fromkeys(normal, -len(ranks)), sorted(ranks, key=ranks.get)
     for left, right in reversed(pairs):
         scores[left + right] = -ranks[left, right]
     runs = [name for name in scores if len(name) > 1 and not name.strip("▁")]
@@ -768,8 +746,7 @@ def tokenizer_from_json(data: bytes, config: dict | None = None) -> Tokenizer:
         expect_one_of("normalizer, pre_tokenizer, decoder", steps)
     names, types = read_vocabulary(model["vocab"], added)
     if over_bytes:
-        merges = read_merges(model["merges"], normal_tokens(names, types))
-        whole = bool(model.get("ignore_merges"))
+        merges, whole = read_merges(model["merges"], names, types), bool(model.get("ignore_merges"))
         tokenizer = BytePair(names, types, merges, kind, whole, own, config, data)
         if tokenizer.missing:
             expect_one_of("unk_token", model.get("unk_token"), None)
@@ -782,7 +759,8 @@ def tokenizer_from_json(data: bytes, config: dict | None = None) -> Tokenizer:
             types[i] = UNKNOWN
         elif re.fullmatch("<0x[0-9A-F]{2}>", name):
             types[i] = BYTE
-    scores = read_scores(model["merges"], normal_tokens(names, types))
+    normal = itertools.compress(names, map(NORMAL.__eq__, types))
+    scores = merge_scores(read_merges(model["merges"], names, types), normal)
     pieces = [(name, scores.get(name, 0), kind) for name, kind in zip(names, types)]
     return character_level(pieces, "never" if kind == "replace" else kind, own, config, data)
 
@@ -815,7 +793,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes:
     if tokenizer.file and tokenizer.file.lstrip()[:1] == b"{":
         file = read_json(tokenizer.file)
     else:
-        for name, i in sorted(tokenizer.special.items(), key=lambda item: item[1]):
+        for name, i in tokenizer.special.items():
             added.append({"id": i, "content": name, "single_word": False, "lstrip": False,
                           "rstrip": False, "normalized": False,
                           "special": name not in tokenizer.found_always})
@@ -846,11 +824,10 @@ def huggingface_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     return {"tokenizer.json": data, "tokenizer_config.json": json.dumps(config).encode()}
 
 
-def load_tokenizer(path: str | Path, release: str = "3.1") -> Tokenizer:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a file: a SentencePiece .model, Llama 3's ranks, Hugging Face's
     tokenizer.json or llama2.c's .bin, told apart by content, never by name. What
-    tokenizer_config.json and chat_template.jinja beside it say counts. `release`: the Llama whose
-    special tokens follow the ranks."""
+    tokenizer_config.json and chat_template.jinja beside it say counts."""
     with open(path, "rb") as file:
         data = file.read(MAX_FILE)
     config, beside = {}, Path(path).with_name("tokenizer_config.json")
@@ -863,7 +840,7 @@ def load_tokenizer(path: str | Path, release: str = "3.1") -> Tokenizer:
             config["chat_template"] = beside.read_bytes().decode()
     with one_line_errors(path):
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
-            return read_ranks(data, release, config)
+            return read_ranks(data, config)
         if re.match(rb'\s*\{\s*"', data):
             return tokenizer_from_json(data, config)
         if data[12:17] == b"<unk>":
@@ -1139,8 +1116,9 @@ def main(arguments: list[str]) -> None:
         if os.path.exists(args.out) and not args.force:
             raise ValueError(f"{args.out} exists; try --force or another --out")
         reader = functools.partial(documents, args.data) if args.data else standard_library
-        texts = training_text(reader, survey(reader).chosen)
-        train_sentencepiece(texts, args.vocab_size).save(args.out)
+        found = survey(reader)
+        texts = training_text(reader, found.chosen)
+        train_sentencepiece(texts, args.vocab_size, found.size).save(args.out)
         args.tokenizer = args.out
     tokenizer = load_tokenizer(args.tokenizer)
     if args.command in ("train", "info"):

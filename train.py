@@ -210,7 +210,8 @@ def prepare_data(run: "Run") -> tuple[Tokenizer, list[dict]]:
         print_rank0(f"training a tokenizer of {run.config.vocab_size} tokens")
         texts = [training_text(source.read, found.chosen)
                  for source, found in zip(sources, surveys)]
-        tokenizer = train_sentencepiece(itertools.chain(*texts), run.config.vocab_size)
+        size = sum(found.size for found in surveys)
+        tokenizer = train_sentencepiece(itertools.chain(*texts), run.config.vocab_size, size)
     facts = []
     for number, (source, found) in enumerate(zip(sources, surveys)):
         print_rank0(f"cutting {source.path} into tokens")
