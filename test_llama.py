@@ -2268,6 +2268,16 @@ class TestSentencePiece:
             tokenizer.huggingface_files(ours)
 
 
+    @pytest.mark.parametrize("front, parts", [
+        ("prepend", [" a", " b", "  c"]), ("always", [" a", " b", " c"]),
+        ("first", [" a", "b", " c"]), ("never", ["a", "b", " c"])])
+    def test_space_in_front(self, front, parts):
+        ours = tokenizer.SentencePiece(trained().data, front=front)
+        ids = ours.encode("a<s>b<s> c", allowed_special=["<s>"])
+        shown = b"".join(ours.token_bytes(i) if i != 1 else b"|" for i in ids)
+        assert shown.decode().split("|") == parts
+
+
 class TestTrainSentencePiece:
     def test_layout_of_llama_and_an_even_sample(self):
         pieces = [trained().processor.id_to_piece(i) for i in range(420)]
@@ -2436,6 +2446,17 @@ def check_lies(read, tree):
     return said
 
 
+def check_saved(ours, folder):
+    """What is loaded from a saved file does the same, whatever the file's name."""
+    folder.mkdir()
+    ours.save(folder / "tokenizer.model")
+    again = tokenizer.load_tokenizer(folder / "tokenizer.model")
+    for name in "special bos_id eos_id stop_ids adds_bos chat_template found_always".split():
+        assert getattr(again, name) == getattr(ours, name), name
+    assert [*map(again.encode, FIXED)] == [*map(ours.encode, FIXED)]
+    return again
+
+
 class TestHuggingFace:
     load = TestLoadTokenizer.load
 
@@ -2478,13 +2499,7 @@ class TestHuggingFace:
         assert told.bos_id == max(added.values()) and told.eos_id == min(added.values())
         (tmp_path / "chat_template.jinja").write_text("{% if é %}", "utf-8")
         assert self.load(tmp_path, theirs.to_str().encode()).chat_template == "{% if é %}"
-        (tmp_path / "x").mkdir()
-        told.save(tmp_path / "x" / "file")
-        again = tokenizer.load_tokenizer(tmp_path / "x" / "file")
-        for name in ("special", "bos_id", "stop_ids", "adds_bos", "chat_template", "eos_id",
-                     "found_always", "data"):
-            assert getattr(again, name) == getattr(told, name), name
-        assert [*map(again.encode, FIXED)] == [*map(ours.encode, FIXED)]
+        assert check_saved(told, tmp_path / "x").data == told.data
         written = tokenizer.huggingface_files(ours)["tokenizer.json"]
         written = type(theirs).from_str(written.decode())
         self.equal(ours, written, lambda check: [*map(check, FIXED)])
@@ -2541,7 +2556,7 @@ class TestHuggingFace:
 
 class TestFromGGUF:
     @pytest.mark.parametrize("kind, front", [("legacy", True), ("replace", False)])
-    def test_llama(self, kind, front):
+    def test_llama(self, kind, front, tmp_path):
         theirs = hugging_face(kind)
         scores = [trained().processor.get_score(i) for i in range(420)] + [0.0] * 3
         fields = of_gguf(theirs, model="llama", scores=scores, add_space_prefix=front,
@@ -2549,9 +2564,13 @@ class TestFromGGUF:
         fields["tokenizer.ggml.token_type"][0] = 2
         ours = tokenizer.tokenizer_from_gguf(fields)
         TestHuggingFace().equal(ours, theirs)
+        assert check_saved(ours, tmp_path / "x").front == ours.front
         assert ours.adds_bos and (ours.bos_id, ours.stop_ids) == (1, {2, 420})
         with pytest.raises(ValueError, match="no token has id -1; try"):
             tokenizer.tokenizer_from_gguf(fields | {"tokenizer.ggml.bos_token_id": -1})
+        fields["tokenizer.ggml.token_type"][422] = 3  # no token of all texts: a .model says it all
+        model = tokenizer.tokenizer_from_gguf(fields)
+        assert check_saved(model, tmp_path / "y").data == model.data and model.data[:1] == b"\n"
         used = next(i for i in ours.encode(NOVEL) if len(ours.token_bytes(i)) > 2)
         fields["tokenizer.ggml.token_type"][used] = 5  # unused
         assert used not in tokenizer.tokenizer_from_gguf(fields).encode(NOVEL)
@@ -2562,7 +2581,7 @@ class TestFromGGUF:
 
     @pytest.mark.parametrize("pre, kind", [
         ("llama-bpe", "llama-bpe"), ("smollm", "smollm"), ("gpt-2", "gpt-2"), ("default", "gpt-2")])
-    def test_gpt2(self, pre, kind):
+    def test_gpt2(self, pre, kind, tmp_path):
         theirs = hugging_face(kind)
         if pre == "default":
             theirs.pre_tokenizer = unnamed_split()
@@ -2572,6 +2591,7 @@ class TestFromGGUF:
         fields["tokenizer.chat_template"] = "{{ 2 }}"
         ours = tokenizer.tokenizer_from_gguf(fields)
         TestHuggingFace().equal(ours, theirs)
+        check_saved(ours, tmp_path / "x")
         assert ours.adds_bos is (kind == "llama-bpe") and ours.chat_template == "{{ 2 }}"
         assert (ours.bos_id, ours.eos_id) == (bos, eos) and {eos, eot} <= ours.stop_ids
         fields["tokenizer.ggml.add_bos_token"] = False
