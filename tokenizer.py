@@ -222,11 +222,12 @@ class Tokenizer:
 
     @property
     def data(self) -> bytes:
+        """The bytes of a file that gives this tokenizer again, with the settings of files()."""
         return self.file or tokenizer_json(self)
 
     def files(self, name: str) -> dict[str, bytes]:
-        """What is saved, by file name: under `name` a file with the tokens, and beside it what a
-        tokenizer_config.json told of them, or a GGUF file."""
+        """What is saved, by file name: `data`, and a tokenizer_config.json if there are settings
+        (of the one beside the file that was read, or of a GGUF file) that `data` does not hold."""
         files = {name: self.data}
         if self.config:
             files["tokenizer_config.json"] = json.dumps(self.config, indent=1).encode()
@@ -830,14 +831,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer_config.json and chat_template.jinja beside it say counts."""
     with open(path, "rb") as file:
         data = file.read(MAX_FILE)
-    config, beside = {}, Path(path).with_name("tokenizer_config.json")
-    with one_line_errors(beside):
-        if beside.is_file():
-            config = read_json(beside.read_bytes())
-    beside = beside.with_name("chat_template.jinja")
-    with one_line_errors(beside):
-        if beside.is_file():
-            config["chat_template"] = beside.read_bytes().decode()
+    config = {}
+    for beside in map(Path(path).with_name, ("tokenizer_config.json", "chat_template.jinja")):
+        with one_line_errors(beside):
+            if beside.is_file() and beside.suffix == ".json":
+                config |= read_json(beside.read_bytes())
+            elif beside.is_file():
+                config["chat_template"] = beside.read_bytes().decode()
     with one_line_errors(path):
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
             return read_ranks(data, config)
