@@ -712,7 +712,8 @@ def read_vocabulary(vocab: dict, added: list[dict]) -> tuple[list[str], list[int
 
 def merge_scores(ranks: dict[tuple[str, str], int], normal: Iterable[str]) -> dict[str, float]:
     """Scores of the normal tokens that do what merges do: the earlier a token's first merge, the
-    higher; runs of spaces may have one score. ValueError where none do the same."""
+    higher. Runs of spaces may share one score, as Llama 2's do. ValueError where none do the same.
+    """
     scores, pairs = dict.fromkeys(normal, -len(ranks)), sorted(ranks, key=ranks.get)
     for left, right in reversed(pairs):
         scores[left + right] = -ranks[left, right]
@@ -999,8 +1000,8 @@ def survey(reader: Reader) -> Survey:
             held += number % 20 == 0
     if low >= high or pieces == held:
         first = f", the first as {skipped[0]}" if skipped else ""
-        raise ValueError(f"too little text ({size:,} bytes in {pieces} pieces) to hold out a part; "
-                         f"{len(skipped)} files were skipped{first}; try over 64 KiB, or files")
+        raise ValueError(f"too little text ({size:,} bytes in {pieces} pieces; {len(skipped)} files "
+                         f"were skipped{first}) to hold out a part; try over 64 KiB or more files")
     return Survey(size, count, None if held else low, skipped)
 
 
