@@ -537,7 +537,7 @@ def expect_one_of(what: str, value, *allowed):
     return value
 
 
-# What follows the ranks; each - is a reserved one. Llama 3.0 has the same, with more reserved ones.
+# What follows the ranks; each - is a reserved one. Llama 3.0 has some of these names only.
 LLAMA3_SPECIAL = ("begin_of_text end_of_text - - finetune_right_pad_id step_id start_header_id "
                   "end_header_id eom_id eot_id python_tag image" + " -" * 244)
 
@@ -1001,7 +1001,7 @@ def survey(reader: Reader) -> Survey:
     if low >= high or pieces == held:
         first = f", the first as {skipped[0]}" if skipped else ""
         raise ValueError(f"too little text ({size:,} bytes in {pieces} pieces; {len(skipped)} files "
-                         f"were skipped{first}) to hold out a part; try over 64 KiB or more files")
+                         f"skipped{first}) to hold out a part; try over 64 KiB or more files")
     return Survey(size, count, None if held else low, skipped)
 
 
