@@ -1000,8 +1000,8 @@ def survey(reader: Reader) -> Survey:
             held += number % 20 == 0
     if low >= high or pieces == held:
         first = f", the first as {skipped[0]}" if skipped else ""
-        raise ValueError(f"too little text ({size:,} bytes in {pieces} pieces; {len(skipped)} files "
-                         f"skipped{first}) to hold out a part; try over 64 KiB or more files")
+        raise ValueError(f"too little text to hold out a part ({size:,} bytes in {pieces} pieces; "
+                         f"{len(skipped)} files skipped{first}); try over 64 KiB or more files")
     return Survey(size, count, None if held else low, skipped)
 
 
