@@ -1360,7 +1360,7 @@ def export_all(checkpoint: Path, format: str, out: str, given: str | None) -> No
         files = {**huggingface_files(tokenizer), "generation_config.json": ends}
     else:
         is_json = tokenizer.data.startswith(b"{")
-        files = {"tokenizer.json" if is_json else "tokenizer.model": tokenizer.data}
+        files = tokenizer.files("tokenizer.json" if is_json else "tokenizer.model")
     for name, data in files.items():
         path = folder / name
         if path.exists() and path.read_bytes() != data:

@@ -30,45 +30,14 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import sentencepiece
 
-MAX_FILE = 1 << 26       # bytes read of a tokenizer or of a .jsonl line; Llama 3's file has 9 MB
-MAX_TOKEN = 1000         # characters; the pairs that make a longer token take too long to list
-CACHED, CACHED_LENGTH = 1 << 16, 64  # pretokens whose ids are kept, and their longest: 10 MB
-MAX_DOCUMENT = 1 << 16   # bytes; a longer one is cut, so that a part of it can be held out
-PIECE_BYTES = 1 << 14    # at which a long document is cut, at the next blank line
-WORKER_BYTES = 1 << 24   # of text a process; for less, its start takes longer than its work
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # as SentencePiece and GGUF
-MARKED = UNKNOWN, CONTROL, USER_DEFINED  # types of the tokens that no merge makes
-SPECIAL = {  # what follows Llama 3's ranks, up to 256; each - is a reserved one
-    "3.0": "begin_of_text end_of_text - - - - start_header_id end_header_id - eot_id",
-    "3.1": "begin_of_text end_of_text - - finetune_right_pad_id step_id start_header_id "
-           "end_header_id eom_id eot_id python_tag image"}
-BEGINS = "<|begin_of_text|>", "<s>", "<|endoftext|>", "<|im_start|>"  # used where no file says so
-ENDS = "<|end_of_text|>", "</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>"
-CONFIG = "bos_token", "eos_token", "eot_token", "add_bos_token", "chat_template"
-# How a text is split into pretokens, as the files of Llama 3, GPT-2, SmolLM2 and llama.cpp say it.
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGIT = r"\p{N}"
-UNNAMED = r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"
-GGUF_SPLITS = {"llama-bpe": (LLAMA3,), "llama3": (LLAMA3,), "llama-v3": (LLAMA3,),
-               "smollm": (DIGIT, GPT2), "gpt-2": (GPT2,), "default": UNNAMED}
-# GPT-2 writes a printable byte as its own character, the others as U+0100 and on, in order.
-OTHERS = [*range(33), *range(127, 161), 173]
-GPT2_CHARACTERS = dict(zip(OTHERS, itertools.count(256)))
-GPT2_BYTES = dict.fromkeys(OTHERS, 256) | dict(zip(itertools.count(256), OTHERS))
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True,
-              "trim_offsets": False}  # of a tokenizer.json
-FRONTS = "prepend", "always", "first", "never", "replace"  # where SentencePiece puts a space
-LINES = re.compile(rb"\n(?:\r?\n)+"), re.compile(rb"\n")  # where to cut: blank lines, then ends
-LEFT_OUT = re.compile(r"(site|dist)-packages|tests?|idlelib|lib2to3|tkinter|turtledemo|ensurepip|"
-                      r"topics\.py|config-.*|_sysconfigdata.*|\..*")
-Reader = Callable[[list[str]], Iterator[Iterable[str]]]  # documents, each in pieces; notes skips
+MAX_FILE = 1 << 26  # bytes read of a tokenizer or of a .jsonl line; Llama 3's file has 9 MB
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens in a .model
+Reader = Callable[[list[str]], Iterator[Iterable[str]]]  # documents in pieces; notes skipped files
 
 
 # ---------------------------------------------------------------------------------------------
@@ -178,37 +147,50 @@ def cores() -> int:
 
 
 class Tokenizer:
-    """A vocabulary. Each kind has ordinary(text, begins) -> ids, without special tokens and with a
-    space in front if the text begins; decode(ids) -> text; token_bytes(id), what it adds to a text,
-    b"" for special tokens; data, a file's bytes; vocab_size; special (name -> id); bos_id, eos_id;
-    stop_ids (any of them ends a text); adds_bos (prompts begin with BOS); chat_template (Jinja's
-    source or None, never run here). A wrong id or half a surrogate pair is a ValueError."""
+    """A vocabulary and how texts become its ids. A wrong id or half a surrogate pair is a
+    ValueError. Both kinds below have
+
+        vocab_size, names         names[id] is a token's text as its file has it
+        special                   name -> id of the tokens that stand for no text, like <s>
+        found_always              those that are found in every text, asked for or not
+        bos_id, eos_id, stop_ids  any of stop_ids ends a text; eos_id is one of them
+        adds_bos                  whether a prompt begins with BOS
+        chat_template             Jinja's source or None; never run here
+        ordinary(text, begins)    ids without special tokens; a text that begins may get a space
+        decode(ids)               the text
+        token_bytes(id)           what it adds to a text; b"" for special tokens
+        file                      the bytes that it was read from, if a file has them
+    """
 
     every_part = True  # a part behind a special token begins, as the whole text does
-    found_always, config = (), {}  # names that every text is searched for
+    found_always = ()
 
-    def configure(self, config: dict) -> None:
-        """Take what a tokenizer_config.json says: bos_token, eos_token (names, or objects with
-        one), add_bos_token, chat_template. Where none says it, the family's names count."""
-        merged = self.config | {key: value for key, value in config.items() if value is not None}
-        self.config = {key: merged[key] for key in CONFIG if key in merged}
-        for key, value in self.config.items():
-            if isinstance(value, dict):
-                self.config[key] = value["content"]
-            elif isinstance(value, list):  # of templates
-                named = {template["name"]: template["template"] for template in value}
-                self.config[key] = named.get("default")
-        self.bos_id = self.special_id("bos_token", BEGINS)
-        self.eos_id = self.special_id("eos_token", ENDS)
-        ends = set(map(self.special.get, (*ENDS, self.config.get("eot_token"))))
-        self.stop_ids = frozenset(ends - {None} | {self.eos_id})
-        self.adds_bos = self.config.get("add_bos_token", True)
-        self.chat_template = self.config.get("chat_template")
+    def configure(self, own: dict, config: dict | None) -> None:
+        """Take the settings: those in the tokenizer's `own` file, and over them those of a
+        tokenizer_config.json. Where neither names BOS or EOS, the usual names count."""
+        self.config = {}
+        for key in ("bos_token", "eos_token", "eot_token", "add_bos_token", "chat_template"):
+            value = (config or {}).get(key)
+            if isinstance(value, dict):  # a token with its properties
+                value = value["content"]
+            elif isinstance(value, list):  # chat templates by name
+                value = {each["name"]: each["template"] for each in value}.get("default")
+            if value is not None:
+                self.config[key] = value
+        settings = own | self.config
+        ends = "<|end_of_text|>", "</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>"
+        self.bos_id = self.special_id("bos_token", settings, (
+            "<|begin_of_text|>", "<s>", "<|endoftext|>", "<|im_start|>"))
+        self.eos_id = self.special_id("eos_token", settings, ends)
+        stops = map(self.special.get, (*ends, settings.get("eot_token")))
+        self.stop_ids = frozenset({self.eos_id, *stops} - {None})
+        self.adds_bos = settings.get("add_bos_token", True)
+        self.chat_template = settings.get("chat_template")
         if not isinstance(self.chat_template, str | None) or not isinstance(self.adds_bos, bool):
             raise ValueError("add_bos_token or chat_template is of a wrong type; try another copy")
 
-    def special_id(self, key: str, usual: tuple[str, ...]) -> int:
-        for name in [self.config[key]] if key in self.config else usual:
+    def special_id(self, key: str, settings: dict, usual: tuple[str, ...]) -> int:
+        for name in usual if settings.get(key) is None else [settings[key]]:
             if name in self.special:
                 return self.special[name]
         raise ValueError(f"{key} {name} is no special token; try a tokenizer_config.json")
@@ -238,8 +220,22 @@ class Tokenizer:
                 raise ValueError(f"no token has id {i}; try ids from 0 to {self.vocab_size - 1}")
         return ids
 
+    @property
+    def data(self) -> bytes:
+        """The bytes of a file that gives this tokenizer again, with the settings of files()."""
+        return self.file or tokenizer_json(self)
+
+    def files(self, name: str) -> dict[str, bytes]:
+        """What is saved, by file name: `data`, and a tokenizer_config.json if there are settings
+        (of the one beside the file that was read, or of a GGUF file) that `data` does not hold."""
+        files = {name: self.data}
+        if self.config:
+            files["tokenizer_config.json"] = json.dumps(self.config, indent=1).encode()
+        return files
+
     def save(self, path: str | Path) -> None:
-        write_aside(path, lambda file: file.write(self.data))
+        for name, data in self.files(Path(path).name).items():
+            write_aside(Path(path).with_name(name), lambda file, data=data: file.write(data))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -282,33 +278,39 @@ def write_model(pieces: Iterable[tuple[str, float, int]], prefix: bool) -> bytes
 
 
 class SentencePiece(Tokenizer):
-    """BPE over characters that falls back to bytes, from a `.model` file's bytes. A damaged model,
-    or one that loses text (LLaMA's loses none), is a ValueError.
+    """BPE over characters that falls back to bytes, by SentencePiece's library. `model` is what a
+    .model file holds; one that is cut off or loses text (LLaMA's loses none) is a ValueError.
 
-    front says where a space is put in front, so that a text's first word is the word found
-    elsewhere: "prepend" to every part between special tokens, "always" to every part that has none
-    there, "first" to the text alone if it has none, "never". What a .model has no field for is JSON
-    in front of it, in field 200, which other readers skip.
+    front: where a space is put in front, so that a text's first word is the word found elsewhere.
+    With the special token <s>, the parts of "a<s>b<s> c" are encoded as
+
+        "prepend"   " a"   " b"   "  c"     what a .model with add_dummy_prefix means
+        "always"    " a"   " b"   " c"      where there is none
+        "first"     " a"   "b"    " c"      the same, at the beginning of the text alone
+        "never"     "a"    "b"    " c"
+
+    found: names of the tokens for found_always. A .model alone has none: its library finds its
+    user-defined pieces as ordinary text, without a space behind them.
     """
 
-    def __init__(self, data: bytes):
-        self.settings, self.model, load = {}, data, sentencepiece.SentencePieceProcessor
-        if found := re.match(rb"\xc2\x0c[\x80-\xff]*[\0-\x7f](\{[^\n]*\})(?=\n)", data):
-            self.settings, self.model = read_json(found[1]), data[found.end():]
-        no_prefix = protobuf_field(3, protobuf_field(3, 0))  # at the end, it overrides
+    def __init__(self, model: bytes, config: dict | None = None, front: str | None = None,
+                 found: Iterable[str] = (), own: dict | None = None, file: bytes | None = None):
+        load, no_prefix = sentencepiece.SentencePieceProcessor, protobuf_field(3, 0)
         try:
-            self.processor = load(model_proto=self.model)
-            self.bare = load(model_proto=self.model + no_prefix)
+            self.processor = load(model_proto=model)
+            # Of a field that stands twice, the last one counts.
+            self.bare = load(model_proto=model + protobuf_field(3, no_prefix))
         except RuntimeError as error:
             raise ValueError(f"damaged SentencePiece model ({error}); try another copy") from None
         # A file cut off between two pieces is still valid protobuf, but has lost its settings.
         probe = "  a \0 1\n\U0010fffd "
         if self.processor.decode(self.processor.encode(probe)) != probe:
             raise ValueError("this SentencePiece model is cut off, or loses text; try LLaMA's kind")
-        prefix = self.processor.encode("a") != self.bare.encode("a")
-        self.front = self.settings.get("front", "prepend" if prefix else "never")
-        expect_one_of("front", self.front, *FRONTS)
-        self.every_part, self.found_always = self.front != "first", self.settings.get("found", ())
+        if front is None:
+            prefix = self.processor.encode("a") != self.bare.encode("a")
+            front = "prepend" if prefix else "never"
+        self.file = model if file is None else file
+        self.front, self.every_part, self.found_always = front, front != "first", list(found)
         self.vocab_size, self.special = self.processor.vocab_size(), {}
         self.names = list(map(self.processor.id_to_piece, range(self.vocab_size)))
         for i, name in enumerate(self.names):
@@ -319,14 +321,7 @@ class SentencePiece(Tokenizer):
         marks = {"bos_token": self.processor.bos_id(), "eos_token": self.processor.eos_id()}
         for key, i in marks.items():
             marks[key] = self.names[i] if i >= 0 else None
-        self.configure(marks | self.settings.get("config", {}))
-
-    @property
-    def data(self) -> bytes:
-        if not self.settings:
-            return self.model
-        settings = json.dumps(self.settings | {"config": self.config})
-        return protobuf_field(200, settings.encode()) + self.model
+        self.configure(marks | (own or {}), config)
 
     def ordinary(self, text, begins):
         if self.front in ("always", "first") and text.startswith((" ", "▁")):
@@ -347,25 +342,12 @@ class SentencePiece(Tokenizer):
         return self.bare.decode([*self.bare.encode("a"), token])[1:].encode()
 
 
-def even_sample(texts: Iterable[str], bound: int) -> list[str]:
-    """Every n-th text, where n doubles whenever the kept ones exceed `bound` characters."""
-    kept, size, stride = [], 0, 1
-    for i, text in enumerate(texts):
-        if i % stride == 0:
-            kept.append(text)
-            size += len(text)
-        if size > bound:
-            kept, stride = kept[::2], 2 * stride
-            size = sum(map(len, kept))
-    return kept
-
-
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, sample: int = 1 << 24
-                        ) -> SentencePiece:
-    """LLaMA's tokenizer, with the flags in LLaMA's own file, from pieces of text (`sample` of their
-    characters at most). The same texts give the same bytes."""
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, size: int = 0) -> SentencePiece:
+    """LLaMA's tokenizer, with the flags in LLaMA's own file, from pieces of text. If they have over
+    16 MiB (`size` in all), every n-th is read. The same texts give the same bytes."""
+    sample = itertools.islice(texts, 0, None, 1 + (size >> 24))
     # Lines over 4,192 bytes would be dropped. A newline is in none, so it stays byte <0x0A>.
-    lines = "\n".join(even_sample(texts, sample)).split("\n")
+    lines = "\n".join(sample).split("\n")
     parts = (line[i:i + 1000] for line in lines for i in range(0, len(line), 1000))
     model = io.BytesIO()
     try:
@@ -434,6 +416,16 @@ def merge(text: str, rank: Callable) -> list[str]:
     return parts
 
 
+# How a text is split into pretokens, as the files of Llama 3, GPT-2, SmolLM2 and llama.cpp say it.
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGIT = r"\p{N}"
+UNNAMED = r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"
+GGUF_SPLITS = {"llama-bpe": (LLAMA3,), "llama3": (LLAMA3,), "llama-v3": (LLAMA3,),
+               "smollm": (DIGIT, GPT2), "gpt-2": (GPT2,), "default": UNNAMED}
+
+
 @functools.cache
 def split_pattern(pattern: str, top: int) -> re.Pattern:
     r"""A pattern above for Python's `re`, for a text of characters below `top`. `re` has no \p{L},
@@ -455,6 +447,12 @@ def split_pattern(pattern: str, top: int) -> re.Pattern:
     return re.compile(f"({pattern})")
 
 
+# GPT-2 writes a printable byte as its own character, the others as U+0100 and on, in order.
+OTHERS = [*range(33), *range(127, 161), 173]
+GPT2_CHARACTERS = dict(zip(OTHERS, itertools.count(256)))
+GPT2_BYTES = dict.fromkeys(OTHERS, 256) | dict(zip(itertools.count(256), OTHERS))
+
+
 def gpt2_name(data: bytes) -> str:
     """Bytes in GPT-2's characters: b" a" is "Ġa"."""
     return data.decode("latin-1").translate(GPT2_CHARACTERS)
@@ -470,7 +468,9 @@ class BytePair(Tokenizer):
     Equal to tiktoken on all characters that this Python's Unicode tables know.
     """
 
-    def __init__(self, names, types, merges, splits, whole, config, file=b""):
+    CACHED, CACHED_LENGTH = 1 << 16, 64  # pretokens whose ids are kept, and their longest: 10 MB
+
+    def __init__(self, names, types, merges, splits, whole, own, config, file=None):
         self.names, self.splits, self.whole, self.file = names, splits, whole, file
         self.merges = merges
         if merges is not None:
@@ -478,7 +478,7 @@ class BytePair(Tokenizer):
         self.vocab_size, self.tokens, self.cache = len(names), [], {}
         self.ranks, self.special, self.found_always = {}, {}, []
         for i, (name, kind) in enumerate(zip(names, types, strict=True)):
-            if kind not in MARKED:
+            if kind not in (UNKNOWN, CONTROL, USER_DEFINED):
                 self.ranks[name] = i
                 self.tokens.append(name.translate(GPT2_BYTES).encode("latin-1"))
                 continue
@@ -487,11 +487,7 @@ class BytePair(Tokenizer):
             if kind == USER_DEFINED:
                 self.found_always.append(name)
         self.missing = set(gpt2_name(bytes(range(256)))) - self.ranks.keys()
-        self.configure(config)
-
-    @property
-    def data(self) -> bytes:
-        return self.file or tokenizer_json(self)
+        self.configure(own, config)
 
     def rank(self, left: str, right: str) -> int | None:
         if self.merges is None:
@@ -514,7 +510,7 @@ class BytePair(Tokenizer):
                 if not self.whole or parts[0] not in self.ranks:
                     parts = merge(parts[0], self.rank)
                 found = list(map(self.ranks.get, parts))
-                if len(self.cache) < CACHED and len(pretoken) <= CACHED_LENGTH:
+                if len(self.cache) < self.CACHED and len(pretoken) <= self.CACHED_LENGTH:
                     self.cache[pretoken] = found
             ids += found
         return ids
@@ -541,9 +537,14 @@ def expect_one_of(what: str, value, *allowed):
     return value
 
 
-def read_ranks(data: bytes, kind: str) -> BytePair:
+# What follows the ranks; each - is a reserved one. Llama 3.0 has some of these names only.
+LLAMA3_SPECIAL = ("begin_of_text end_of_text - - finetune_right_pad_id step_id start_header_id "
+                  "end_header_id eom_id eot_id python_tag image" + " -" * 244)
+
+
+def read_ranks(data: bytes, config: dict | None = None) -> BytePair:
     """Llama 3's tokenizer.model, a tiktoken file: lines "base64 rank", the ranks in order from 0.
-    256 special tokens, those of Llama `kind`, follow."""
+    256 special tokens follow."""
     names, reserved = {}, itertools.count()
     for rank, line in enumerate(data.splitlines()):
         text, _, number = line.partition(b" ")
@@ -554,18 +555,17 @@ def read_ranks(data: bytes, kind: str) -> BytePair:
         if len(names) == rank:
             raise ValueError(f"line {rank + 1} is no new token with rank {rank}; try another copy")
     types = [NORMAL] * len(names) + [CONTROL] * 256
-    words = SPECIAL[expect_one_of("Llama", kind, *SPECIAL)] + " -" * 256
-    for word in words.split()[:256]:
+    for word in LLAMA3_SPECIAL.split():
         if word == "-":
             word = f"reserved_special_token_{next(reserved)}"
         names[f"<|{word}|>"] = None
-    tokenizer = BytePair(list(names), types, None, (LLAMA3,), True, {}, data)
+    tokenizer = BytePair(list(names), types, None, (LLAMA3,), True, {}, config, data)
     if tokenizer.missing:
         raise ValueError("some byte has no rank; try another copy")
     return tokenizer
 
 
-def read_llama2c(data: bytes) -> SentencePiece:
+def read_llama2c(data: bytes, config: dict | None = None) -> SentencePiece:
     """llama2.c's tokenizer.bin: uint32 longest; per id a float32 score, a uint32 length and the
     text with plain spaces. Ids: unk, bos, eos, 256 bytes, then pieces."""
     pieces, at = [], 4
@@ -577,35 +577,38 @@ def read_llama2c(data: bytes) -> SentencePiece:
         text = data[at - size:at].decode().replace(" ", "▁")
         pieces.append((text, score, BYTE if len(pieces) < 259 else NORMAL))
     pieces[:3] = ("<unk>", 0, UNKNOWN), ("<s>", 0, CONTROL), ("</s>", 0, CONTROL)
-    return SentencePiece(write_model(pieces, prefix=True))
+    return SentencePiece(write_model(pieces, prefix=True), config)
 
 
-def character_level(pieces: list[tuple[str, float, int]], front: str, config: dict
-                    ) -> SentencePiece:
-    """A SentencePiece with settings. Its user-defined tokens are found before `front` counts."""
+def character_level(pieces: list[tuple[str, float, int]], front: str, own: dict,
+                    config: dict | None, file: bytes = b"") -> SentencePiece:
+    """A SentencePiece from (text, score, type) of each id, and the file that says so, if any. Its
+    user-defined tokens are found in every text."""
     found = [text for text, _, kind in pieces if kind == USER_DEFINED]
-    settings = json.dumps({"front": front, "found": found, "config": config})
     model = write_model(pieces, prefix=front != "never")
-    return SentencePiece(protobuf_field(200, settings.encode()) + model)
+    if not file and not found:
+        file = model  # else it is written as a tokenizer.json
+    return SentencePiece(model, config, front, found, own, file)
 
 
-def read_merges(merges: list, names: list[str], types: list[int]) -> list[tuple[str, str]]:
-    """The pairs in ["a b", ...] or [["a", "b"], ...], all of normal tokens."""
-    normal, pairs = set(itertools.compress(names, map(NORMAL.__eq__, types))), []
+def read_merges(merges: list, names: list[str], types: list[int]) -> dict[tuple[str, str], int]:
+    """The rank of each pair in ["a b", ...] or [["a", "b"], ...], all of normal tokens."""
+    type_of, ranks = dict(zip(names, types)), {}
     for rank, pair in enumerate(merges):
         left, right = pair.split(" ") if isinstance(pair, str) else pair
-        if not {left, right, left + right} <= normal:
-            raise ValueError(f"merge {rank} is not of tokens; try another copy")
-        pairs.append((left, right))
-    return pairs
+        for token in (left, right, left + right):
+            if type_of.get(token) != NORMAL:
+                raise ValueError(f"merge {rank} is not of tokens; try another copy")
+        ranks[left, right] = rank
+    return ranks
 
 
-def all_merges(scores: dict) -> list[tuple]:
+def all_merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     """The merges that do what scores do: all pairs of tokens that join to a token, the best token
     first. With {"a": 0, "b": 0, "ab": -1, "aba": -2} they are (a, b) and (ab, a)."""
     pairs = []
     for token in scores:
-        if len(token) > MAX_TOKEN:
+        if len(token) > 1000:  # its pairs take too long to list
             raise ValueError(f"a token of {len(token)} characters is too long; try another copy")
         for i in range(1, len(token)):
             if token[:i] in scores and token[i:] in scores:
@@ -636,44 +639,57 @@ def tokenizer_from_gguf(fields: dict) -> Tokenizer:
         config["add_bos_token"] = field.get("add_bos_token", model == "llama" or whole)
         if model == "gpt2":
             merges = read_merges(field["merges"], names, types)
-            return BytePair(names, types, merges, GGUF_SPLITS[pre], whole, config)
-        spaced = field.get("add_space_prefix", True)
-        expect_one_of("add_space_prefix", spaced, True, False)
+            return BytePair(names, types, merges, GGUF_SPLITS[pre], whole, {}, config)
+        spaced = expect_one_of("add_space_prefix", field.get("add_space_prefix", True), True, False)
         pieces = list(zip(names, field["scores"], types, strict=True))
-        return character_level(pieces, "prepend" if spaced else "never", config)
+        return character_level(pieces, "prepend" if spaced else "never", {}, config)
 
 
-def json_steps(kind: str | tuple[str, ...]) -> list[list[dict]]:
-    """The steps of a tokenizer.json's normalizer, pre_tokenizer and decoder: of a SentencePiece's
-    `front`, whose "never" older files write as "replace", or of a BytePair's `splits`."""
-    steps = []
+# The parts of a tokenizer.json around its model, and where a part of several steps lists them.
+JSON_PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers",
+              "post_processor": "processors", "decoder": "decoders"}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True,
+              "trim_offsets": False}
+
+
+def json_steps(kind: str | tuple[str, ...]) -> dict[str, list[dict]]:
+    """A tokenizer.json's steps around its model: for a SentencePiece's `front`, whose "never" older
+    files write as "replace", or for a BytePair's `splits`."""
     if isinstance(kind, tuple):
-        for pattern in kind[:-1] if kind[-1] == GPT2 else kind:
-            split = {"type": "Split", "behavior": "Isolated", "invert": False}
-            digits = {"type": "Digits", "individual_digits": True}
-            steps.append(digits if pattern == DIGIT else split | {"pattern": {"Regex": pattern}})
-        return [[], [*steps, BYTE_LEVEL | {"use_regex": kind[-1] == GPT2}], [BYTE_LEVEL]]
-    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    back = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-            {"type": "ByteFallback"}, {"type": "Fuse"}]
-    if kind == "replace":
-        return [[space], [], back]
-    if kind != "never":
-        back.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    if kind == "prepend":
-        return [[{"type": "Prepend", "prepend": "▁"}, space], [], back]
+        steps, last = [], kind[-1] == GPT2  # ByteLevel splits by GPT-2's pattern if use_regex
+        for pattern in kind[:-1] if last else kind:
+            if pattern == DIGIT:
+                steps.append({"type": "Digits", "individual_digits": True})
+            else:
+                steps.append({"type": "Split", "pattern": {"Regex": pattern},
+                              "behavior": "Isolated", "invert": False})
+        steps.append(BYTE_LEVEL | {"use_regex": last})
+        return {"normalizer": [], "pre_tokenizer": steps, "decoder": [BYTE_LEVEL]}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": kind, "split": False}
-    return [[], [metaspace], back]
+    steps = {"normalizer": [], "pre_tokenizer": [metaspace], "decoder": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"}, {"type": "Fuse"}]}
+    if kind == "replace":
+        steps |= {"normalizer": [replace], "pre_tokenizer": []}
+    if kind == "prepend":
+        prepend = {"type": "Prepend", "prepend": "▁"}
+        steps |= {"normalizer": [prepend, replace], "pre_tokenizer": []}
+    if kind in ("prepend", "always", "first"):
+        steps["decoder"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return steps
 
 
-def flatten_sequence(file: dict, part: str, inside: str) -> list[dict]:
-    """The steps of a part of a tokenizer.json: those of a Sequence, or the one, or none."""
-    step = file.get(part) or {"type": "Sequence", inside: []}
-    steps = step[inside] if step["type"] == "Sequence" else [step]
-    for step in steps:
-        if step["type"] == "ByteLevel":
-            step.setdefault("use_regex", True)
-            step["trim_offsets"] = False  # offsets are not kept
+def read_steps(file: dict) -> dict[str, list[dict]]:
+    """What json_steps gives, from a tokenizer.json, and the steps of its post-processor."""
+    steps = {}
+    for part, inside in JSON_PARTS.items():
+        step = file.get(part) or {"type": "Sequence", inside: []}
+        steps[part] = step[inside] if step["type"] == "Sequence" else [step]
+        for step in steps[part]:
+            if step["type"] == "ByteLevel":  # settings that change no ids are made equal
+                step.setdefault("use_regex", True)
+                step |= BYTE_LEVEL if part == "decoder" else {"trim_offsets": False}
     return steps
 
 
@@ -681,12 +697,11 @@ def read_vocabulary(vocab: dict, added: list[dict]) -> tuple[list[str], list[int
     """The names and types of a tokenizer.json's ids."""
     vocab, kinds = dict(vocab), {}
     for token in added:
-        name, kinds[token["content"]] = token["content"], USER_DEFINED
+        name, i = token["content"], token["id"]
+        kinds[name] = CONTROL if token["special"] else USER_DEFINED
         for key in ("single_word", "lstrip", "rstrip"):
             expect_one_of(f"an added token's {key}", token.get(key, False), False)
-        if token["special"]:
-            kinds[name] = CONTROL
-        if vocab.setdefault(name, token["id"]) != token["id"]:
+        if vocab.setdefault(name, i) != i:
             raise ValueError(f"{name} has two ids; try another copy")
     names = sorted(vocab, key=vocab.get)
     ids = list(map(vocab.get, names))
@@ -695,164 +710,146 @@ def read_vocabulary(vocab: dict, added: list[dict]) -> tuple[list[str], list[int
     return names, [kinds.get(name, NORMAL) for name in names]
 
 
-def tokenizer_from_json(data: bytes) -> Tokenizer:
+def merge_scores(ranks: dict[tuple[str, str], int], normal: Iterable[str]) -> dict[str, float]:
+    """Scores of the normal tokens that do what merges do: the earlier a token's first merge, the
+    higher. Runs of spaces may share one score, as Llama 2's do. ValueError where none do the same.
+    """
+    scores, pairs = dict.fromkeys(normal, -len(ranks)), sorted(ranks, key=ranks.get)
+    for left, right in reversed(pairs):
+        scores[left + right] = -ranks[left, right]
+    runs = [name for name in scores if len(name) > 1 and not name.strip("▁")]
+    shared = dict.fromkeys(runs, max(map(scores.get, runs), default=0))
+    for scores in (scores, scores | shared):
+        # Those of one token may stand in any order.
+        order = [scores[left + right] for left, right in pairs]
+        if order == sorted(order, reverse=True) and set(pairs) == set(all_merges(scores)):
+            return scores
+    raise ValueError("no scores do what its merges do; try its tokenizer.model")
+
+
+def tokenizer_from_json(data: bytes, config: dict | None = None) -> Tokenizer:
     """A tokenizer.json's BPE by a list of merges: over bytes (Llama 3, SmolLM2, GPT-2) or over
     characters that fall back to bytes (LLaMA 1, 2). ValueError for what is not implemented."""
     file = read_json(data)
-    model, added, config = file["model"], file.get("added_tokens") or [], {"add_bos_token": False}
+    model, added, own = file["model"], file.get("added_tokens") or [], {"add_bos_token": False}
     over_bytes = not model.get("byte_fallback")
     for key, *allowed in (("type", "BPE", None), ("dropout", None), ("end_of_word_suffix", None),
                           ("continuing_subword_prefix", None), ("ignore_merges", None, over_bytes)):
         expect_one_of(key, model.get(key) or None, *allowed)
-    for step in flatten_sequence(file, "post_processor", "processors"):
+    steps = read_steps(file)
+    for step in steps.pop("post_processor"):
         expect_one_of("post_processor", step["type"], "ByteLevel", "TemplateProcessing")
         if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
-            config = {"add_bos_token": True, "bos_token": step["single"][0]["SpecialToken"]["id"]}
-    config |= model.get("tokenizer_config", {})
-    steps = [flatten_sequence(file, "normalizer", "normalizers"),
-             flatten_sequence(file, "pre_tokenizer", "pretokenizers"),
-             flatten_sequence(file, "decoder", "decoders")]
-    if over_bytes and len(steps[2]) == 1:
-        steps[2][0] = BYTE_LEVEL | {"type": steps[2][0]["type"]}  # no other key of it counts
-    kinds = GGUF_SPLITS.values() if over_bytes else FRONTS
+            own = {"add_bos_token": True, "bos_token": step["single"][0]["SpecialToken"]["id"]}
+    fronts = "prepend", "always", "first", "never", "replace"
+    kinds = GGUF_SPLITS.values() if over_bytes else fronts
     kind = next((kind for kind in kinds if steps == json_steps(kind)), None)
     if kind is None:
         expect_one_of("normalizer, pre_tokenizer, decoder", steps)
     names, types = read_vocabulary(model["vocab"], added)
-    if not over_bytes:
-        for token in added if kind == "prepend" else ():  # it would be found behind a space alone
-            expect_one_of("normalized", token["special"] or not token["normalized"], True)
-        return read_characters(model, names, types, kind, config)
-    merges = read_merges(model["merges"], names, types)
-    tokenizer = BytePair(names, types, merges, kind, bool(model.get("ignore_merges")), config)
-    if tokenizer.missing:
-        expect_one_of("unk_token", model.get("unk_token"), None)
-    return tokenizer
-
-
-def read_characters(model: dict, names: list[str], types: list[int], front: str, config: dict
-                    ) -> SentencePiece:
-    """The SentencePiece of a tokenizer.json over characters: the earlier a token's merges stand,
-    the higher its score; runs of spaces may have one score. ValueError where none do the same."""
+    if over_bytes:
+        merges, whole = read_merges(model["merges"], names, types), bool(model.get("ignore_merges"))
+        tokenizer = BytePair(names, types, merges, kind, whole, own, config, data)
+        if tokenizer.missing:
+            expect_one_of("unk_token", model.get("unk_token"), None)
+        return tokenizer
+    for token in added:
+        if kind == "prepend" and not token["special"]:  # it would be found behind a space alone
+            expect_one_of("an added token's normalized", token["normalized"], False)
     for i, name in enumerate(names):
         if name == model.get("unk_token"):
             types[i] = UNKNOWN
         elif re.fullmatch("<0x[0-9A-F]{2}>", name):
             types[i] = BYTE
-    merges = read_merges(model["merges"], names, types)
-    scores = dict.fromkeys(itertools.compress(names, map(NORMAL.__eq__, types)), -len(merges))
-    for rank in reversed(range(len(merges))):  # the first merge of a token counts
-        scores["".join(merges[rank])] = -rank
-    if not same_merges(merges, scores):
-        runs = [name for name in scores if len(name) > 1 and not name.strip("▁")]
-        scores |= dict.fromkeys(runs, max(map(scores.get, runs), default=0))
-        if not same_merges(merges, scores):
-            raise ValueError("no scores do what its merges do; try its tokenizer.model")
+    normal = itertools.compress(names, map(NORMAL.__eq__, types))
+    scores = merge_scores(read_merges(model["merges"], names, types), normal)
     pieces = [(name, scores.get(name, 0), kind) for name, kind in zip(names, types)]
-    return character_level(pieces, "never" if front == "replace" else front, config)
+    return character_level(pieces, "never" if kind == "replace" else kind, own, config, data)
 
 
-def same_merges(merges: list[tuple], scores: dict) -> bool:
-    """Whether merges are those of scores, in any order of the pairs that make one token."""
-    wanted = all_merges(scores)
-    order = [scores[left + right] for left, right in merges]
-    return sorted(merges) == sorted(wanted) and order == sorted(order, reverse=True)
-
-
-def score_merges(tokenizer: SentencePiece) -> list[tuple]:
-    """The merges that do what SentencePiece does with its pieces; ValueError where none do."""
-    ask, scores, seen = tokenizer.processor, {}, {}
+def json_model(tokenizer: Tokenizer) -> dict:
+    """What a tokenizer.json's model says besides the vocabulary. ValueError where pieces of a
+    SentencePiece have equal scores: of two such pairs the left one joins, which no merges say."""
+    if isinstance(tokenizer, BytePair):
+        merges = tokenizer.merges
+        if merges is None:
+            merges = all_merges({name: -rank for name, rank in tokenizer.ranks.items()})
+        return {"merges": list(merges), "ignore_merges": tokenizer.whole}
+    ask, scores, made = tokenizer.processor, {}, {}
     for i, name in enumerate(tokenizer.names):
         if not (ask.is_byte(i) or ask.is_unused(i) or name in tokenizer.special):
             scores[name] = ask.get_score(i)
     merges = all_merges(scores)
     for name in map("".join, merges):
-        other = seen.setdefault(scores[name], name)
+        other = made.setdefault(scores[name], name)
         if name != other and (name + other).strip("▁"):
-            raise ValueError(f"of {name} and {other}, whose scores are equal, the left one counts, "
-                             "which no tokenizer.json can say; try --export meta")
-    return merges
+            raise ValueError(f"the scores of {name} and {other} are equal, which no tokenizer.json "
+                             "can say; try --export meta")
+    return {"merges": merges, "byte_fallback": True, "fuse_unk": True,
+            "unk_token": tokenizer.names[max(ask.unk_id(), 0)]}
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> bytes:
-    """A tokenizer.json that gives the same ids."""
-    if isinstance(tokenizer, BytePair):
-        kind, model = tokenizer.splits, {"ignore_merges": tokenizer.whole}
-        merges = tokenizer.merges
-        if merges is None:
-            merges = all_merges({name: -rank for name, rank in tokenizer.ranks.items()})
+    """A tokenizer.json that gives the same ids: the tokenizer's own, if it came from one."""
+    names, added, bos = tokenizer.names, [], tokenizer.names[tokenizer.bos_id]
+    if tokenizer.file and tokenizer.file.lstrip()[:1] == b"{":
+        file = read_json(tokenizer.file)
     else:
-        kind, merges = tokenizer.front, score_merges(tokenizer)
-        unknown = tokenizer.names[max(tokenizer.processor.unk_id(), 0)]
-        model = {"byte_fallback": True, "fuse_unk": True, "unk_token": unknown}
-    names, added, single = tokenizer.names, [], [{"Sequence": {"id": "A", "type_id": 0}}]
-    for name, i in sorted(tokenizer.special.items(), key=lambda item: item[1]):
-        added.append({"id": i, "content": name, "special": name not in tokenizer.found_always,
-                      "single_word": False, "lstrip": False, "rstrip": False, "normalized": False})
-    bos = names[tokenizer.bos_id]
+        for name, i in tokenizer.special.items():
+            added.append({"id": i, "content": name, "single_word": False, "lstrip": False,
+                          "rstrip": False, "normalized": False,
+                          "special": name not in tokenizer.found_always})
+        model = {"type": "BPE", "vocab": dict(zip(names, itertools.count()))}
+        file = {"version": "1.0", "added_tokens": added, "model": model | json_model(tokenizer)}
+        kind = tokenizer.splits if isinstance(tokenizer, BytePair) else tokenizer.front
+        for part, steps in json_steps(kind).items():
+            file[part] = {"type": "Sequence", JSON_PARTS[part]: steps}
+    single = [{"Sequence": {"id": "A", "type_id": 0}}]
     if tokenizer.adds_bos:
         single.insert(0, {"SpecialToken": {"id": bos, "type_id": 0}})
-    normalizer, pre_tokenizer, decoder = json_steps(kind)
-    return json.dumps({
-        "version": "1.0", "added_tokens": added,
-        "normalizer": {"type": "Sequence", "normalizers": normalizer},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizer},
-        "post_processor": {
-            "type": "TemplateProcessing", "single": single, "pair": single,
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}}},
-        "decoder": {"type": "Sequence", "decoders": decoder},
-        "model": {"type": "BPE", "vocab": dict(zip(names, itertools.count())),
-                  "merges": list(merges), "tokenizer_config": tokenizer.config, **model}}).encode()
+    file["post_processor"] = {
+        "type": "TemplateProcessing", "single": single, "pair": single,
+        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}}}
+    return json.dumps(file).encode()
 
 
 def huggingface_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """The files, by name, from which transformers' AutoTokenizer makes the same ids. ValueError
     where no tokenizer.json does (pieces of equal scores, user-defined pieces of a .model)."""
-    config = {"bos_token": tokenizer.names[tokenizer.bos_id], "add_bos_token": tokenizer.adds_bos,
-              "eos_token": tokenizer.names[tokenizer.eos_id], "clean_up_tokenization_spaces": False,
-              "chat_template": tokenizer.chat_template,
-              "tokenizer_class": "PreTrainedTokenizerFast"}
     data, names = tokenizer_json(tokenizer), tokenizer.names
     if isinstance(tokenizer, SentencePiece):  # a .model may have user-defined pieces
         if tokenizer_from_json(data).bare.encode(names) != tokenizer.bare.encode(names):
             raise ValueError("no tokenizer.json has these pieces' types; try --export meta")
+    config = {"bos_token": names[tokenizer.bos_id], "eos_token": names[tokenizer.eos_id],
+              "add_bos_token": tokenizer.adds_bos, "chat_template": tokenizer.chat_template,
+              "clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
     return {"tokenizer.json": data, "tokenizer_config.json": json.dumps(config).encode()}
 
 
-def read_companion_files(path: str | Path) -> dict:
-    """What tokenizer_config.json and chat_template.jinja in a tokenizer's folder say."""
-    config = {}
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
-        file = Path(path).with_name(name)
-        with one_line_errors(file):
-            if file.is_file() and name.endswith(".json"):
-                config |= read_json(file.read_bytes())
-            elif file.is_file():
-                config["chat_template"] = file.read_bytes().decode()
-    return config
-
-
-def load_tokenizer(path: str | Path, names: str = "3.1") -> Tokenizer:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a file: a SentencePiece .model, Llama 3's ranks, Hugging Face's
-    tokenizer.json or llama2.c's .bin, told apart by content, never by name. The files beside it
-    count. `names`: whose special tokens follow the ranks."""
+    tokenizer.json or llama2.c's .bin, told apart by content, never by name. What
+    tokenizer_config.json and chat_template.jinja beside it say counts."""
     with open(path, "rb") as file:
         data = file.read(MAX_FILE)
-    config = read_companion_files(path)
+    config = {}
+    for beside in map(Path(path).with_name, ("tokenizer_config.json", "chat_template.jinja")):
+        with one_line_errors(beside):
+            if beside.is_file() and beside.suffix == ".json":
+                config |= read_json(beside.read_bytes())
+            elif beside.is_file():
+                config["chat_template"] = beside.read_bytes().decode()
     with one_line_errors(path):
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
-            tokenizer = read_ranks(data, names)
-        elif re.match(rb'\s*\{\s*"', data):
-            tokenizer = tokenizer_from_json(data)
-        elif data[12:17] == b"<unk>":
-            tokenizer = read_llama2c(data)
-        elif data[:1] in (b"\n", b"\xc2"):  # protobuf's field 1, a piece, or 200, settings
-            tokenizer = SentencePiece(data)
-        else:
-            raise ValueError("holds no tokenizer; try a SentencePiece .model, a tokenizer.json, "
-                             "Llama 3's tokenizer.model (ranks) or llama2.c's tokenizer.bin")
-        tokenizer.configure(config)
-    return tokenizer
+            return read_ranks(data, config)
+        if re.match(rb'\s*\{\s*"', data):
+            return tokenizer_from_json(data, config)
+        if data[12:17] == b"<unk>":
+            return read_llama2c(data, config)
+        if data[:1] == b"\n":  # protobuf's field 1, a piece
+            return SentencePiece(data, config)
+        raise ValueError("holds no tokenizer; try a SentencePiece .model, a tokenizer.json, "
+                         "Llama 3's tokenizer.model (ranks) or llama2.c's tokenizer.bin")
 
 
 class StreamDecoder:
@@ -880,32 +877,23 @@ class StreamDecoder:
 # Documents, the held-out part, token shards
 
 
-def cut(chunks: Iterable[bytes]) -> Iterator[str]:
-    """The pieces of a document, from chunks of its UTF-8 bytes. Up to 64 KiB it is one piece. A
-    longer one is cut at the first blank line after 16 KiB, or at the first line end where no blank
-    line follows within 64 KiB, or hard at 64 KiB."""
-    rest, long = b"", False
-    for chunk in itertools.chain(chunks, [None]):
-        rest += chunk or b""
-        while len(rest) > MAX_DOCUMENT or (rest and chunk is None):
-            long = long or len(rest) > MAX_DOCUMENT
-            end = min(len(rest), MAX_DOCUMENT)
-            for pattern in reversed(LINES if long else ()):
-                if match := pattern.search(rest, PIECE_BYTES, MAX_DOCUMENT):
-                    end = match.end()
-            while end < len(rest) and rest[end] & 0xC0 == 0x80:  # inside a character
-                end -= 1
-            yield rest[:end].decode()
-            rest = rest[end:]
+MAX_DOCUMENT, MIN_PIECE = 1 << 16, 1 << 14  # characters
+LINES = re.compile(r"\n"), re.compile(r"\n(?:\r?\n)+")  # ends of lines, blank lines
 
 
-def read_chunks(file: Path) -> Iterator[bytes]:
-    """The UTF-8 bytes of a text file in chunks, without a byte order mark."""
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        while text := stream.read(MAX_DOCUMENT):
-            if "\0" in text:
-                raise ValueError("holds NUL bytes")
-            yield text.encode()
+def cut(stream: TextIO) -> Iterator[str]:
+    """The pieces of a document, so that a part of a long one can be held out. Up to 65,536
+    characters it is one piece. A longer one is cut behind the first blank line after 16,384, or
+    behind the first line if no blank line follows within 65,536, or else there."""
+    rest = stream.read(MAX_DOCUMENT + 1)
+    patterns = LINES if len(rest) > MAX_DOCUMENT else ()
+    while rest:
+        end = MAX_DOCUMENT
+        for pattern in patterns:  # where both are found, blank lines count
+            if match := pattern.search(rest, MIN_PIECE, MAX_DOCUMENT):
+                end = match.end()
+        yield rest[:end]
+        rest = rest[end:] + stream.read(end)
 
 
 def read_jsonl(file: Path) -> Iterator[Iterable[str]]:
@@ -914,13 +902,24 @@ def read_jsonl(file: Path) -> Iterator[Iterable[str]]:
     with open(file, "rb") as stream:
         while line := stream.readline(MAX_FILE):  # a longer one comes in parts, which are no JSON
             try:
-                text = json.loads(line)["text"].encode("utf-8", "replace")
+                text = json.loads(line)["text"].encode("utf-8", "replace").decode()
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 wrong += bool(line.strip())
                 continue
-            yield cut(text[i:i + MAX_DOCUMENT] for i in range(0, len(text), MAX_DOCUMENT))
+            yield cut(io.StringIO(text))
     if wrong:
         raise ValueError(f'{wrong} lines are not JSON objects with a string "text"')
+
+
+def read_text(file: Path) -> Iterator[Iterable[str]]:
+    """The one document of a UTF-8 file, without a byte order mark. Nothing of it is given before
+    all of it is known to be text."""
+    with open(file, encoding="utf-8-sig", newline="") as stream:
+        while text := stream.read(MAX_DOCUMENT):
+            if "\0" in text:
+                raise ValueError("holds NUL bytes")
+        stream.seek(0)
+        yield cut(stream)
 
 
 def file_documents(file: Path, skipped: list[str]) -> Iterator[Iterable[str]]:
@@ -928,11 +927,7 @@ def file_documents(file: Path, skipped: list[str]) -> Iterator[Iterable[str]]:
     try:
         if not file.stat().st_size:
             raise ValueError("empty or not a regular file")
-        if file.suffix == ".jsonl":
-            yield from read_jsonl(file)
-        else:
-            all(read_chunks(file))  # to its end, before it is believed
-            yield cut(read_chunks(file))
+        yield from read_jsonl(file) if file.suffix == ".jsonl" else read_text(file)
     except UnicodeDecodeError:
         skipped.append(f"{file}: not UTF-8 text")
     except (ValueError, OSError) as error:
@@ -960,6 +955,10 @@ def documents(paths: Iterable[str | Path], skipped: list[str]) -> Iterator[Itera
             yield from file_documents(file, skipped)
 
 
+LEFT_OUT = re.compile(r"(site|dist)-packages|tests?|idlelib|lib2to3|tkinter|turtledemo|ensurepip|"
+                      r"topics\.py|config-.*|_sysconfigdata.*|\..*")
+
+
 def standard_library(skipped: list[str]) -> Iterator[Iterable[str]]:
     """The default text: the running Python's library as code, pydoc's topics as prose. Left out are
     tests, packages that not every system has, and files that hold the machine's paths."""
@@ -973,16 +972,11 @@ def standard_library(skipped: list[str]) -> Iterator[Iterable[str]]:
         yield from file_documents(file, skipped)
     from pydoc_data.topics import topics  # large, and seldom needed
     for name in sorted(topics):
-        yield cut([topics[name].encode()])
+        yield cut(io.StringIO(topics[name]))
 
 
-def digest(piece: str) -> int:
+def sha1(piece: str) -> int:
     return int.from_bytes(hashlib.sha1(piece.encode(), usedforsecurity=False).digest(), "big")
-
-
-def held_out(piece: str, chosen: int | None = None) -> bool:
-    """Whether a piece is for evaluation: its SHA-1 is 0 mod 20, or the chosen one of a Survey."""
-    return digest(piece) % 20 == 0 or digest(piece) == chosen
 
 
 class Survey(NamedTuple):
@@ -994,38 +988,43 @@ class Survey(NamedTuple):
 
 def survey(reader: Reader) -> Survey:
     """What a source holds, read once. ValueError where either split would be empty."""
-    skipped, size, count, pieces, held, high = [], 0, 0, 0, 0, 0
-    low = 1 << 160  # above any SHA-1
+    skipped, size, count, pieces, held = [], 0, 0, 0, 0
+    low, high = 1 << 160, 0  # of the SHA-1 of all pieces
     for document in reader(skipped):
         count += 1
         for piece in document:
-            size, pieces, number = size + len(piece.encode()), pieces + 1, digest(piece)
-            held, low, high = held + (number % 20 == 0), min(low, number), max(high, number)
-    if not pieces:
+            number = sha1(piece)
+            low, high = min(low, number), max(high, number)
+            size += len(piece.encode())
+            pieces += 1
+            held += number % 20 == 0
+    if low >= high or pieces == held:
         first = f", the first as {skipped[0]}" if skipped else ""
-        raise ValueError(f"no text; {len(skipped)} files were skipped{first}; try other --data")
-    if low == high or pieces == held:
-        raise ValueError(f"too little text ({size:,} bytes in {pieces} pieces) to hold out a part; "
-                         "try over 64 KiB or several files")
+        raise ValueError(f"too little text to hold out a part ({size:,} bytes in {pieces} pieces; "
+                         f"{len(skipped)} files skipped{first}); try over 64 KiB or more files")
     return Survey(size, count, None if held else low, skipped)
 
 
-def training_text(reader: Reader, chosen: int | None) -> Iterator[str]:
-    """The pieces that are not held out, for train_sentencepiece."""
-    pieces = itertools.chain.from_iterable(reader([]))
-    return itertools.filterfalse(functools.partial(held_out, chosen=chosen), pieces)
-
-
 def records(reader: Reader, chosen: int | None) -> Iterator[tuple[int, bool, str | None]]:
-    """(split, starts, piece) of all pieces; piece None ends a document of that split."""
+    """(split, starts, piece) of all pieces. Split 1 is held out for evaluation: pieces whose SHA-1
+    is 0 mod 20, or is `chosen` (a Survey's). starts: the first piece of its document in its split;
+    piece None ends a document there."""
     for document in reader([]):
         begun = set()
         for piece in document:
-            split = int(held_out(piece, chosen))
+            number = sha1(piece)
+            split = int(number % 20 == 0 or number == chosen)
             yield split, split not in begun, piece
             begun.add(split)
         for split in sorted(begun):
             yield split, False, None
+
+
+def training_text(reader: Reader, chosen: int | None) -> Iterator[str]:
+    """The pieces that are not held out, for train_sentencepiece."""
+    for split, _, piece in records(reader, chosen):
+        if split == 0 and piece is not None:
+            yield piece
 
 
 def encode_record(record: tuple) -> np.ndarray:
@@ -1062,7 +1061,8 @@ def prepare(name: str, reader: Reader, found: Survey, tokenizer: Tokenizer, fold
     the integers of encode_record; the bytes do not depend on workers. reader(skipped) gives the
     documents, each time anew. Returns what was counted."""
     folder, tokens, texts = Path(folder), [0, 0], [0, 0]
-    workers = workers or min(cores(), 61, 1 + found.size // WORKER_BYTES)  # Windows: 61
+    if workers is None:  # one for each 16 MiB: the start of a process takes longer than less work
+        workers = min(cores(), 61, 1 + (found.size >> 24))  # Windows: 61
     folder.mkdir(parents=True, exist_ok=True)
 
     def write_train(train):
@@ -1117,8 +1117,9 @@ def main(arguments: list[str]) -> None:
         if os.path.exists(args.out) and not args.force:
             raise ValueError(f"{args.out} exists; try --force or another --out")
         reader = functools.partial(documents, args.data) if args.data else standard_library
-        texts = training_text(reader, survey(reader).chosen)
-        train_sentencepiece(texts, args.vocab_size).save(args.out)
+        found = survey(reader)
+        texts = training_text(reader, found.chosen)
+        train_sentencepiece(texts, args.vocab_size, found.size).save(args.out)
         args.tokenizer = args.out
     tokenizer = load_tokenizer(args.tokenizer)
     if args.command in ("train", "info"):

@@ -184,7 +184,7 @@ def data_sources(run: "Run") -> list[tuple[str, float | None, Callable]]:
 
 def prepare_data(run: "Run") -> list[dict]:
     """Makes the run's tokenizer and token shards; returns the facts of each source."""
-    surveyed, texts, facts = [], [], []
+    surveyed, texts, size, facts = [], [], 0, []
     for path, weight, reader in data_sources(run):
         print_rank0(f"reading {path}")
         found = survey(reader)
@@ -192,11 +192,12 @@ def prepare_data(run: "Run") -> list[dict]:
             print_rank0("\n  ".join([f"passed over {len(found.skipped)}:", *found.skipped[:20]]))
         surveyed.append((path, weight, reader, found))
         texts.append(training_text(reader, found.chosen))
+        size += found.size
     if run.tokenizer:
         tokenizer = load_tokenizer(run.tokenizer)
     else:
         print_rank0(f"training a tokenizer of {run.config.vocab_size} tokens")
-        tokenizer = train_sentencepiece(itertools.chain(*texts), run.config.vocab_size)
+        tokenizer = train_sentencepiece(itertools.chain(*texts), run.config.vocab_size, size)
     for path, weight, reader, found in surveyed:
         print_rank0(f"cutting {path} into tokens")
         made = prepare(str(len(facts)), reader, found, tokenizer, run.out / "tokens")
@@ -1304,7 +1305,7 @@ def open_run(run: Run, held: contextlib.ExitStack) -> Run:
         for folder in ("state", "tokens"):
             shutil.rmtree(run.out / folder, ignore_errors=True)
         for name in ("run.json", "log.jsonl", "loss.svg", "params.json", "consolidated.00.pth",
-                     "tokenizer.model"):
+                     "tokenizer.model", "tokenizer_config.json"):
             (run.out / name).unlink(missing_ok=True)
     elif file.exists():
         try:
