@@ -188,9 +188,6 @@ def weights_of(table: dict[str, Tensor]) -> dict[str, Weight]:
     return weights
 
 
-# Meta's folder: params.json and consolidated.00.pth, 01, ...
-
-
 def write_params(config: LlamaConfig) -> dict:
     """Meta's params.json. It has no field for F: the last two give any F in Meta's formula."""
     params = {name: value for name, value in asdict(config).items() if value is not None}
@@ -219,8 +216,8 @@ def read_params(params: dict, shards: list[dict[str, Weight]]) -> LlamaConfig:
     scaled, factor = values.pop("use_scaled_rope", False), values.pop("rope_scaling_factor", None)
     if scaled:
         values["rope_scaling"] = factor or 8.0
-    for name in ("dropout", "max_batch_size"):  # which do not change the function
-        values.pop(name, None)
+    values.pop("dropout", None)  # these two do not change the function
+    values.pop("max_batch_size", None)
     config = LlamaConfig.from_dict(values)
     for size, _ in SIZES.values():
         like = replace(config, max_seq_len=size.max_seq_len, rope_scaling=size.rope_scaling)
@@ -251,11 +248,9 @@ def read_meta(folder: Path) -> Checkpoint:
     params, shards, weights = read_json((folder / "params.json").read_bytes()), [], {}
     while (file := folder / f"consolidated.{len(shards):02}.pth").is_file():
         shards.append(weights_of(read_pickle(file)))
-    wanted = 1
-    if shards:  # the columns of wo are split over all shards that there were
-        width = params["n_heads"] * params.get("head_size", params["dim"] // params["n_heads"])
-        wanted = width // shards[0]["layers.0.attention.wo.weight"].shape[1]
-    if len(shards) < wanted:
+    # The columns of wo are split over all shards that there were.
+    width = params["n_heads"] * params.get("head_size", params["dim"] // params["n_heads"])
+    if sum(shard["layers.0.attention.wo.weight"].shape[1] for shard in shards) < width:
         raise ValueError(f"{file.name} is missing; try to fetch it")
     config = read_params(params, shards)
     whole = shapes(config)
@@ -278,9 +273,6 @@ def write_meta(config: LlamaConfig, weights: dict[str, Weight], folder: Path) ->
     finally:
         aside.unlink(missing_ok=True)
     write_json(folder / "params.json", write_params(config))
-
-
-# The folder of transformers: config.json and model.safetensors, or pytorch_model.bin
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -403,8 +395,6 @@ def write_hf(config: LlamaConfig, weights: dict[str, Weight], folder: Path) -> N
         "bos_token_id": None, "eos_token_id": None})  # which only the tokenizer knows
 
 
-# GGUF, of llama.cpp: values by key, then tensors, which may be in blocks of quantised numbers
-
 GGUF_TEXT, GGUF_ARRAY = 8, 9  # types of values
 GGUF_NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # types: struct's codes
 GGUF_DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
@@ -481,8 +471,8 @@ def gguf_weight(data: mmap.mmap, name: str, shape, kind: int, start: int) -> Wei
 
 
 def read_gguf(path: Path) -> Checkpoint:
-    """GGUF, whose wq and wk have Meta's order. Llama 3.1's frequencies are in it as the numbers by
-    which they are divided."""
+    """GGUF, of llama.cpp, whose wq and wk have Meta's order. Llama 3.1's frequencies are in it as
+    the numbers by which they are divided."""
     data, weights = map_file(path), {}
     keys, tensors = read_gguf_header(data)
     refuse_unless(keys, {"general.architecture": ("llama",), "split.count": (None, 0, 1)})
@@ -511,13 +501,10 @@ def read_gguf(path: Path) -> Checkpoint:
     return config, renamed(config, weights, GGUF)
 
 
-# llama2.c's .bin: a header, then the tensors of each kind over all layers
-
-
 def read_llama2c(path: Path) -> Checkpoint:
-    """Version 0 begins with D, F, L, H, K, V (negative: the output is not tied) and the context as
-    int32; 1 and 2 with a magic number, the version, the same seven, whether the output is tied,
-    and in 2 how many int8 share a scale, in 256 bytes; their norms stand first."""
+    """llama2.c's .bin. Version 0 begins with D, F, L, H, K, V (negative: the output is not tied)
+    and the context as int32; 1 and 2 with a magic number, the version, the same seven, whether
+    the output is tied, and in 2 how many int8 share a scale, in 256 bytes; norms stand first."""
     data, version, at, weights = map_file(path), 0, 28, {}
     if data[:4] == b"24ka":
         version, at = struct.unpack_from("<i", data, 4)[0], 256
@@ -549,7 +536,7 @@ def read_llama2c(path: Path) -> Checkpoint:
 
 
 def write_llama2c(config: LlamaConfig, weights: dict[str, Weight], path: Path) -> None:
-    """Version 0, in fp32; ValueError for what it has no field for."""
+    """llama2.c's .bin of version 0, in fp32; ValueError for what it has no field for."""
     plain = replace(config, rope_theta=1e4, rope_scaling=None, norm_eps=1e-5, head_size=None)
     if config != plain:
         raise ValueError("llama2.c's header has no rope_theta, rope_scaling, norm_eps or head_size "
@@ -567,9 +554,6 @@ def write_llama2c(config: LlamaConfig, weights: dict[str, Weight], path: Path) -
                     file.write(table.numpy())
     path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, write)
-
-
-# Any of them
 
 
 def read_any(path: Path) -> Checkpoint:

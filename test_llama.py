@@ -1314,8 +1314,7 @@ class TestStreaming:
 
     def test_quantising_takes_a_layer_and_the_integers(self, saved):
         used = peak_memory(partial(generate.open_model, saved["F32"], torch.float32, "int8"))
-        print(used)
-        assert used < 35e6 + self.CONFIG.n_params + self.SLACK + 4 * 1024 * 768 # of 77 MB
+        assert used < 130e6  # all pages of the file would be 35 MB more
 
     def test_exporting_takes_one_tensor(self, saved, tmp_path):
         paths = iter("abc")
