@@ -406,11 +406,8 @@ GGUF_FIELDS = {"embedding_length": "dim", "block_count": "n_layers",
 
 
 def take(data: mmap.mmap, form: str) -> tuple:
-    """The next values of a header, by struct's codes; ValueError beyond the end of the file."""
-    size = struct.calcsize("<" + form)
-    if size > len(data) - data.tell():
-        raise ValueError("the header lies beyond the file's end: cut short; try to fetch it again")
-    return struct.unpack("<" + form, data.read(size))
+    """The next values of a header, by struct's codes; struct.error beyond the end of the file."""
+    return struct.unpack("<" + form, data.read(struct.calcsize("<" + form)))
 
 
 def take_value(data: mmap.mmap, kind: int):
@@ -1044,11 +1041,13 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampli
 
 
 class Sample:
-    """One text as it grows: ids and log-probabilities of the new tokens, and their text. prompt ""
-    means that they begin a text."""
+    """One text as it grows: ids and log-probabilities of the new tokens, and their text. With the
+    prompt "" they begin a text. `number` tells the samples of one prompt apart."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str, stop_texts: list[str] = ()):
-        self.prompt, self.stop_ids, self.stop_texts = prompt, tokenizer.stop_ids, stop_texts
+    def __init__(self, tokenizer: Tokenizer, prompt: str, prompt_ids: list[int], number: int,
+                 stop_texts: list[str] = ()):
+        self.prompt, self.prompt_ids, self.number = prompt, prompt_ids, number
+        self.stop_ids, self.stop_texts = tokenizer.stop_ids, stop_texts
         self.decoder = StreamDecoder(tokenizer, start=not prompt)
         self.ids, self.logprobs, self.text, self.finish_reason = [], [], "", None
         self.n_taken = 0  # characters of text that take() has handed out
@@ -1089,12 +1088,13 @@ class Sample:
         return json.dumps({name: getattr(self, name) for name in names})
 
 
-def grow(samples: list[Sample], model: Llama, prompts: list[list[int]], max_new_tokens: int,
-         sampling: Sampling, numbers: list[int], cache: KVCache | None = None,
-         stream: bool = False) -> None:
+def grow(samples: list[Sample], model: Llama, max_new_tokens: int, sampling: Sampling,
+         cache: KVCache | None = None, stream: bool = False) -> None:
     """Generates until every sample has ended; `stream` prints the first one as it comes."""
-    stop_ids = samples[0].stop_ids
-    for step in generate(model, prompts, max_new_tokens, sampling, stop_ids, numbers, cache):
+    prompts = [sample.prompt_ids for sample in samples]
+    numbers = [sample.number for sample in samples]
+    for step in generate(model, prompts, max_new_tokens, sampling, samples[0].stop_ids, numbers,
+                         cache):
         for row, token, logprob in step:
             if samples[row].finish_reason is None:
                 samples[row].push(token, logprob)
@@ -1112,16 +1112,14 @@ def sample_texts(model: Llama, tokenizer: Tokenizer, prompts: list[str], max_new
                  sampling: Sampling, num_samples: int = 1, stop_texts: list[str] = (),
                  stream: bool = False) -> list[Sample]:
     """num_samples texts of each prompt, in one batch; `stream` prints the first one as it comes."""
-    samples, ids, numbers = [], [], []
+    samples = []
     for prompt in prompts:
-        encoded = tokenizer.encode(prompt, bos=tokenizer.adds_bos) or [tokenizer.bos_id]
+        ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos) or [tokenizer.bos_id]
         for number in range(num_samples):
-            samples.append(Sample(tokenizer, prompt, stop_texts))
-            ids.append(encoded)
-            numbers.append(number)
+            samples.append(Sample(tokenizer, prompt, ids, number, stop_texts))
     if stream:
         print(prompts[0], end="", flush=True)
-    grow(samples, model, ids, max_new_tokens, sampling, numbers, stream=stream)
+    grow(samples, model, max_new_tokens, sampling, stream=stream)
     return samples
 
 
@@ -1200,7 +1198,7 @@ def chat(model: Llama, tokenizer: Tokenizer, max_new_tokens: int, sampling: Samp
           "Ctrl-D (Windows: Ctrl-Z) ends it", file=sys.stderr)
     ids, cache, context = [], new_cache(model, 1, 0), model.config.max_seq_len
     for number in itertools.count():
-        sample = Sample(tokenizer, "-", stop_texts)
+        sample = None
         try:
             text = input("> ")
             new, alone = turn(tokenizer, text, system, not ids), turn(tokenizer, text, system)
@@ -1212,7 +1210,8 @@ def chat(model: Llama, tokenizer: Tokenizer, max_new_tokens: int, sampling: Samp
             ids += new
             smaller, cache = cache, new_cache(model, 1, min(context, len(ids) + max_new_tokens))
             cache.take(smaller, [0])
-            grow([sample], model, [ids], max_new_tokens, sampling, [number], cache, stream=True)
+            sample = Sample(tokenizer, "-", ids, number, stop_texts)
+            grow([sample], model, max_new_tokens, sampling, cache, stream=True)
         except EOFError:
             return print()
         except KeyboardInterrupt:
@@ -1263,7 +1262,7 @@ def score(model: Llama, tokenizer: Tokenizer, path: str) -> Iterator[dict]:
             continue
         nll = token_nll(model, ids)
         counts = len(nll), nll.double().sum().item(), len(text.encode())
-        totals = tuple(map(sum, zip(totals, counts)))
+        totals = [total + count for total, count in zip(totals, counts)]
         yield {"document": number, **figures(*counts), "window": context,
                "stride": context // 2 * (len(nll) > context), "ids": ids[1:],
                "logprobs": (-nll).tolist()}
@@ -1308,9 +1307,19 @@ def parser() -> Parser:
     p = Parser(prog="generate.py", description="Text from a run, a folder of Meta or transformers, "
                "a GGUF file or llama2.c's files: the format is recognised by the content.")
     p.add_argument("checkpoint", nargs="?", help="folder or file; default: the newest run in runs/")
+    group = p.add_argument_group("one of these")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--prompt", action="append", metavar="TEXT",
+        help="repeat it for a batch; - reads stdin; \"\", the default, starts from BOS alone")
+    add("--chat", action="store_true",
+        help="a conversation in the model's own format; Ctrl-C stops an answer")
+    add("--export", nargs=2, metavar=("FORMAT", "OUT"),
+        help=f"write the checkpoint as one of {', '.join(EXPORTS)}, with its tokenizer")
+    add("--score", metavar="FILE", help="bits per byte of its documents, after BOS, those longer "
+        "than the context in windows that overlap by half")
+    add("--bench", type=positive(int), metavar="N", help="speed: N tokens read, N written")
     add = p.add_argument_group("text").add_argument
-    add("--prompt", action="append", default=[], metavar="TEXT",
-        help="repeat it for a batch; - reads stdin; \"\" starts from BOS alone")
+    add("--system", default="", metavar="TEXT", help="who answers in --chat")
     add("--max-new-tokens", type=positive(int), default=200, metavar="N",
         help="tokens at most; the context may end a text earlier")
     add("--temperature", type=float, default=0.6, metavar="X",
@@ -1321,6 +1330,7 @@ def parser() -> Parser:
     add("--num-samples", type=positive(int), default=1, metavar="N", help="texts of each prompt")
     add("--stop", action="append", default=[], metavar="TEXT",
         help="end a text where this begins; repeatable")
+    add("--json", action="store_true", help="one JSON object a sample or document")
     add = p.add_argument_group("model").add_argument
     add("--dtype", choices=DTYPES, default="auto",
         help="auto keeps the file's; bf16 halves the memory of an fp32 file")
@@ -1329,16 +1339,6 @@ def parser() -> Parser:
     add("--compile", action="store_true", help="faster tokens of a single text after up to a "
         "minute of compiling, less the second time; small models gain most")
     add("--tokenizer", metavar="PATH", help="default: the one beside the checkpoint")
-    add = p.add_argument_group("instead of sampling, and output").add_argument
-    add("--chat", action="store_true",
-        help="a conversation in the model's own format; Ctrl-C stops an answer")
-    add("--system", default="", metavar="TEXT", help="who answers in --chat")
-    add("--export", nargs=2, metavar=("FORMAT", "OUT"),
-        help=f"write the checkpoint as one of {', '.join(EXPORTS)}, with its tokenizer")
-    add("--score", metavar="FILE", help="bits per byte of its documents, after BOS, those longer "
-        "than the context in windows that overlap by half")
-    add("--bench", type=positive(int), metavar="N", help="speed: N tokens read, N written")
-    add("--json", action="store_true", help="one JSON object a sample or document")
     return p
 
 
@@ -1358,11 +1358,6 @@ def main(argv: list[str]) -> None:
     if "" in args.stop:
         raise ValueError("--stop needs a text; try --stop with one, or none")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    tasks = {"--chat": args.chat, "--export": args.export, "--score": args.score,
-             "--bench": args.bench, "--prompt": args.prompt}
-    chosen = [name for name, value in tasks.items() if value]
-    if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(chosen)} do not go together; try one of them")
     checkpoint = Path(args.checkpoint or newest_run())
     if args.export:
         return export(checkpoint, *args.export, args.tokenizer)
