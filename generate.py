@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llama import (SIZES, KVCache, Layer, Llama, LlamaConfig, apply_rope, logit_rows,
-                   rope_frequencies, rope_table, swiglu)
+from llama import (SIZES, Attention, FeedForward, KVCache, Layer, Llama, LlamaConfig, apply_rope,
+                   logit_rows, rope_frequencies, rope_table, swiglu)
 from tokenizer import (Parser, StreamDecoder, Tokenizer, command, documents, huggingface_files,
                        load_tokenizer, one_line_errors, positive, read_json, tokenizer_from_gguf,
                        write_aside, write_json)
@@ -71,10 +71,6 @@ class Weight(NamedTuple):
     dtype: torch.dtype
     parts: tuple[Tensor, ...]
     decode: Callable[..., Tensor] = lambda part: part
-
-    @classmethod
-    def of(cls, mapped: Tensor) -> "Weight":
-        return cls(tuple(mapped.shape), mapped.dtype, (mapped,))
 
     def read(self, device="cpu", dtype: torch.dtype | None = None) -> Tensor:
         """The tensor on a device; a view of the file where nothing has to be converted."""
@@ -120,9 +116,10 @@ NAMES = {  # Meta's: (transformers', GGUF's), in the order of llama2.c's version
     "layers.{}.feed_forward.w2": ("model.layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
     "layers.{}.feed_forward.w3": ("model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
     "norm": ("model.norm", "output_norm"), "output": ("lm_head", "output")}
+HF, GGUF = 0, 1  # columns of NAMES
 PERMUTED = ("wq.weight", "wk.weight")  # their rows have another order in transformers
 # Tables of frequencies, which llama.py computes.
-IGNORED = ("rope.freqs", "rotary_emb.inv_freq", "rope_freqs.weight", "rope.cos", "rope.sin")
+IGNORED = ("rope.freqs", "rotary_emb.inv_freq", "rope_freqs.weight")
 
 
 def meta_names(config: LlamaConfig, column: int) -> dict[str, str]:
@@ -187,7 +184,7 @@ def weights_of(table: dict[str, Tensor]) -> dict[str, Weight]:
                 and w.device.type == "cpu" and w.is_contiguous()):
             raise ValueError(f"{name:.99} is of {w.dtype}, or not contiguous; try to save floats")
         name = name.removeprefix("_orig_mod.").removeprefix("module.")  # torch.compile's, DDP's
-        weights[name] = Weight.of(w.detach())
+        weights[name] = Weight(tuple(w.shape), w.dtype, (w.detach(),))
     return weights
 
 
@@ -202,7 +199,7 @@ def write_params(config: LlamaConfig) -> dict:
             "ffn_dim_multiplier": min(1, hidden_dim / int(8 * config.dim / 3))}
 
 
-def read_params(params: dict, weights: dict[str, Weight]) -> LlamaConfig:
+def read_params(params: dict, shards: list[dict[str, Weight]]) -> LlamaConfig:
     """The config from Meta's params.json and the weights. F = the next multiple of multiple_of
     from int(ffn_dim_multiplier * int(8 D / 3)); 7B: D = 4096 and multiple_of = 256 give 10922 ->
     11008. What params.json does not say (context, factor of the frequencies) is that of the size
@@ -212,14 +209,15 @@ def read_params(params: dict, weights: dict[str, Weight]) -> LlamaConfig:
     hidden = int(values.pop("ffn_dim_multiplier") * int(8 * values["dim"] / 3))
     multiple_of = values.pop("multiple_of")
     values.setdefault("hidden_dim", -(-hidden // multiple_of) * multiple_of)
-    embedding, output = weights["tok_embeddings.weight"], weights.get("output.weight")
-    values["vocab_size"] = embedding.shape[0]  # params.json of LLaMA 1 and 2 says -1
+    # params.json of LLaMA 1 and 2 says that V is -1. Shards hold rows or columns of V x D numbers.
+    embedding, output = shards[0]["tok_embeddings.weight"], shards[0].get("output.weight")
+    values["vocab_size"] = len(shards) * math.prod(embedding.shape) // values["dim"]
     values["tie_embeddings"] = output is None or equal(output, embedding)
     scaled, factor = values.pop("use_scaled_rope", False), values.pop("rope_scaling_factor", None)
     if scaled:
         values["rope_scaling"] = factor or 8.0
-    for name in ("dropout", "max_batch_size"):  # which do not change the function
-        values.pop(name, None)
+    values.pop("dropout", None)  # these two do not change the function
+    values.pop("max_batch_size", None)
     config = LlamaConfig.from_dict(values)
     for size, _ in SIZES.values():
         like = replace(config, max_seq_len=size.max_seq_len, rope_scaling=size.rope_scaling)
@@ -229,18 +227,18 @@ def read_params(params: dict, weights: dict[str, Weight]) -> LlamaConfig:
     return config
 
 
-def merged(name: str, parts: tuple[Tensor, ...], params: dict) -> Weight:
-    """One weight of its parts in all shards: rows below each other, but columns side by side for
-    wo, w2 and the embedding of LLaMA 1 and 2. Norms are equal in all shards, and so are the wk and
-    wv of neighbours where there are more shards than key/value heads."""
-    kind, shape = name.removesuffix(".weight").split(".")[-1], list(parts[0].shape)
-    if kind in ("wk", "wv"):
-        parts = parts[::max(1, len(parts) // (params.get("n_kv_heads") or params["n_heads"]))]
-    if len(parts) == 1 or len(shape) == 1:
-        return Weight.of(parts[0])
+def merged(name: str, parts: list[Tensor], whole: tuple[int, ...]) -> Weight:
+    """The weight whose shape is `whole` from its parts in all shards, joined along the axis in
+    which it is larger than they are. Norms are equal in all shards, and so are the wk and wv of
+    neighbours where there are more shards than key/value heads: one of equal parts is taken."""
+    shape = list(parts[0].shape)
     if any(list(part.shape) != shape for part in parts):
         raise ValueError(f"the shards hold {name} in different shapes; try to fetch them")
-    axis = int(kind in ("wo", "w2") or kind == "tok_embeddings" and shape[1] < params["dim"])
+    axis = int(len(shape) == 2 and shape[1] != whole[1])
+    copies = len(parts) * shape[axis] // whole[axis]
+    parts = tuple(parts[::max(1, copies)])
+    if len(parts) == 1:
+        return Weight(tuple(shape), parts[0].dtype, parts)
     shape[axis] *= len(parts)
     return Weight(tuple(shape), parts[0].dtype, parts, lambda *parts: torch.cat(parts, axis))
 
@@ -250,17 +248,31 @@ def read_meta(folder: Path) -> Checkpoint:
     params, shards, weights = read_json((folder / "params.json").read_bytes()), [], {}
     while (file := folder / f"consolidated.{len(shards):02}.pth").is_file():
         shards.append(weights_of(read_pickle(file)))
-    wanted = 1
-    if shards:  # the columns of wo are split over all shards that there were
-        width = params["n_heads"] * params.get("head_size", params["dim"] // params["n_heads"])
-        wanted = width // shards[0]["layers.0.attention.wo.weight"].shape[1]
-    if len(shards) < wanted:
+    # The columns of wo are split over all shards that there were.
+    width = params["n_heads"] * params.get("head_size", params["dim"] // params["n_heads"])
+    if sum(shard["layers.0.attention.wo.weight"].shape[1] for shard in shards) < width:
         raise ValueError(f"{file.name} is missing; try to fetch it")
+    config = read_params(params, shards)
+    whole = shapes(config)
     for name in list(shards[0]):
-        weights[name] = merged(name, tuple(shard.pop(name).parts[0] for shard in shards), params)
+        parts = [shard.pop(name).parts[0] for shard in shards]
+        weights[name] = merged(name, parts, whole.get(name, parts[0].shape))
     if any(shards):
         raise ValueError("the shards hold different tensors; try to fetch them again")
-    return read_params(params, weights), weights
+    return config, weights
+
+
+def write_meta(config: LlamaConfig, weights: dict[str, Weight], folder: Path) -> None:
+    """Meta's folder. torch.save wants all tensors at once: they are mapped from a file aside."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / "weights.aside"
+    try:
+        write_aside(aside, lambda file: write_safetensors(file, weights))
+        write_aside(folder / "consolidated.00.pth",
+                    lambda file: torch.save(read_safetensors(aside), file))
+    finally:
+        aside.unlink(missing_ok=True)
+    write_json(folder / "params.json", write_params(config))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -284,6 +296,27 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def write_safetensors(file, weights: dict[str, Weight]) -> None:
+    """A safetensors file, tensor by tensor."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    codes = {dtype: code for code, dtype in SAFE_TYPES.items()}
+    for name, w in weights.items():
+        end = at + math.prod(w.shape) * w.dtype.itemsize
+        header[name] = {"dtype": codes[w.dtype], "shape": w.shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned
+    file.write(struct.pack("<Q", len(text)) + text)
+    for w in weights.values():
+        write_tensor(file, w, w.dtype)
+
+
+def write_tensor(file, weight: Weight, dtype: torch.dtype) -> None:
+    """The bytes of a weight, which then leaves memory."""
+    file.write(weight.read(dtype=dtype).flatten().view(torch.uint8).numpy())
+    weight.drop_pages()
+
+
 HF_FIELDS = {"hidden_size": "dim", "num_hidden_layers": "n_layers",
              "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads",
              "intermediate_size": "hidden_dim", "vocab_size": "vocab_size",
@@ -292,10 +325,9 @@ HF_FIELDS = {"hidden_size": "dim", "num_hidden_layers": "n_layers",
              "rope_theta": "rope_theta"}
 HF_ONLY = {"model_type": ("llama",), "hidden_act": (None, "silu"), "attention_bias": (None, False),
            "mlp_bias": (None, False), "sliding_window": (None,), "quantization_config": (None,),
-           "num_local_experts": (None,), "partial_rotary_factor": (None, 1),
-           "rope_type": (None, "default", "llama3"), "type": (None, "default", "llama3"),
-           "low_freq_factor": (None, 1.0), "high_freq_factor": (None, 4.0),
-           "original_max_position_embeddings": (None, 8192)}
+           "num_local_experts": (None,), "partial_rotary_factor": (None, 1)}
+HF_SCALING = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 8192}  # Llama 3.1's, beside its factor
 
 
 def read_hf_config(values: dict) -> LlamaConfig:
@@ -307,7 +339,10 @@ def read_hf_config(values: dict) -> LlamaConfig:
     config = {"n_kv_heads": values["num_attention_heads"], "norm_eps": 1e-6,
               "max_seq_len": values.get("max_sequence_length", 2048)}
     config |= {ours: values[theirs] for theirs, ours in HF_FIELDS.items() if theirs in values}
-    if "llama3" in (rope.get("rope_type"), rope.get("type")):
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        scaling = {**HF_SCALING, **rope, "rope_type": kind}
+        refuse_unless(scaling, {name: (value,) for name, value in HF_SCALING.items()})
         config["rope_scaling"] = rope["factor"]
     return LlamaConfig.from_dict(config)
 
@@ -333,11 +368,31 @@ def read_hf(folder: Path, file: Path | None = None) -> Checkpoint:
     for path in files:
         read = read_pickle if map_file(path)[:2] == b"PK" else read_safetensors
         table |= weights_of(read(path))
-    weights = renamed(config, table, 0)
+    weights = renamed(config, table, HF)
     for name in weights:
         if name.endswith(PERMUTED):
             weights[name] = weights[name].permuted_for_rope(2, config.head_dim // 2)
     return config, weights
+
+
+def write_hf(config: LlamaConfig, weights: dict[str, Weight], folder: Path) -> None:
+    """The folder that transformers loads, its frequencies in the form that 4 and 5 both read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = {}
+    for theirs, ours in meta_names(config, HF).items():
+        if ours in weights:  # the output is not, if it is tied
+            table[theirs] = weights[ours]
+        if ours.endswith(PERMUTED):
+            table[theirs] = weights[ours].permuted_for_rope(config.head_dim // 2, 2)
+    write_aside(folder / "model.safetensors", lambda file: write_safetensors(file, table))
+    values = {name: getattr(config, ours) for name, ours in HF_FIELDS.items()}
+    if config.rope_scaling:
+        values["rope_scaling"] = HF_SCALING | {"factor": config.rope_scaling}
+    dtype = str(weights["tok_embeddings.weight"].dtype).removeprefix("torch.")
+    write_json(folder / "config.json", values | {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "head_dim": config.head_dim, "torch_dtype": dtype,
+        "bos_token_id": None, "eos_token_id": None})  # which only the tokenizer knows
 
 
 GGUF_TEXT, GGUF_ARRAY = 8, 9  # types of values
@@ -351,11 +406,8 @@ GGUF_FIELDS = {"embedding_length": "dim", "block_count": "n_layers",
 
 
 def take(data: mmap.mmap, form: str) -> tuple:
-    """The next values of a header, by struct's codes; ValueError beyond the end of the file."""
-    size = struct.calcsize("<" + form)
-    if size > len(data) - data.tell():
-        raise ValueError("the header lies beyond the file's end: cut short; try to fetch it again")
-    return struct.unpack("<" + form, data.read(size))
+    """The next values of a header, by struct's codes; struct.error beyond the end of the file."""
+    return struct.unpack("<" + form, data.read(struct.calcsize("<" + form)))
 
 
 def take_value(data: mmap.mmap, kind: int):
@@ -398,8 +450,8 @@ def gguf_fields(path: Path) -> dict | None:
 def gguf_weight(data: mmap.mmap, name: str, shape, kind: int, start: int) -> Weight:
     """A tensor of one of ggml's types: F32, F16 and BF16 are mapped, the others are in blocks that
     the package gguf decodes to fp32."""
-    if kind in GGUF_DTYPES:
-        return Weight.of(tensor_at(data, name, GGUF_DTYPES[kind], shape, start))
+    if dtype := GGUF_DTYPES.get(kind):
+        return Weight(shape, dtype, (tensor_at(data, name, dtype, shape, start),))
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
         kind = GGMLQuantizationType(kind)
@@ -443,24 +495,13 @@ def read_gguf(path: Path) -> Checkpoint:
         if wanted.shape != divisors.shape or not torch.allclose(wanted, divisors, rtol=1e-3):
             raise ValueError("rope_freqs.weight is not Llama 3.1's scaling; try a Llama of Meta's")
         config = scaled
-    return config, renamed(config, weights, 1)
-
-
-def llama2c_order(config: LlamaConfig, version: int) -> list[str]:
-    """The tensors in the order of the file, each kind over all layers; 1 and 2 have norms first."""
-    names = list(meta_names(config, 0).values())
-    if config.tie_embeddings:
-        names.remove("output.weight")
-    if version:
-        return sorted(names, key=lambda name: "norm" not in name)
-    end = names.index("norm.weight") + 1
-    return [*names[:end], "rope.cos", "rope.sin", *names[end:]]
+    return config, renamed(config, weights, GGUF)
 
 
 def read_llama2c(path: Path) -> Checkpoint:
     """llama2.c's .bin. Version 0 begins with D, F, L, H, K, V (negative: the output is not tied)
     and the context as int32; 1 and 2 with a magic number, the version, the same seven, whether
-    the output is tied, and in 2 how many int8 share a scale, in 256 bytes."""
+    the output is tied, and in 2 how many int8 share a scale, in 256 bytes; norms stand first."""
     data, version, at, weights = map_file(path), 0, 28, {}
     if data[:4] == b"24ka":
         version, at = struct.unpack_from("<i", data, 4)[0], 256
@@ -471,20 +512,45 @@ def read_llama2c(path: Path) -> Checkpoint:
     config = LlamaConfig(dim, layers, heads, kv_heads, hidden, abs(vocab), context,
                          tie_embeddings=tied)
     wanted = shapes(config)
-    for name in llama2c_order(config, version):
-        shape = wanted.get(name, (context, config.head_dim // 2))  # the tables of cos and sin
+    names = [name for name in meta_names(config, HF).values() if name in wanted]
+    if version:
+        names.sort(key=lambda name: "norm" not in name)
+    for name in names:
+        shape, dtype = wanted[name], torch.float32
         if version == 2 and len(shape) == 2:
             int8 = tensor_at(data, name, torch.int8, shape, at).view(-1, group)
-            scales = tensor_at(data, name, torch.float32, (len(int8), 1), at + int8.nbytes)
-            weights[name] = Weight(shape, torch.float32, (int8, scales), torch.mul)
-            at += int8.nbytes + scales.nbytes
+            scales = tensor_at(data, name, dtype, (len(int8), 1), at + int8.nbytes)
+            weights[name] = Weight(shape, dtype, (int8, scales), torch.mul)
         else:
-            weights[name] = Weight.of(tensor_at(data, name, torch.float32, shape, at))
-            at += 4 * math.prod(shape)
+            weights[name] = Weight(shape, dtype, (tensor_at(data, name, dtype, shape, at),))
+        at += sum(part.nbytes for part in weights[name].parts)
+        if version == 0 and name == "norm.weight":
+            at += 4 * context * config.head_dim  # tables of cos and sin, which llama.py computes
     if at != len(data):
         raise ValueError(f"it is no llama2.c file, whose header would ask for {at:,} bytes; try a "
                          "folder of Meta's or transformers', a GGUF file or llama2.c's .bin")
     return config, weights
+
+
+def write_llama2c(config: LlamaConfig, weights: dict[str, Weight], path: Path) -> None:
+    """llama2.c's .bin of version 0, in fp32; ValueError for what it has no field for."""
+    plain = replace(config, rope_theta=1e4, rope_scaling=None, norm_eps=1e-5, head_size=None)
+    if config != plain:
+        raise ValueError("llama2.c's header has no rope_theta, rope_scaling, norm_eps or head_size "
+                         "and takes LLaMA's; try the format meta or hf")
+    vocab = config.vocab_size if config.tie_embeddings else -config.vocab_size
+
+    def write(file) -> None:
+        file.write(struct.pack("<7i", config.dim, config.hidden_dim, config.n_layers,
+                               config.n_heads, config.n_kv_heads, vocab, config.max_seq_len))
+        for name in meta_names(config, HF).values():
+            if name in weights:
+                write_tensor(file, weights[name], torch.float32)
+            if name == "norm.weight":
+                for table in rope_table(config, torch.arange(config.max_seq_len)):
+                    file.write(table.numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, write)
 
 
 def read_any(path: Path) -> Checkpoint:
@@ -505,7 +571,7 @@ def read_any(path: Path) -> Checkpoint:
         table = read_pickle(path)
         if "model_args" in table:  # llama2.c's .pt
             weights = weights_of(table["model"])
-            return read_params({"multiple_of": 256, **table["model_args"]}, weights), weights
+            return read_params({"multiple_of": 256, **table["model_args"]}, [weights]), weights
         if "tok_embeddings.weight" in table:
             return read_meta(path.parent)
         return read_hf(path.parent, path)
@@ -534,19 +600,22 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return config, {name: found[name] for name in wanted}
 
 
-def read_blocks(weights: dict[str, Weight], device="cpu", dtype: torch.dtype | None = None
-                ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yields (name of a submodule of Llama, {name of a parameter in it: tensor}): the embedding,
-    each layer, the norm, the output unless it is tied.
-    dtype None keeps each weight's type; then the tensors are views of the file. When the next block
-    is asked for, the pages of the last one leave memory: whoever makes something else of each block
-    (quantises it) holds one block in the file's form at a time."""
+def fill(model: Llama, weights: dict[str, Weight], device, dtype: torch.dtype
+         ) -> Iterator[tuple[str, nn.Module]]:
+    """Reads a model that is on meta block by block, and yields the name and module of each: the
+    embedding, a layer, the norm, the output unless it is tied. What needs no conversion is a view
+    of the file, whose pages leave memory when the next block is asked for: whoever makes something
+    else of each block (quantises it) holds one block in the file's form at a time."""
     blocks = {}
     for name, weight in weights.items():
-        block = re.match(r"layers\.\d+|\w+", name)[0]
-        blocks.setdefault(block, {})[name.removeprefix(f"{block}.")] = weight
-    for block, parameters in blocks.items():
-        yield block, {name: w.read(device, dtype) for name, w in parameters.items()}
+        block, parameter = re.fullmatch(r"(layers\.\d+|\w+)\.(.+)", name).groups()
+        blocks.setdefault(block, {})[parameter] = weight
+    for name, parameters in blocks.items():
+        block = model.get_submodule(name)
+        tensors = {parameter: w.read(device, dtype) for parameter, w in parameters.items()}
+        block.load_state_dict(tensors, assign=True)
+        del tensors
+        yield name, block
         for weight in parameters.values():
             weight.drop_pages()
 
@@ -557,103 +626,9 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Ll
     config, weights = open_checkpoint(path)
     with torch.device("meta"):
         model = Llama(config)
-    dtype = dtype or weights["tok_embeddings.weight"].dtype
-    for name, tensors in read_blocks(weights, device, dtype):
-        model.get_submodule(name).load_state_dict(tensors, assign=True)
+    for _ in fill(model, weights, device, dtype or weights["tok_embeddings.weight"].dtype):
+        pass
     return model.eval()
-
-
-def write_tensor(file, weight: Weight, dtype: torch.dtype) -> None:
-    """The bytes of a weight, which then leaves memory."""
-    file.write(weight.read(dtype=dtype).flatten().view(torch.uint8).numpy())
-    weight.drop_pages()
-
-
-def write_safetensors(file, weights: dict[str, Weight]) -> None:
-    """A safetensors file, tensor by tensor."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    codes = {dtype: code for code, dtype in SAFE_TYPES.items()}
-    for name, w in weights.items():
-        end = at + math.prod(w.shape) * w.dtype.itemsize
-        header[name] = {"dtype": codes[w.dtype], "shape": w.shape, "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that tensors are aligned
-    file.write(struct.pack("<Q", len(text)) + text)
-    for w in weights.values():
-        write_tensor(file, w, w.dtype)
-
-
-def write_meta(config: LlamaConfig, weights: dict[str, Weight], folder: Path) -> None:
-    """Meta's folder. torch.save wants all tensors at once: they are mapped from a file aside."""
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / "weights.aside"
-    try:
-        write_aside(aside, lambda file: write_safetensors(file, weights))
-        write_aside(folder / "consolidated.00.pth",
-                    lambda file: torch.save(read_safetensors(aside), file))
-    finally:
-        aside.unlink(missing_ok=True)
-    write_json(folder / "params.json", write_params(config))
-
-
-def write_hf(config: LlamaConfig, weights: dict[str, Weight], folder: Path) -> None:
-    """The folder that transformers loads, its frequencies in the form that 4 and 5 both read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    table = {}
-    for theirs, ours in meta_names(config, 0).items():
-        if ours in weights:  # the output is not, if it is tied
-            table[theirs] = weights[ours]
-        if ours.endswith(PERMUTED):
-            table[theirs] = weights[ours].permuted_for_rope(config.head_dim // 2, 2)
-    write_aside(folder / "model.safetensors", lambda file: write_safetensors(file, table))
-    values = {name: getattr(config, ours) for name, ours in HF_FIELDS.items()}
-    if config.rope_scaling:
-        values["rope_scaling"] = {
-            "rope_type": "llama3", "factor": config.rope_scaling, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    dtype = str(weights["tok_embeddings.weight"].dtype).removeprefix("torch.")
-    write_json(folder / "config.json", values | {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "head_dim": config.head_dim, "torch_dtype": dtype,
-        "bos_token_id": None, "eos_token_id": None})  # which only the tokenizer knows
-
-
-def write_llama2c(config: LlamaConfig, weights: dict[str, Weight], path: Path) -> None:
-    """llama2.c's .bin of version 0, in fp32; ValueError for what it has no field for."""
-    plain = replace(config, rope_theta=1e4, rope_scaling=None, norm_eps=1e-5, head_size=None)
-    if config != plain:
-        raise ValueError("llama2.c's header has no rope_theta, rope_scaling, norm_eps or head_size "
-                         "and takes LLaMA's; try the format meta or hf")
-    cos, sin = rope_table(config, torch.arange(config.max_seq_len))
-    tables = {"rope.cos": cos, "rope.sin": sin}
-    vocab = config.vocab_size if config.tie_embeddings else -config.vocab_size
-
-    def write(file) -> None:
-        file.write(struct.pack("<7i", config.dim, config.hidden_dim, config.n_layers,
-                               config.n_heads, config.n_kv_heads, vocab, config.max_seq_len))
-        for name in llama2c_order(config, 0):
-            if name in tables:
-                file.write(tables[name].numpy())
-            else:
-                write_tensor(file, weights[name], torch.float32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, write)
-
-
-EXPORTS = {"meta": write_meta, "hf": write_hf, "llama2c": write_llama2c}
-
-
-def export(path: str | Path, format: str, out: str | Path) -> None:
-    """Writes any checkpoint in another format, tensor by tensor: a folder of Meta's ("meta") or of
-    transformers ("hf"), or a file of llama2.c ("llama2c"). Numbers keep their type; quantised
-    ones, and all in llama2.c, are fp32."""
-    out = Path(out)
-    if format not in EXPORTS:
-        raise ValueError(f"there is no format {format!r}; try one of {', '.join(EXPORTS)}")
-    if out.is_dir() and any(out.iterdir()) or out.exists() and not out.is_dir():
-        raise ValueError(f"{out} exists already and stays as it is; try another name")
-    EXPORTS[format](*open_checkpoint(path), out)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -731,8 +706,7 @@ def multiply_int4(x: Tensor, q: Tensor, scales: Tensor) -> Tensor:
     return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 
-def product(w: Tensor, dtype: torch.dtype, quantize: str | None = None,
-            compiled: bool = False) -> Product:
+def product(w: Tensor, quantize: str | None = None, compiled: bool = False) -> Product:
     """The fastest Product for W on its device. int8 stands in for int4 where the shape or the
     device does not allow it."""
     (n_out, n_in), on_cpu = w.shape, w.device.type == "cpu"
@@ -740,10 +714,10 @@ def product(w: Tensor, dtype: torch.dtype, quantize: str | None = None,
         return Product(multiply_int4, *quantise_int4(w))
     if quantize:
         return Product(multiply_int8, *quantise_int8(w))
-    w, can_pack = w.to(dtype), on_cpu and torch.backends.mkldnn.is_available()
-    if dtype == torch.bfloat16:
+    can_pack = on_cpu and torch.backends.mkldnn.is_available()
+    if w.dtype == torch.bfloat16:
         can_pack = can_pack and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if dtype == torch.float16 or compiled or not can_pack:
+    if w.dtype == torch.float16 or compiled or not can_pack:
         return Product(multiply_plain, w)
     # oneDNN's kernel wants blocks, which F.linear would make at each call: made once, few rows are
     # up to twice as fast. Those for 64 rows are the best for one too. They cannot be compiled.
@@ -755,15 +729,17 @@ class FusedAttention(nn.Module):
     """llama.Attention with Wq, Wk and Wv below each other in one Product: for one token a call of
     the kernel costs as much as its work. Queries and keys rotate together, for the same reason."""
 
-    def __init__(self, config: LlamaConfig, wqkv: Product, wo: Product):
+    def __init__(self, plain: Attention, config: LlamaConfig, lay_out: Callable):
         super().__init__()
-        self.wqkv, self.wo, self.head_dim = wqkv, wo, config.head_dim
-        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        self.wqkv = lay_out(torch.cat((plain.wq.weight, plain.wk.weight, plain.wv.weight)))
+        self.wo = lay_out(plain.wo.weight)
+        self.head_dim, self.heads = config.head_dim, (config.n_heads, config.n_kv_heads)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
+        H, K = self.heads
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 K, E)
-        qk, v = heads.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=2)
-        q, k = apply_rope(qk, cos, sin).split((self.n_heads, self.n_kv_heads), dim=2)
+        qk, v = heads.split((H + K, K), dim=2)
+        q, k = apply_rope(qk, cos, sin).split((H, K), dim=2)
         o, _ = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, T, E)
         return self.wo(o.transpose(1, 2).flatten(2))
 
@@ -771,9 +747,10 @@ class FusedAttention(nn.Module):
 class FusedFeedForward(nn.Module):
     """llama.FeedForward with W1 and W3 below each other in one Product."""
 
-    def __init__(self, w13: Product, w2: Product):
+    def __init__(self, plain: FeedForward, lay_out: Callable):
         super().__init__()
-        self.w13, self.w2 = w13, w2
+        self.w13 = lay_out(torch.cat((plain.w1.weight, plain.w3.weight)))
+        self.w2 = lay_out(plain.w2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.w13(x).chunk(2, dim=-1)
@@ -836,22 +813,6 @@ def check_compiler() -> None:
                          "without --compile, or install a C++ compiler") from None
 
 
-def lay_out_layer(layer: Layer, config: LlamaConfig, tensors: dict[str, Tensor],
-                  dtype: torch.dtype, lay_out: Callable[[Tensor], Product]) -> None:
-    """Fills a layer that is on meta: its norms in dtype, its matrices as Products."""
-    def matrix(*names: str) -> Product:
-        rows = [tensors[f"{name}.weight"] for name in names]
-        return lay_out(rows[0] if len(rows) == 1 else torch.cat(rows))
-
-    for name in ("attention_norm", "ffn_norm"):
-        norm = layer.get_submodule(name)
-        norm.weight = nn.Parameter(tensors[f"{name}.weight"].to(dtype), False)
-    layer.attention = FusedAttention(
-        config, matrix("attention.wq", "attention.wk", "attention.wv"), matrix("attention.wo"))
-    layer.feed_forward = FusedFeedForward(
-        matrix("feed_forward.w1", "feed_forward.w3"), matrix("feed_forward.w2"))
-
-
 @torch.no_grad()
 def open_model(path: Path, dtype: torch.dtype | None = None, quantize: str | None = None,
                compiled: bool = False) -> Llama:
@@ -865,18 +826,16 @@ def open_model(path: Path, dtype: torch.dtype | None = None, quantize: str | Non
         check_compiler()
         kind = CompiledLlama
     with torch.device("meta"):
-        model = kind(config, backward="autograd", dtype=dtype)
-    # What is to be quantised comes in the file's own type.
-    for name, tensors in read_blocks(weights, best_device(), None if quantize else dtype):
-        lay_out = partial(product, dtype=dtype, quantize=quantize, compiled=compiled)
-        if name == "output":
-            model.output = product(tensors["weight"], dtype, quantize)
-        elif name.startswith("layers."):
-            lay_out_layer(model.get_submodule(name), config, tensors, dtype, lay_out)
-        else:
-            model.get_submodule(name).weight = nn.Parameter(tensors["weight"].to(dtype), False)
+        model = kind(config, backward="autograd", dtype=dtype).requires_grad_(False)
+    lay_out = partial(product, quantize=quantize, compiled=compiled)
+    for name, block in fill(model, weights, best_device(), dtype):
+        if isinstance(block, Layer):
+            block.attention = FusedAttention(block.attention, config, lay_out)
+            block.feed_forward = FusedFeedForward(block.feed_forward, lay_out)
+        elif name == "output":
+            model.output = product(block.weight, quantize)
     if model.output is None:
-        model.output = product(model.tok_embeddings.weight, dtype, quantize)
+        model.output = product(model.tok_embeddings.weight, quantize)
     if compiled:
         model.compile_layers()
     return model.eval()
@@ -898,7 +857,7 @@ def tokenizer_beside(checkpoint: Path, vocab_size: int, given: str | None = None
     fields = gguf_fields(path) if path.is_file() else None
     if fields is None and (path.is_dir() or not given):
         names = (f"tok{vocab_size}.bin", "tokenizer.json", "tokenizer.model", "tokenizer.bin")
-        places = [Path(given)] if given else [folder, folder.resolve().parent]
+        places = [path] if given else [folder, folder.resolve().parent]
         candidates = [place / name for place in places for name in names]
         path = next(filter(Path.is_file, candidates), None)
         if path is None:
@@ -912,6 +871,39 @@ def tokenizer_beside(checkpoint: Path, vocab_size: int, given: str | None = None
         eos = read_json((folder / "generation_config.json").read_bytes()).get("eos_token_id") or []
         tokenizer.stop_ids |= frozenset(eos if isinstance(eos, list) else [eos])
     return tokenizer
+
+
+EXPORTS = {"meta": write_meta, "hf": write_hf, "llama2c": write_llama2c}
+
+
+def export(checkpoint: str | Path, format: str, out: str | Path, given: str | None = None) -> None:
+    """Writes any checkpoint in another format, tensor by tensor: a folder of Meta's ("meta") or of
+    transformers ("hf"), or a file of llama2.c ("llama2c"); beside it the tokenizer given or else
+    the checkpoint's. Numbers keep their type; quantised ones, and all in llama2.c, are fp32."""
+    checkpoint, out, files = Path(checkpoint), Path(out), {}
+    if format not in EXPORTS:
+        raise ValueError(f"there is no format {format!r}; try one of {', '.join(EXPORTS)}")
+    if out.is_dir() and any(out.iterdir()) or out.exists() and not out.is_dir():
+        raise ValueError(f"{out} exists already and stays as it is; try another name")
+    config, weights = open_checkpoint(checkpoint)
+    EXPORTS[format](config, weights, out)
+    try:
+        tokenizer = tokenizer_beside(checkpoint, config.vocab_size, given)
+        if format == "hf":
+            ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids)}
+            files = huggingface_files(tokenizer)
+            files["generation_config.json"] = json.dumps(ends).encode()
+        else:
+            is_json = tokenizer.data.startswith(b"{")
+            files = tokenizer.files("tokenizer.json" if is_json else "tokenizer.model")
+    except ValueError as error:
+        print(f"{out} is written, without a tokenizer: {error}", file=sys.stderr)
+    for name, data in files.items():
+        path = (out if out.is_dir() else out.parent) / name
+        if path.exists() and path.read_bytes() != data:
+            print(f"{path} is another tokenizer and stays; {out} needs its own", file=sys.stderr)
+        else:
+            write_aside(path, lambda file, data=data: file.write(data))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -943,8 +935,6 @@ class Sampling:
         """softmax(z / temperature) of logits z (B, V), cut to the k likeliest tokens, then to the
         smallest set of the likeliest whose sum reaches p, and normalised again: with p = 0.7,
         0.5, 0.3, 0.1, 0.1 becomes 0.625, 0.375, 0, 0."""
-        if self.temperature == 0:
-            return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         z = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, 1e-6)
         if not self.top_k and self.top_p == 1:
             return z.softmax(-1)
@@ -1032,8 +1022,9 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampli
     while True:
         logits = model.logits(h)[running, 0].cpu()
         drawn = sampling.draw(logits, [generators[row] for row in running])
-        yield [(row, token, logprob) for row, (token, logprob) in zip(running, drawn)]
-        for row, (token, _) in zip(running, drawn):
+        step = [(row, *pair) for row, pair in zip(running, drawn)]
+        yield step
+        for row, token, _ in step:
             newest[row] = token
             left[row] -= 1
             if token in stop_ids:
@@ -1050,43 +1041,46 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, sampli
 
 
 class Sample:
-    """One text as it grows: ids and log-probabilities of the new tokens, and their text."""
+    """One text as it grows: ids and log-probabilities of the new tokens, and their text. With the
+    prompt "" they begin a text. `number` tells the samples of one prompt apart."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str, stop_texts: list[str] = ()):
-        self.prompt, self.stop_ids, self.stop_texts = prompt, tokenizer.stop_ids, stop_texts
+    def __init__(self, tokenizer: Tokenizer, prompt: str, prompt_ids: list[int], number: int,
+                 stop_texts: list[str] = ()):
+        self.prompt, self.prompt_ids, self.number = prompt, prompt_ids, number
+        self.stop_ids, self.stop_texts = tokenizer.stop_ids, stop_texts
         self.decoder = StreamDecoder(tokenizer, start=not prompt)
         self.ids, self.logprobs, self.text, self.finish_reason = [], [], "", None
-        self.shown = 0  # characters of text that were handed out
+        self.n_taken = 0  # characters of text that take() has handed out
 
-    def push(self, token: int, logprob: float) -> str:
-        """Takes a token; returns the text that is new and cannot begin a stop text. With the stop
-        text "END", an "E" is held back until the next token shows what it is."""
+    def push(self, token: int, logprob: float) -> None:
+        """Takes the next token in; the text ends before the first stop text."""
         if token in self.stop_ids:
-            return self.end("stop")
+            self.finish_reason = "stop"
+            return
         self.ids.append(token)
         self.logprobs.append(logprob)
         self.text += self.decoder.push(token)
         ends = [self.text.index(stop) for stop in self.stop_texts if stop in self.text]
         if ends:
             self.text = self.text[:min(ends)]
-            return self.end("stop")
-        held_back = 0
-        for stop in self.stop_texts:
-            for n in range(1, len(stop)):
-                if self.text.endswith(stop[:n]):
-                    held_back = max(held_back, n)
-        return self.show(len(self.text) - held_back)
+            self.finish_reason = "stop"
 
-    def end(self, reason: str) -> str:
-        """Closes the text; returns what of it was not handed out yet."""
-        self.finish_reason = reason
-        if reason == "length":
+    def close(self) -> None:
+        """Ends the text for want of room, unless it has ended."""
+        if self.finish_reason is None:
+            self.finish_reason = "length"
             self.text += self.decoder.flush()
-        return self.show(len(self.text))
 
-    def show(self, until: int) -> str:
-        new = self.text[self.shown:until]
-        self.shown = max(self.shown, until)
+    def take(self) -> str:
+        """The text since the last call, but not yet what may begin a stop text: for the stop text
+        "END", an "E" is held back until the next token shows what it is."""
+        end = len(self.text)
+        if self.finish_reason is None:
+            for i in range(end - 1, self.n_taken - 1, -1):
+                if any(stop.startswith(self.text[i:]) for stop in self.stop_texts):
+                    end = i
+        new = self.text[self.n_taken:end]
+        self.n_taken = end
         return new
 
     def json(self) -> str:
@@ -1094,38 +1088,38 @@ class Sample:
         return json.dumps({name: getattr(self, name) for name in names})
 
 
-def grow(samples: list[Sample], model: Llama, prompts: list[list[int]], max_new_tokens: int,
-         sampling: Sampling, numbers: list[int], cache: KVCache | None = None
-         ) -> Iterator[tuple[int, str]]:
-    """Runs generate until every sample has ended; yields (row, its new text) as it comes."""
-    stop_ids = samples[0].stop_ids
-    for step in generate(model, prompts, max_new_tokens, sampling, stop_ids, numbers, cache):
+def grow(samples: list[Sample], model: Llama, max_new_tokens: int, sampling: Sampling,
+         cache: KVCache | None = None, stream: bool = False) -> None:
+    """Generates until every sample has ended; `stream` prints the first one as it comes."""
+    prompts = [sample.prompt_ids for sample in samples]
+    numbers = [sample.number for sample in samples]
+    for step in generate(model, prompts, max_new_tokens, sampling, samples[0].stop_ids, numbers,
+                         cache):
         for row, token, logprob in step:
             if samples[row].finish_reason is None:
-                yield row, samples[row].push(token, logprob)
+                samples[row].push(token, logprob)
+        if stream:
+            print(samples[0].take(), end="", flush=True)
         if all(sample.finish_reason for sample in samples):
-            return
-    for row, sample in enumerate(samples):
-        if sample.finish_reason is None:
-            yield row, sample.end("length")
+            break
+    for sample in samples:
+        sample.close()
+    if stream:
+        print(samples[0].take())
 
 
 def sample_texts(model: Llama, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int,
                  sampling: Sampling, num_samples: int = 1, stop_texts: list[str] = (),
-                 show: Callable[[str], None] | None = None) -> list[Sample]:
-    """num_samples texts of each prompt, in one batch. show(text) gets the first as it comes."""
-    samples, ids, numbers = [], [], []
+                 stream: bool = False) -> list[Sample]:
+    """num_samples texts of each prompt, in one batch; `stream` prints the first one as it comes."""
+    samples = []
     for prompt in prompts:
-        encoded = tokenizer.encode(prompt, bos=tokenizer.adds_bos) or [tokenizer.bos_id]
+        ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos) or [tokenizer.bos_id]
         for number in range(num_samples):
-            samples.append(Sample(tokenizer, prompt, stop_texts))
-            ids.append(encoded)
-            numbers.append(number)
-    for n, (row, text) in enumerate(grow(samples, model, ids, max_new_tokens, sampling, numbers)):
-        if show and n == 0:
-            show(prompts[0])
-        if show and row == 0:
-            show(text)
+            samples.append(Sample(tokenizer, prompt, ids, number, stop_texts))
+    if stream:
+        print(prompts[0], end="", flush=True)
+    grow(samples, model, max_new_tokens, sampling, stream=stream)
     return samples
 
 
@@ -1184,13 +1178,16 @@ def turn(tokenizer: Tokenizer, text: str, system: str = "", first: bool = True) 
     messages = [("user", text), ("assistant", "")]
     if system:
         messages.insert(0, ("system", system))
-    for number, (role, content) in enumerate(messages):
-        for part in begin if first and number == 0 else end + begin:
-            if part.startswith("<|"):
-                ids.append(tokenizer.special[part])
-            else:
-                plain = part.replace("{role}", role).replace("{text}", content.strip())
-                ids += tokenizer.encode(plain, continues=True)
+    parts = [] if first else [*end]
+    for role, content in messages:
+        parts += [part.format(role=role, text=content.strip()) for part in begin]
+        if role != "assistant":
+            parts += end
+    for part in parts:
+        if part.startswith("<|"):
+            ids.append(tokenizer.special[part])
+        else:
+            ids += tokenizer.encode(part, continues=True)
     return ids
 
 
@@ -1201,7 +1198,7 @@ def chat(model: Llama, tokenizer: Tokenizer, max_new_tokens: int, sampling: Samp
           "Ctrl-D (Windows: Ctrl-Z) ends it", file=sys.stderr)
     ids, cache, context = [], new_cache(model, 1, 0), model.config.max_seq_len
     for number in itertools.count():
-        sample = Sample(tokenizer, "-", stop_texts)
+        sample = None
         try:
             text = input("> ")
             new, alone = turn(tokenizer, text, system, not ids), turn(tokenizer, text, system)
@@ -1213,9 +1210,8 @@ def chat(model: Llama, tokenizer: Tokenizer, max_new_tokens: int, sampling: Samp
             ids += new
             smaller, cache = cache, new_cache(model, 1, min(context, len(ids) + max_new_tokens))
             cache.take(smaller, [0])
-            for _, piece in grow([sample], model, [ids], max_new_tokens, sampling, [number], cache):
-                print(piece, end="", flush=True)
-            print()
+            sample = Sample(tokenizer, "-", ids, number, stop_texts)
+            grow([sample], model, max_new_tokens, sampling, cache, stream=True)
         except EOFError:
             return print()
         except KeyboardInterrupt:
@@ -1266,7 +1262,7 @@ def score(model: Llama, tokenizer: Tokenizer, path: str) -> Iterator[dict]:
             continue
         nll = token_nll(model, ids)
         counts = len(nll), nll.double().sum().item(), len(text.encode())
-        totals = tuple(map(sum, zip(totals, counts)))
+        totals = [total + count for total, count in zip(totals, counts)]
         yield {"document": number, **figures(*counts), "window": context,
                "stride": context // 2 * (len(nll) > context), "ids": ids[1:],
                "logprobs": (-nll).tolist()}
@@ -1311,9 +1307,19 @@ def parser() -> Parser:
     p = Parser(prog="generate.py", description="Text from a run, a folder of Meta or transformers, "
                "a GGUF file or llama2.c's files: the format is recognised by the content.")
     p.add_argument("checkpoint", nargs="?", help="folder or file; default: the newest run in runs/")
+    group = p.add_argument_group("one of these")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--prompt", action="append", metavar="TEXT",
+        help="repeat it for a batch; - reads stdin; \"\", the default, starts from BOS alone")
+    add("--chat", action="store_true",
+        help="a conversation in the model's own format; Ctrl-C stops an answer")
+    add("--export", nargs=2, metavar=("FORMAT", "OUT"),
+        help=f"write the checkpoint as one of {', '.join(EXPORTS)}, with its tokenizer")
+    add("--score", metavar="FILE", help="bits per byte of its documents, after BOS, those longer "
+        "than the context in windows that overlap by half")
+    add("--bench", type=positive(int), metavar="N", help="speed: N tokens read, N written")
     add = p.add_argument_group("text").add_argument
-    add("--prompt", action="append", default=[], metavar="TEXT",
-        help="repeat it for a batch; - reads stdin; \"\" starts from BOS alone")
+    add("--system", default="", metavar="TEXT", help="who answers in --chat")
     add("--max-new-tokens", type=positive(int), default=200, metavar="N",
         help="tokens at most; the context may end a text earlier")
     add("--temperature", type=float, default=0.6, metavar="X",
@@ -1324,6 +1330,7 @@ def parser() -> Parser:
     add("--num-samples", type=positive(int), default=1, metavar="N", help="texts of each prompt")
     add("--stop", action="append", default=[], metavar="TEXT",
         help="end a text where this begins; repeatable")
+    add("--json", action="store_true", help="one JSON object a sample or document")
     add = p.add_argument_group("model").add_argument
     add("--dtype", choices=DTYPES, default="auto",
         help="auto keeps the file's; bf16 halves the memory of an fp32 file")
@@ -1332,41 +1339,7 @@ def parser() -> Parser:
     add("--compile", action="store_true", help="faster tokens of a single text after up to a "
         "minute of compiling, less the second time; small models gain most")
     add("--tokenizer", metavar="PATH", help="default: the one beside the checkpoint")
-    add = p.add_argument_group("instead of sampling, and output").add_argument
-    add("--chat", action="store_true",
-        help="a conversation in the model's own format; Ctrl-C stops an answer")
-    add("--system", default="", metavar="TEXT", help="who answers in --chat")
-    add("--export", nargs=2, metavar=("FORMAT", "OUT"),
-        help=f"write the checkpoint as one of {', '.join(EXPORTS)}, with its tokenizer")
-    add("--score", metavar="FILE", help="bits per byte of its documents, after BOS, those longer "
-        "than the context in windows that overlap by half")
-    add("--bench", type=positive(int), metavar="N", help="speed: N tokens read, N written")
-    add("--json", action="store_true", help="one JSON object a sample or document")
     return p
-
-
-def export_all(checkpoint: Path, format: str, out: str, given: str | None) -> None:
-    """The checkpoint in another format, and beside it its tokenizer, if there is one."""
-    config, _ = open_checkpoint(checkpoint)
-    export(checkpoint, format, out)
-    folder = Path(out) if Path(out).is_dir() else Path(out).parent
-    try:
-        tokenizer = tokenizer_beside(checkpoint, config.vocab_size, given)
-    except ValueError as error:
-        return print(f"{out} is written, without a tokenizer: {error}", file=sys.stderr)
-    if format == "hf":
-        ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_ids)}
-        ends = json.dumps(ends).encode()
-        files = {**huggingface_files(tokenizer), "generation_config.json": ends}
-    else:
-        is_json = tokenizer.data.startswith(b"{")
-        files = tokenizer.files("tokenizer.json" if is_json else "tokenizer.model")
-    for name, data in files.items():
-        path = folder / name
-        if path.exists() and path.read_bytes() != data:
-            print(f"{path} is another tokenizer and stays; {out} needs its own", file=sys.stderr)
-        else:
-            write_aside(path, lambda file, data=data: file.write(data))
 
 
 def show_scores(scores: Iterator[dict], as_json: bool) -> None:
@@ -1385,14 +1358,9 @@ def main(argv: list[str]) -> None:
     if "" in args.stop:
         raise ValueError("--stop needs a text; try --stop with one, or none")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    tasks = {"--chat": args.chat, "--export": args.export, "--score": args.score,
-             "--bench": args.bench, "--prompt": args.prompt}
-    chosen = [name for name, value in tasks.items() if value]
-    if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(chosen)} do not go together; try one of them")
     checkpoint = Path(args.checkpoint or newest_run())
     if args.export:
-        return export_all(checkpoint, *args.export, args.tokenizer)
+        return export(checkpoint, *args.export, args.tokenizer)
     start = time.perf_counter()
     model = open_model(checkpoint, DTYPES[args.dtype], args.quantize, args.compile)
     load_s = time.perf_counter() - start
@@ -1406,15 +1374,12 @@ def main(argv: list[str]) -> None:
         return chat(model, tokenizer, args.max_new_tokens, sampling, args.system, args.stop)
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt or [""]]
     alone = len(prompts) * args.num_samples == 1 and not args.json
-    show = partial(print, end="", flush=True) if alone else None
     samples = sample_texts(model, tokenizer, prompts, args.max_new_tokens, sampling,
-                           args.num_samples, args.stop, show)
+                           args.num_samples, args.stop, stream=alone)
     for number, sample in enumerate(samples, 1):
         if args.json:
             print(sample.json())
-        elif alone:
-            print()
-        else:
+        elif not alone:
             print(f"--- {number} of {len(samples)}\n{sample.prompt}{sample.text}")
 
 
