@@ -51,8 +51,8 @@ from torch.distributed.elastic.multiprocessing import (DefaultLogsSpecs, SignalE
 
 from generate import (DTYPES, Sampling, Weight, best_device, check_compiler, keep_freed_memory,
                       load, sample_texts, shapes, write_meta)
-from llama import (ATTENTION, BACKWARD, SIZES, Llama, LlamaConfig, NoTensorParallel, Recipe,
-                   TensorParallel, local_shard, logit_rows)
+from llama import (ATTENTION, BACKWARD, SIZES, Llama, LlamaConfig, Recipe, TensorParallel,
+                   local_shard, logit_rows)
 from tokenizer import (Parser, Tokenizer, command, cores, documents, load_tokenizer, positive,
                        prepare, read_json, standard_library, survey, train_sentencepiece,
                        training_text, write_aside, write_json)
@@ -1064,7 +1064,7 @@ class Engine:
         self.config, self.layout, self.device = config, layout, device
         self.micro_batch, self.compiled = micro_batch, compiled
         self.dp_rank = self.pp_rank = 0
-        tp, names = NoTensorParallel(), ("replicas", "shards", "pp", "tp")
+        tp, names = TensorParallel(), ("replicas", "shards", "pp", "tp")
         if layout.size > 1:
             shape = tuple(getattr(layout, name) for name in names)
             self.mesh = dist.init_device_mesh(device, shape, mesh_dim_names=names)
