@@ -51,14 +51,16 @@ class LlamaConfig:
     head_size: int | None = None      # E where it is not D / H
 
     def __post_init__(self):
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size",
-                     "max_seq_len", "head_size"):
-            check_positive(name, getattr(self, name), 2**24, (int,))
-        for name in ("norm_eps", "rope_theta", "rope_scaling"):
-            check_positive(name, getattr(self, name), 1e30, (int, float))
-        if type(self.tie_embeddings) is not bool:
-            raise ValueError(f"tie_embeddings={self.tie_embeddings!r} must be true or false; "
-                             "try the published value")
+        for name, value in vars(self).items():
+            if name in ("norm_eps", "rope_theta", "rope_scaling"):
+                wanted, good = "positive", type(value) in (int, float) and 0 < value < 1e30
+            elif name == "tie_embeddings":
+                wanted, good = "true or false", type(value) is bool
+            else:
+                wanted, good = "a positive whole number", type(value) is int and 0 < value < 2**24
+            optional = name in ("rope_scaling", "head_size")
+            if not good and not (optional and value is None):
+                raise ValueError(f"{name}={value!r} must be {wanted}; try the published value")
         if self.n_layers > 1024:
             raise ValueError(f"n_layers={self.n_layers} is over 1024; try the published shape")
         if self.n_heads % self.n_kv_heads:
@@ -68,7 +70,7 @@ class LlamaConfig:
             raise ValueError(f"dim={self.dim} must split into n_heads={self.n_heads} of even size "
                              f"(head_size={self.head_size}); try the published shape")
         if self.head_size == self.dim / self.n_heads:
-            object.__setattr__(self, "head_size", None)  # equal configs are written alike
+            object.__setattr__(self, "head_size", None)  # equal shapes then compare as equal
 
     @classmethod
     def from_dict(cls, values: dict) -> "LlamaConfig":
@@ -92,16 +94,6 @@ class LlamaConfig:
         return self.n_layers * layer + self.dim + tables * self.vocab_size * self.dim
 
 
-def check_positive(name: str, value, most: float, kinds: tuple[type, ...]) -> None:
-    """ValueError unless value is a positive number below `most`, of one of these types, or None in
-    a field that may be left out."""
-    if value is None and name in ("rope_scaling", "head_size"):
-        return
-    if type(value) not in kinds or not 0 < value < most:
-        what = "a positive whole number" if kinds == (int,) else "positive"
-        raise ValueError(f"{name}={value!r} must be {what}; try the published value")
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How a size was trained. None: never published (`filled` puts Llama 2's figure there)."""
@@ -118,9 +110,8 @@ class Recipe:
 
     def filled(self) -> tuple["Recipe", list[str]]:
         """(the recipe without gaps, the names of the figures that were never published)"""
-        llama2 = Recipe(3e-4, 4 * 2**20, 2e12, eps=1e-5)
         missing = [field.name for field in fields(self) if getattr(self, field.name) is None]
-        return replace(self, **{name: getattr(llama2, name) for name in missing}), missing
+        return replace(self, **{name: getattr(LLAMA2_SMALL, name) for name in missing}), missing
 
 
 M = 2**20  # the papers' "4M tokens" is taken as 4 * 2**20 = 4,194,304
@@ -131,12 +122,13 @@ LLAMA2_LARGE = Recipe(1.5e-4, 4 * M, 2.0e12, eps=1e-5)
 # Llama 3 prints peak rates; the rest only for 405B, whose batch grew from 4M to 8M to 16M tokens.
 LLAMA3 = partial(Recipe, batch_tokens=None, train_tokens=15e12, warmup=None, final_lr=None,
                   betas=None, weight_decay=None, clip=None, document_mask=True)
-LLAMA3_405B = LLAMA3(8e-5, batch_tokens=16 * M, train_tokens=15.6e12, warmup=8000, final_lr=0.01)
-SMALL3 = LLAMA3(None, train_tokens=9e12)
+LLAMA31_405B = LLAMA3(8e-5, batch_tokens=16 * M, train_tokens=15.6e12, warmup=8000, final_lr=0.01)
+LLAMA32 = LLAMA3(None, train_tokens=9e12)
 TINYLLAMA = Recipe(4e-4, 2 * M, 3e12)
 STORIES = partial(Recipe, warmup=1000, final_lr=0.0, eps=1e-8)
-WIDE = partial(LlamaConfig, vocab_size=128256, max_seq_len=8192, rope_theta=5e5)
-LONG = partial(WIDE, max_seq_len=131072, rope_scaling=8.0)
+SHAPE3 = partial(LlamaConfig, vocab_size=128256, max_seq_len=8192, rope_theta=5e5)
+SHAPE31 = partial(SHAPE3, max_seq_len=131072, rope_scaling=8.0)
+SHAPE32 = partial(SHAPE31, rope_scaling=32.0, tie_embeddings=True)
 
 SIZES = {  # D, L, H, K, F, V, context, eps, theta, factor, tied
     "tiny": (LlamaConfig(96, 4, 2, 2, 256, 2048, 256), Recipe(6e-3, 2048, None, 100, eps=1e-8)),
@@ -149,14 +141,14 @@ SIZES = {  # D, L, H, K, F, V, context, eps, theta, factor, tied
     # Never released; this is Code Llama 34B's shape, which was initialised from it.
     "llama2-34b": (LlamaConfig(8192, 48, 64, 8, 22016, 32000, 4096), LLAMA2_LARGE),
     "llama2-70b": (LlamaConfig(8192, 80, 64, 8, 28672, 32000, 4096), LLAMA2_LARGE),
-    "llama3-8b": (WIDE(4096, 32, 32, 8, 14336), LLAMA3(3e-4)),
-    "llama3-70b": (WIDE(8192, 80, 64, 8, 28672), LLAMA3(1.5e-4)),
-    "llama3.1-8b": (LONG(4096, 32, 32, 8, 14336), LLAMA3(3e-4)),
-    "llama3.1-70b": (LONG(8192, 80, 64, 8, 28672), LLAMA3(1.5e-4)),
-    "llama3.1-405b": (LONG(16384, 126, 128, 8, 53248), LLAMA3_405B),
+    "llama3-8b": (SHAPE3(4096, 32, 32, 8, 14336), LLAMA3(3e-4)),
+    "llama3-70b": (SHAPE3(8192, 80, 64, 8, 28672), LLAMA3(1.5e-4)),
+    "llama3.1-8b": (SHAPE31(4096, 32, 32, 8, 14336), LLAMA3(3e-4)),
+    "llama3.1-70b": (SHAPE31(8192, 80, 64, 8, 28672), LLAMA3(1.5e-4)),
+    "llama3.1-405b": (SHAPE31(16384, 126, 128, 8, 53248), LLAMA31_405B),
     # Pruned from 8B and distilled from 8B and 70B.
-    "llama3.2-1b": (LONG(2048, 16, 32, 8, 8192, rope_scaling=32.0, tie_embeddings=True), SMALL3),
-    "llama3.2-3b": (LONG(3072, 28, 24, 8, 8192, rope_scaling=32.0, tie_embeddings=True), SMALL3),
+    "llama3.2-1b": (SHAPE32(2048, 16, 32, 8, 8192), LLAMA32),
+    "llama3.2-3b": (SHAPE32(3072, 28, 24, 8, 8192), LLAMA32),
     "tinyllama-1.1b": (LlamaConfig(2048, 22, 32, 4, 5632, 32000, 2048), TINYLLAMA),
     "smollm2-135m": (LlamaConfig(576, 30, 9, 3, 1536, 49152, 8192, 1e-5, 1e5, None, True),
                      Recipe(None, None, 2e12, None, None, None, None, None, None)),
@@ -180,16 +172,16 @@ def fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, r: Tensor | None = None
+def rms_norm(x: Tensor, weight: Tensor, eps: float | None, r: Tensor | None = None
              ) -> tuple[Tensor, Tensor]:
     """RMSNorm (section 2.2, "Pre-normalization"; Zhang and Sennrich 2019).
 
         y_i = g_i r x_i,   r = 1 / sqrt( (1/D) sum_j x_j^2 + eps )
 
     x (..., D), weight g (D,) -> y (..., D), r (..., 1). Computed in fp32, rounded to the type of x
-    before the weight is multiplied. It rescales each token to mean square 1, whatever the depth,
-    and needs no mean, unlike LayerNorm: (3, 4) has mean square 12.5 and becomes (0.85, 1.13).
-    A backward that saved r passes it in, and y is recomputed without another sum.
+    before the weight is multiplied. It rescales each token to mean square 1, however large the
+    residual stream has grown, and needs no mean, unlike LayerNorm: (3, 4) has mean square 12.5 and
+    becomes (0.85, 1.13). A backward that saved r gives it instead of eps: no sum is taken again.
     """
     if r is None:
         r = torch.rsqrt(fp32(x).pow(2).mean(-1, keepdim=True) + eps)
@@ -216,7 +208,7 @@ def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
     The first pair turns by 1 radian a position and tells neighbours apart; the last one turns once
     in about 2 pi theta positions. Llama 3.1 divides the low frequencies by a factor s, so that
     positions far beyond the C = 8192 of its first training meet angles that it has seen. With the
-    wavelength w_i = 2 pi / f_i, the positions of one full turn:
+    wavelength w_i = 2 pi / f_i, in positions:
 
         w_i < C/4: f_i      w_i > C: f_i / s      between: (1-m) f_i/s + m f_i,  m = (C/w_i - 1) / 3
     """
@@ -277,7 +269,7 @@ def swiglu_backward(dy: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 # Query head h reads key/value head h // (H/K).
 # positions: the last T of 0 .. S-1 as (T,), or (B, T) where rows of a cache differ in length.
 # boundaries: int32 offsets at which documents start in the flattened batch, then B*T (the
-# cu_seqlens of flash attention). Every row starts one. Only without a cache, where S = T.
+# cu_seqlens of flash attention). Every row starts a document. They are for training, not a cache.
 
 
 def first_visible(positions: Tensor, boundaries: Tensor | None) -> Tensor:
@@ -287,8 +279,8 @@ def first_visible(positions: Tensor, boundaries: Tensor | None) -> Tensor:
         return torch.zeros_like(positions)
     T = positions.shape[-1]
     token = torch.arange(boundaries[-1], device=positions.device)
-    start = boundaries[torch.bucketize(token, boundaries, right=True) - 1]
-    return (start % T).view(-1, T)
+    document = torch.bucketize(token, boundaries, right=True) - 1
+    return (boundaries[document] % T).view(-1, T)
 
 
 def visible(positions: Tensor, first: Tensor, keys: Tensor) -> Tensor:
@@ -317,7 +309,7 @@ def masked_scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
 
 def attention_equation(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
                        boundaries: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Attention as its equation says (Vaswani et al. 2017, equation 1), to read.
+    """Attention, written as its equation (Vaswani et al. 2017, equation 1).
 
         S = q k^T / sqrt(E) + mask,   A = softmax(S),   o = A v,   lse = log sum exp S
 
@@ -364,13 +356,14 @@ def tiles(positions: Tensor, boundaries: Tensor | None, n_keys: int, size: int):
     first = first_visible(positions, boundaries)
     keys = torch.arange(n_keys, device=positions.device)
     for i in range(0, positions.shape[-1], size):
-        p, f = positions[..., i:i + size], first[..., i:i + size]
-        end = int(p.max()) + 1
+        rows = slice(i, i + size)
+        end = int(positions[..., rows].max()) + 1
         visited = []
-        for j in range(int(f.min()), end, size):
+        for j in range(int(first[..., rows].min()), end, size):
             columns = slice(j, min(j + size, end))
-            visited.append((columns, visible(p, f, keys[columns])))
-        yield slice(i, i + size), visited
+            mask = visible(positions[..., rows], first[..., rows], keys[columns])
+            visited.append((columns, mask))
+        yield rows, visited
 
 
 def attention_tiled(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
@@ -389,11 +382,12 @@ def attention_tiled(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
     o, lse = [], []
     for rows, visited in tiles(positions, boundaries, k.shape[2], size):
         u = l = torch.zeros((), device=q.device)
-        m = u - 1e30  # finite, since a query may see nothing of its block's first tile
+        m = u - 1e30  # finite: a query may see nothing of its block's first tile, and S - m is NaN
         for columns, mask in visited:
             scores = masked_scores(q[:, :, rows], k[:, :, columns], mask)
             before, m = m, torch.maximum(m, scores.amax(-1, keepdim=True))
-            p, c = (scores - m).exp(), (before - m).exp()
+            p = (scores - m).exp()
+            c = (before - m).exp()
             l = c * l + p.sum(-1, keepdim=True)
             u = c * u + p.to(v.dtype) @ per_query_head(v[:, :, columns], q)
         o.append((u / l).to(q.dtype))
@@ -432,22 +426,21 @@ def attention_fused(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
                     boundaries: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """The same function by torch's fused kernels (section 2.4: the attention weights are not
     stored, and masked scores are not computed). lse is None where no flash kernel gives it."""
-    T, S, rows_alike = q.shape[2], k.shape[2], positions.dim() == 1
-    if rows_alike and T == 1:
+    T, S, same_length = q.shape[2], k.shape[2], positions.dim() == 1
+    attend = F.scaled_dot_product_attention
+    if same_length and T == 1:
         # The newest token sees every key, so the heads that share a key head can be its queries.
         groups = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
-        return F.scaled_dot_product_attention(groups, k, v).flatten(1, 2).unsqueeze(2), None
-    if rows_alike and T == S and has_flash(q):
-        flash = flash_on_cpu if q.device.type == "cpu" else flash_on_cuda
+        return attend(groups, k, v).flatten(1, 2).unsqueeze(2), None
+    if same_length and T == S and has_flash(q):
         return flash(q, k, v, boundaries)
-    mask, causal = None, rows_alike and T == S and boundaries is None
-    if not causal:
-        keys = torch.arange(S, device=k.device)
-        mask = visible(positions, first_visible(positions, boundaries), keys)
     if not has_flash(q):  # torch's other kernels do not know groups, or hold T x S numbers
         k, v = per_query_head(k, q), per_query_head(v, q)
-    attend = F.scaled_dot_product_attention
-    return attend(q, k, v, mask, is_causal=causal, enable_gqa=True), None
+    if same_length and T == S and boundaries is None:
+        return attend(q, k, v, is_causal=True, enable_gqa=True), None
+    keys = torch.arange(S, device=k.device)
+    mask = visible(positions, first_visible(positions, boundaries), keys)
+    return attend(q, k, v, mask, enable_gqa=True), None
 
 
 def attention_fused_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor,
@@ -460,43 +453,40 @@ def attention_fused_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Ten
             positions = torch.arange(q.shape[2], device=q.device)
             again, _ = attention_fused(*inputs, positions, boundaries)
         return torch.autograd.grad(again, inputs, do)
-    flash = flash_on_cpu_backward if q.device.type == "cpu" else flash_on_cuda_backward
-    return flash(do, q, k, v, o, lse, boundaries)
+    return flash_backward(do, q, k, v, o, lse, boundaries)
 
 
-def by_document(T: int, boundaries: Tensor, *tensors: Tensor):
-    """Yields for each document its views (1, heads, t, ...) of the tensors (B, heads, T, ...)."""
-    for start, end in itertools.pairwise(boundaries.tolist()):
-        row, first = divmod(start, T)
-        yield [x[row:row + 1, :, first:first + end - start] for x in tensors]
-
-
-def flash_on_cpu(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None
-                 ) -> tuple[Tensor, Tensor]:
-    """o, lse. The kernel knows no documents: one call each is five times as fast as a mask."""
+def flash(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None) -> tuple[Tensor, Tensor]:
+    """o, lse of causal attention by the flash kernel of the CPU or of CUDA."""
+    T = q.shape[2]
+    if q.device.type != "cpu":
+        inputs = [packed(x, boundaries) for x in (q, k, v)]
+        o, lse, *_ = torch.ops.aten._flash_attention_forward(
+            *inputs, boundaries, boundaries, T, T, 0.0, True, False)  # no dropout, causal, no debug
+        return o.view(-1, T, *o.shape[-2:]).transpose(1, 2), lse
     kernel = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, is_causal=True)
     if boundaries is None:
         return kernel(q, k, v)
-    o = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=fp32(q[:0]).dtype)
-    for *part, part_o, part_lse in by_document(q.shape[2], boundaries, q, k, v, o, lse):
-        found_o, found_lse = kernel(*part)
-        part_o.copy_(found_o)
-        part_lse.copy_(found_lse)
-    return o, lse
+    lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return by_document(kernel, boundaries, (q, k, v), (torch.empty_like(q), lse))
 
 
-def flash_on_cpu_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-                          boundaries: Tensor | None) -> tuple[Tensor, ...]:
+def flash_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+                   boundaries: Tensor | None) -> tuple[Tensor, ...]:
+    """dq, dk, dv of flash."""
+    T = q.shape[2]
+    if q.device.type != "cpu":
+        inputs = [packed(x, boundaries) for x in (do, q, k, v, o)]
+        unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # random state of dropout
+        grads = torch.ops.aten._flash_attention_backward(
+            *inputs, lse, boundaries, boundaries, T, T, 0.0, True, unused, unused)
+        return tuple(d.view(-1, T, *d.shape[-2:]).transpose(1, 2) for d in grads)
     kernel = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
                      dropout_p=0.0, is_causal=True)
     if boundaries is None:
         return kernel(do, q, k, v, o, lse)
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for *part, dq, dk, dv in by_document(q.shape[2], boundaries, do, q, k, v, o, lse, *grads):
-        for grad, found in zip((dq, dk, dv), kernel(*part)):
-            grad.copy_(found)
-    return grads
+    return by_document(kernel, boundaries, (do, q, k, v, o, lse), grads)
 
 
 def packed(x: Tensor, boundaries: Tensor | None) -> Tensor:
@@ -505,21 +495,17 @@ def packed(x: Tensor, boundaries: Tensor | None) -> Tensor:
     return x if boundaries is None else x.flatten(0, 1)
 
 
-def flash_on_cuda(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor | None
-                  ) -> tuple[Tensor, Tensor]:
-    T, inputs = q.shape[2], [packed(x, boundaries) for x in (q, k, v)]
-    o, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *inputs, boundaries, boundaries, T, T, 0.0, True, False)  # no dropout, causal, no debug
-    return o.view(-1, T, *o.shape[-2:]).transpose(1, 2), lse
-
-
-def flash_on_cuda_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-                           boundaries: Tensor | None) -> tuple[Tensor, ...]:
-    T, inputs = q.shape[2], [packed(x, boundaries) for x in (do, q, k, v, o)]
-    no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)  # its random state, not read
-    grads = torch.ops.aten._flash_attention_backward(
-        *inputs, lse, boundaries, boundaries, T, T, 0.0, True, no_dropout, no_dropout)
-    return tuple(d.view(-1, T, *d.shape[-2:]).transpose(1, 2) for d in grads)
+def by_document(kernel: Callable, boundaries: Tensor, inputs: tuple[Tensor, ...],
+                outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Fills the outputs, a document at a time: the CPU's kernel knows no documents, and one call
+    for each is five times as fast as a mask. All tensors (B, heads, T, ...)."""
+    T = inputs[0].shape[2]
+    for start, end in itertools.pairwise(boundaries.tolist()):
+        row, first = divmod(start, T)
+        here = slice(row, row + 1), slice(None), slice(first, first + end - start)
+        for output, found in zip(outputs, kernel(*[x[here] for x in inputs])):
+            output[here] = found
+    return outputs
 
 
 ATTENTION = {"fused": (attention_fused, attention_fused_backward),
@@ -540,20 +526,19 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, local_shard(weight).to(x.dtype))
 
 
-class Linear(nn.Linear):
+class Linear(nn.Module):
+    """y = x W^T; W is zero until Llama.init_weights or a checkpoint fills it."""
 
     def __init__(self, n_in: int, n_out: int):
-        super().__init__(n_in, n_out, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Zeros, until Llama.init_weights or a checkpoint fills them."""
-        nn.init.zeros_(self.weight)
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n_out, n_in))
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
+    """rms_norm with its weight."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -619,7 +604,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable,
                 run: Callable | None = None) -> Tensor:
         """x (B, T, D) -> y (B, T, D); attend(q, k, v) -> o, lse is one of the attentions above.
-        run computes the same function in another way: over_ranks or by_hand, below."""
+        run is over_ranks or by_hand, below, which compute the same. The layer calls them, since
+        FSDP and torch.compile change what a call of the layer does."""
         if run is not None:
             return run(self, x, cos, sin, attend)
         h = x + self.attention(self.attention_norm(x), cos, sin, attend)
@@ -628,21 +614,6 @@ class Layer(nn.Module):
 
 # ---------------------------------------------------------------------------------------------
 # Model and sequence parallelism (section 2.4; Korthikanti et al. 2022)
-
-
-class NoTensorParallel:
-    """No tensor parallelism: every exchange is the identity."""
-    rank, size = 0, 1
-
-    def gather(self, x: Tensor, T: int) -> Callable[[], Tensor]:
-        return lambda: x
-
-    scatter_sum = gather
-
-    def g(self, x: Tensor, T: int) -> Tensor:
-        return x
-
-    g_bar = g
 
 
 class TensorParallel:
@@ -665,12 +636,17 @@ class TensorParallel:
 
     gather (N/t, ...) -> (N/T, T, ...) and scatter_sum (N/T, T, ...) -> (N/t, ...) start a
     collective and return a function that waits for its result, so that products run meanwhile.
+    Without a process group there is one rank, and both return x as it is.
     """
 
-    def __init__(self, group):
-        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self, group=None):
+        self.group, self.rank, self.size = group, 0, 1
+        if group is not None:
+            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def gather(self, x: Tensor, T: int) -> Callable[[], Tensor]:
+        if self.size == 1:
+            return lambda: x
         whole = x.new_empty(self.size * len(x), *x.shape[1:])
         work = dist.all_gather_single(whole, x.contiguous(), self.group, async_op=True)
 
@@ -680,6 +656,8 @@ class TensorParallel:
         return wait
 
     def scatter_sum(self, x: Tensor, T: int) -> Callable[[], Tensor]:
+        if self.size == 1:
+            return lambda: x
         x = x.flatten(0, 1)
         mine = x.new_empty(len(x) // self.size, *x.shape[1:])
         work = dist.reduce_scatter_single(mine, x, group=self.group, async_op=True)
@@ -725,7 +703,7 @@ def over_ranks(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, attend: Callab
 
 
 def by_hand(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable,
-            attend_backward: Callable, tp: NoTensorParallel | TensorParallel) -> Tensor:
+            attend_backward: Callable, tp: TensorParallel) -> Tensor:
     """The layer by LayerByHand, which takes its weights as plain tensors."""
     a, f = layer.attention, layer.feed_forward
     weights = (layer.attention_norm.weight, a.wq.weight, a.wk.weight, a.wv.weight, a.wo.weight,
@@ -735,8 +713,8 @@ def by_hand(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable,
 
 
 class LayerByHand(torch.autograd.Function):
-    """The layer with its backward written out: what linear layers put out is saved, since it is
-    expensive, and what is cheap is computed again.
+    """The layer with its backward written out. What linear layers put out is saved, because it is
+    expensive to compute; what is cheap is computed again.
 
     Forward, with R the rotation of apply_rope and g, g_bar of TensorParallel (the identity on one
     device):
@@ -805,7 +783,7 @@ class LayerByHand(torch.autograd.Function):
         def by_weight(dz: Tensor, u: Tensor, wanted: bool) -> Tensor | None:
             return (dz.flatten(0, 1).T @ u.flatten(0, 1)).to(w1.dtype) if wanted else None
 
-        wait_dy, wait_m = tp.gather(dy, T), tp.gather(rms_norm(h, g_m, 0, r_m)[0], T)
+        wait_dy, wait_m = tp.gather(dy, T), tp.gather(rms_norm(h, g_m, None, r_m)[0], T)
         dy_whole = wait_dy()
         da, db = swiglu_backward(by_input(dy_whole, w2), a, b)
         wait_dm = tp.scatter_sum(by_input(da, w1) + by_input(db, w3), T)
@@ -813,7 +791,7 @@ class LayerByHand(torch.autograd.Function):
         dw1, dw3 = by_weight(da, m, need_1), by_weight(db, m, need_3)
         dh, dg_m = rms_norm_backward(wait_dm(), h, r_m, g_m)
         dh += dy
-        wait_dh, wait_n = tp.gather(dh, T), tp.gather(rms_norm(x, g_n, 0, r_n)[0], T)
+        wait_dh, wait_n = tp.gather(dh, T), tp.gather(rms_norm(x, g_n, None, r_n)[0], T)
         dh_whole = wait_dh()
         do = by_input(dh_whole, wo).unflatten(-1, (-1, q.shape[-1])).transpose(1, 2)
         dq, dk, dv = ctx.attend_backward(do, q, k, v, o, lse)
@@ -899,7 +877,7 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig, attention: str = "fused", backward: str = "manual",
                  dtype: torch.dtype | None = None,
-                 tp: NoTensorParallel | TensorParallel = NoTensorParallel()):
+                 tp: TensorParallel = TensorParallel()):
         super().__init__()
         self.config, self.backward, self.dtype, self.tp = config, backward, dtype, tp
         self.attend, self.attend_backward = ATTENTION[attention]
@@ -1054,7 +1032,7 @@ def logit_rows(V: int, D: int) -> int:
 
 def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor,
                    wanted: tuple[bool, bool] = (False, False),
-                   tp: NoTensorParallel | TensorParallel = NoTensorParallel()
+                   tp: TensorParallel = TensorParallel()
                    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Cross entropy of the output projection, and in the same pass the gradient of its sum, chunk
     by chunk: the N x V logits are never all in memory.
@@ -1096,7 +1074,7 @@ def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor,
     return nll, dh, dw
 
 
-def softmax_over_ranks(z: Tensor, z_target: Tensor, tp: NoTensorParallel | TensorParallel
+def softmax_over_ranks(z: Tensor, z_target: Tensor, tp: TensorParallel
                        ) -> tuple[Tensor, Tensor, Tensor]:
     """p (n, V/t), logsumexp and z_target (n, 1) of the whole vocabulary, of which this rank has the
     logits z (n, V/t) and the target's, or 0. Ranks exchange two numbers a token, no logits."""

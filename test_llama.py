@@ -554,7 +554,7 @@ class TestLayerByHand:
         shapes = [(2, 3, 8), (8,), (8, 8), kv, kv, (8, 8), (8,), (6, 8), (8, 6), (6, 8)]
         inputs = [noise(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate(shapes)]
         assert torch.autograd.gradcheck(lambda x, *weights: LayerByHand.apply(
-            x, *tables, attend, attend_backward, 0.1, llama.NoTensorParallel(), *weights),
+            x, *tables, attend, attend_backward, 0.1, llama.TensorParallel(), *weights),
             [z.requires_grad_() for z in inputs])
 
     @pytest.mark.parametrize("change, shape, documents", [
@@ -637,7 +637,7 @@ class TestLayerByHand:
             forward, backward = llama.ATTENTION["fused"]
             x = torch.empty(1, 64, 4096, dtype=torch.bfloat16, requires_grad=True)
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                run = partial(llama.by_hand, attend_backward=backward, tp=llama.NoTensorParallel())
+                run = partial(llama.by_hand, attend_backward=backward, tp=llama.TensorParallel())
                 y = layer(x, *tables, partial(forward, positions=positions),
                           run if by_hand else None)
         aside = getattr(y.grad_fn, "__dict__", {}).values()
@@ -679,7 +679,7 @@ class TestLayerByHand:
                     order.append(weights.get(tuple(made.shape), "."))
                 return made
 
-        class Noted(llama.NoTensorParallel):
+        class Noted(llama.TensorParallel):
             def gather(self, x, T):
                 name = next(names)
                 order.append(f"{name}<")
@@ -740,7 +740,7 @@ class TestLoss:
     def test_a_second_backward_is_refused(self):
         h, w, targets = self.inputs()
         loss = 3 * llama.SumNLL.apply(h.requires_grad_(), w.requires_grad_(), targets,
-                                      llama.NoTensorParallel())
+                                      llama.TensorParallel())
         loss.backward(retain_graph=True)
         for x, d in zip((h, w), llama.next_token_nll(h, w, targets, (True, True))[1:]):
             close(x.grad, 3 * d)

@@ -51,8 +51,8 @@ from torch.distributed.elastic.multiprocessing import (DefaultLogsSpecs, SignalE
 
 from generate import (DTYPES, Sampling, Weight, best_device, check_compiler, keep_freed_memory,
                       load, sample_texts, shapes, write_meta)
-from llama import (ATTENTION, BACKWARD, SIZES, Llama, LlamaConfig, NoTensorParallel, Recipe,
-                   TensorParallel, local_shard, logit_rows)
+from llama import (ATTENTION, BACKWARD, SIZES, Llama, LlamaConfig, Recipe, TensorParallel,
+                   local_shard, logit_rows)
 from tokenizer import (Parser, Tokenizer, command, cores, documents, load_tokenizer, positive,
                        prepare, read_json, standard_library, survey, train_sentencepiece,
                        training_text, write_aside, write_json)
@@ -986,7 +986,7 @@ class Engine:
         self.config, self.layout, self.device = run.config, run.layout, run.device
         self.micro_batch, self.compiled = run.micro_batch, run.compile
         self.dp_rank = self.pp_rank = 0
-        layout, tp, names = run.layout, NoTensorParallel(), ("replicas", "shards", "pp", "tp")
+        layout, tp, names = run.layout, TensorParallel(), ("replicas", "shards", "pp", "tp")
         if run.compile:
             check_compiler()
         if layout.size > 1:
