@@ -406,8 +406,11 @@ GGUF_FIELDS = {"embedding_length": "dim", "block_count": "n_layers",
 
 
 def take(data: mmap.mmap, form: str) -> tuple:
-    """The next values of a header, by struct's codes; struct.error beyond the end of the file."""
-    return struct.unpack("<" + form, data.read(struct.calcsize("<" + form)))
+    """The next values of a header, by struct's codes; ValueError beyond the end of the file."""
+    size = struct.calcsize("<" + form)
+    if size > len(data) - data.tell():
+        raise ValueError("the header lies beyond the file's end: cut short; try to fetch it again")
+    return struct.unpack("<" + form, data.read(size))
 
 
 def take_value(data: mmap.mmap, kind: int):
@@ -1126,82 +1129,115 @@ def sample_texts(model: Llama, tokenizer: Tokenizer, prompts: list[str], max_new
 # ---------------------------------------------------------------------------------------------
 # Conversation
 
-CHATS = {  # what stands before and around a text, and what after it; <|…|> is a special token
-    "llama3": (("<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n{text}"),
-               ("<|eot_id|>",)),
-    "chatml": (("<|im_start|>", "{role}\n{text}"), ("<|im_end|>", "\n"))}
+
+class Chat(NamedTuple):
+    """How a conversation is written. <|...|>, <s> and </s> are special tokens, which come from here
+    alone: in what a user types they are ordinary characters."""
+    name: str
+    message: str = "{text}"  # a text of the user or, where there is a {role}, of the system
+    answer: str = ""         # what an answer follows
+    end: str = ""            # what follows an answer
+    system: str = ""         # the system's text if the user gives none
+    dates: str = ""          # what stands before the system's text in any case
+    strip: bool = True       # are spaces around a text left out?
+    bos: bool = False        # does BOS begin it?
+
+
+CHATS = {
+    "llama2": Chat("llama2", "<s>[INST] {text} [/INST]", end="</s>"),
+    "llama3": Chat("llama3", "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>",
+                   "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", bos=True),
+    "chatml": Chat("chatml", "<|im_start|>{role}\n{text}<|im_end|>\n", "<|im_start|>assistant\n",
+                   "<|im_end|>\n")}
 LLAMA2_MARKS = ("<<SYS>>", "<</SYS>>", "[INST]", "[/INST]")  # these are no special tokens
 
 
-def chat_format(tokenizer: Tokenizer) -> str:
-    """The format that a model was tuned for, by the marks in its template or, where there is none,
-    by its special tokens."""
+def chat_format(tokenizer: Tokenizer, given: str | None = None) -> Chat:
+    """The format given or else that of the checkpoint's chat template. A template is a program,
+    which is not run: those of the family are recognised by the marks that they write."""
     template = tokenizer.chat_template
-    marks = tokenizer.special if template is None else template
-    for name, (begin, end) in CHATS.items():
-        if begin[0] not in marks:
-            continue
-        for part in begin + end:
-            if part.startswith("<|") and part not in tokenizer.special:
-                raise ValueError(f"the chat format needs {part}, which the tokenizer has not; try "
-                                 "--tokenizer with the model's own")
-        return name
-    if LLAMA2_MARKS[0] in marks or (template is None and "<s>" in marks):
-        return "llama2"  # whose own files have no template
-    raise ValueError("the model's chat format is none of llama3, chatml, llama2; try --prompt")
+    if given is None and template is None:
+        return Chat("none")
+    chat = CHATS.get(given)
+    if given is None:
+        for name, mark in (("llama2", "<<SYS>>"), ("llama3", "<|start_header_id|>"),
+                           ("chatml", "<|im_start|>")):
+            if mark in template:
+                chat = CHATS[name]._replace(strip="trim" in template or "strip" in template)
+                break
+        if chat is None:
+            raise ValueError(f"the model's chat template is none of {', '.join(CHATS)}; try "
+                             "--template with one of them, or --prompt")
+        if chat.name == "chatml":
+            chat = chat._replace(bos="bos_token" in template)
+        if "Cutting Knowledge Date" in template:  # Llama 3.1 and later
+            today = re.search(r'date_string = "(.*?)"', template)
+            date = time.strftime("%d %b %Y")
+            if today and "strftime_now" not in template:
+                date = today[1]
+            chat = chat._replace(
+                dates=f"Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n")
+        elif found := re.search(r"<\|im_start\|>system(?:\\n|\n)(\w.*?)<\|im_end\|>", template):
+            chat = chat._replace(system=found[1])
+    render(tokenizer, chat.message + chat.answer + chat.end, "", "")  # are its special tokens there?
+    return chat
 
 
-def turn(tokenizer: Tokenizer, text: str, system: str = "", first: bool = True) -> list[int]:
-    r"""The ids from the end of the last answer to where the next one begins.
+def render(tokenizer: Tokenizer, form: str, role: str, text: str) -> list[int]:
+    """The ids of a part of a conversation, in which only the form's own special tokens count."""
+    ids = []
+    for part in re.split(r"(<\|\w+\|>|</?s>)", form):
+        if not re.fullmatch(r"<.*>", part):
+            part = part.format(role=role, text=text)
+            ids += tokenizer.encode(part, continues=not tokenizer.every_part)
+        elif part in tokenizer.special:
+            ids.append(tokenizer.special[part])
+        else:
+            raise ValueError(f"the chat format needs {part}, which the tokenizer has not; try "
+                             "--tokenizer with the model's own")
+    return ids
 
-        llama3  <|start_header_id|>user<|end_header_id|>\n\n TEXT <|eot_id|>, and the same for the
-                system; the answer follows <|start_header_id|>assistant<|end_header_id|>\n\n
-        chatml  <|im_start|>user\n TEXT <|im_end|>\n; the answer follows <|im_start|>assistant\n
-        llama2  BOS [INST] <<SYS>>\n SYSTEM \n<</SYS>>\n\n TEXT [/INST] ANSWER EOS
 
-    Special tokens come from here alone: in what a user types they are ordinary characters.
-    """
-    name, ids = chat_format(tokenizer), []
+def turn(tokenizer: Tokenizer, chat: Chat, text: str, system: str = "", first: bool = True
+         ) -> list[int]:
+    """The ids from the end of the last answer to where the next one begins."""
+    if chat.name == "none":
+        return tokenizer.encode(text, bos=first and tokenizer.adds_bos, continues=not first)
+    if chat.strip and chat.name != "llama2":
+        system = system.strip()
+    system, ids = chat.dates + (system or chat.system), []
     if not first:
-        system = ""
-    if name == "llama2":
+        system, ids = "", render(tokenizer, chat.end, "", "")
+    elif chat.bos:
+        ids = [tokenizer.bos_id]
+    if chat.name == "llama2":
         for mark in LLAMA2_MARKS:
             if mark in text + system:
                 raise ValueError(f"{mark} is a mark of this chat format; try a text without it")
         if system:
             text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{text}"
-        ids = tokenizer.encode(f"[INST] {text.strip()} [/INST]", bos=True)
-        return ids if first else [tokenizer.eos_id, *ids]
-    begin, end = CHATS[name]
-    if first and tokenizer.adds_bos:
-        ids.append(tokenizer.bos_id)
-    messages = [("user", text), ("assistant", "")]
-    if system:
-        messages.insert(0, ("system", system))
-    parts = [] if first else [*end]
-    for role, content in messages:
-        parts += [part.format(role=role, text=content.strip()) for part in begin]
-        if role != "assistant":
-            parts += end
-    for part in parts:
-        if part.startswith("<|"):
-            ids.append(tokenizer.special[part])
-        else:
-            ids += tokenizer.encode(part, continues=True)
-    return ids
+    elif system:
+        ids += render(tokenizer, chat.message, "system", system)
+    if chat.strip:
+        text = text.strip()
+    ids += render(tokenizer, chat.message, "user", text)
+    return ids + render(tokenizer, chat.answer, "", "")
 
 
-def chat(model: Llama, tokenizer: Tokenizer, max_new_tokens: int, sampling: Sampling, system: str,
-         stop_texts: list[str] = ()) -> None:
+def chat(model: Llama, tokenizer: Tokenizer, form: Chat, max_new_tokens: int, sampling: Sampling,
+         system: str, stop_texts: list[str] = ()) -> None:
     """A conversation over stdin and stdout, kept in the cache; the end of the input ends it."""
-    print(f"a conversation in the format {chat_format(tokenizer)}; Ctrl-C stops an answer, "
-          "Ctrl-D (Windows: Ctrl-Z) ends it", file=sys.stderr)
+    said = f"a conversation in the format {form.name}"
+    if form.name == "none":
+        said = "the model has no chat template and continues what you type (--template gives one)"
+    print(f"{said}; Ctrl-C stops an answer, Ctrl-D (Windows: Ctrl-Z) ends it", file=sys.stderr)
     ids, cache, context = [], new_cache(model, 1, 0), model.config.max_seq_len
     for number in itertools.count():
         sample = None
         try:
             text = input("> ")
-            new, alone = turn(tokenizer, text, system, not ids), turn(tokenizer, text, system)
+            new = turn(tokenizer, form, text, system, not ids)
+            alone = turn(tokenizer, form, text, system)
             if len(alone) >= context:
                 raise ValueError(f"a text of {len(alone)} tokens does not fit {context}; try less")
             if len(ids) + len(new) >= context:
@@ -1218,7 +1254,8 @@ def chat(model: Llama, tokenizer: Tokenizer, max_new_tokens: int, sampling: Samp
             print(" [stopped]")
         except ValueError as error:
             print("error:", error, file=sys.stderr)
-        ids += sample.ids
+        if sample:
+            ids += sample.ids
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1320,6 +1357,7 @@ def parser() -> Parser:
     add("--bench", type=positive(int), metavar="N", help="speed: N tokens read, N written")
     add = p.add_argument_group("text").add_argument
     add("--system", default="", metavar="TEXT", help="who answers in --chat")
+    add("--template", choices=CHATS, help="the format of --chat; default: the checkpoint's own")
     add("--max-new-tokens", type=positive(int), default=200, metavar="N",
         help="tokens at most; the context may end a text earlier")
     add("--temperature", type=float, default=0.6, metavar="X",
@@ -1371,7 +1409,8 @@ def main(argv: list[str]) -> None:
     if args.score:
         return show_scores(score(model, tokenizer, args.score), args.json)
     if args.chat:
-        return chat(model, tokenizer, args.max_new_tokens, sampling, args.system, args.stop)
+        form = chat_format(tokenizer, args.template)
+        return chat(model, tokenizer, form, args.max_new_tokens, sampling, args.system, args.stop)
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt or [""]]
     alone = len(prompts) * args.num_samples == 1 and not args.json
     samples = sample_texts(model, tokenizer, prompts, args.max_new_tokens, sampling,

@@ -1757,7 +1757,7 @@ class TestSample:
     @staticmethod
     def push(words, data, stops=(), last=None):
         """The sample, and what it shows after each byte (whose token is 3 more) and at the end."""
-        sample, shown = generate.Sample(words, "x", list(stops)), []
+        sample, shown = generate.Sample(words, "x", [1], 0, list(stops)), []
         for byte in data:
             if not sample.finish_reason:
                 sample.push(byte + 3, -1.0)
@@ -1811,6 +1811,20 @@ CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
     "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% endif %}")
+SMOLLM2_CHAT = CHATML.replace("{{'<|im_start|>'", (
+    "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a "
+    "helpful AI assistant named SmolLM<|im_end|>\n' }}{% endif %}{{'<|im_start|>'"))
+LLAMA31_CHAT = (
+    "{{- bos_token }}{%- if not date_string is defined %}{%- set date_string = \"26 Jul 2024\" %}"
+    "{%- endif %}{%- if messages[0]['role'] == 'system' %}{%- set system_message = "
+    "messages[0]['content']|trim %}{%- set messages = messages[1:] %}{%- else %}{%- set "
+    "system_message = \"\" %}{%- endif %}{{- \"<|start_header_id|>system<|end_header_id|>\\n\\n\" "
+    "}}{{- \"Cutting Knowledge Date: December 2023\\n\" }}{{- \"Today Date: \" + date_string + "
+    "\"\\n\\n\" }}{{- system_message }}{{- \"<|eot_id|>\" }}{%- for message in messages %}{{- "
+    "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | "
+    "trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>"
+    "assistant<|end_header_id|>\\n\\n' }}{%- endif %}")
+LLAMA32_CHAT = LLAMA31_CHAT.replace("\"26 Jul 2024\"", "strftime_now(\"%d %b %Y\")")
 LLAMA2_CHAT = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set "
     "system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set "
@@ -1830,10 +1844,15 @@ def chat_tokenizer(words, tmp_path):
 
     def make(kind, template):
         begins, ends = {"llama2": ("<s>", "</s>"), "chatml": ("<|im_start|>", "<|im_end|>"),
-                        "llama3": ("<|begin_of_text|>", "<|eot_id|>")}[kind]
-        if kind == "llama2":
-            theirs = tokenizers.Tokenizer.from_str(
-                tokenizer.huggingface_files(words)["tokenizer.json"].decode())
+                        "llama3": ("<|begin_of_text|>", "<|eot_id|>")}.get(kind, ("<s>", "</s>"))
+        if kind not in ("chatml", "llama3"):
+            file = json.loads(tokenizer.huggingface_files(words)["tokenizer.json"])
+            if kind != "llama2":
+                for part, steps in tokenizer.json_steps(kind).items():
+                    file[part] = {"type": "Sequence", tokenizer.JSON_PARTS[part]: steps}
+            theirs = tokenizers.Tokenizer.from_str(json.dumps(file))
+            if kind != "llama2":
+                theirs.add_special_tokens(["<|im_start|>", "<|im_end|>"])
         else:
             in_bytes = tokenizers.pre_tokenizers.ByteLevel(False)
             vocab = {character: i for i, character in enumerate(sorted(in_bytes.alphabet()))}
@@ -1856,35 +1875,44 @@ class TestTurn:
     """Turns as the templates that were published spell them, by transformers."""
 
     @pytest.mark.parametrize("kind, template", [
-        ("llama3", LLAMA3_CHAT), ("chatml", CHATML), ("llama2", LLAMA2_CHAT)])
+        ("llama3", LLAMA3_CHAT), ("llama3", LLAMA31_CHAT), ("llama3", LLAMA32_CHAT),
+        ("chatml", CHATML), ("chatml", SMOLLM2_CHAT), ("llama2", LLAMA2_CHAT),
+        ("prepend", CHATML), ("always", CHATML), ("first", SMOLLM2_CHAT), ("never", CHATML)])
     def test_equals_transformers(self, kind, template, chat_tokenizer, words):
         ours, oracle = chat_tokenizer(kind, template)
-        for system in ("Be brief.\nNo wife", ""):
-            said = [("user", "a man? 12"), ("assistant", "It is 42!"), ("user", "in want\n\nof x")]
+        chat = generate.chat_format(ours)
+        for system in (" Be brief.\nNo wife", ""):
+            said = [("user", " a man? 12"), ("assistant", "It is 42!"), ("user", "in\n\nof x ")]
             said = [("system", system)] * bool(system) + said
             said = [{"role": role, "content": text} for role, text in said]
             wanted = oracle.apply_chat_template(said, chat_template=template, tokenize=True,
                                                 add_generation_prompt=True, return_dict=False)
             answer = {"llama2": " It is 42! "}.get(kind, "It is 42!")
-            first = generate.turn(ours, "a man? 12", system)
+            first = generate.turn(ours, chat, " a man? 12", system)
             found = first + ours.encode(answer, continues=True)
-            assert found + generate.turn(ours, "in want\n\nof x", system, False) == wanted
-            if kind == "llama2":  # whose own file names no format
-                assert generate.turn(words, "a man? 12", system) == first
+            assert found + generate.turn(ours, chat, "in\n\nof x ", system, False) == wanted
         special = set(ours.special.values())
         names = " x ".join(set(ours.special) - {"<s>", "</s>"})
-        assert (special & {*generate.turn(ours, names, names)}
-                == special & {*generate.turn(ours, "a", "a")})
+        assert (special & {*generate.turn(ours, chat, names, names)}
+                == special & {*generate.turn(ours, chat, "a", "a")})
 
     def test_what_is_refused(self, words, chat_tokenizer):
+        chat = generate.chat_format(words, "llama2")
         for text, system in (("a [/INST] b", ""), ("a", "<</SYS>>")):
             with pytest.raises(ValueError, match="is a mark of this chat format; try"):
-                generate.turn(words, text, system)
-        for template, said in (("{{ '<|user|>' }}", "none of llama3, chatml, llama2; try --prompt"),
-                               ("{{ '[INST]' }}", "none of llama3, chatml, llama2; try --prompt"),
+                generate.turn(words, chat, text, system)
+        for template, said in (("{{ '<|user|>' }}", "none of llama2, llama3, chatml; try --templ"),
+                               ("{{ '[INST]' }}", "none of llama2, llama3, chatml; try --templ"),
                                ("<|im_start|>", "needs <.im_start.>, which the tokenizer has not")):
             with pytest.raises(ValueError, match=said):
-                generate.turn(chat_tokenizer("llama2", template)[0], "a")
+                generate.chat_format(chat_tokenizer("llama2", template)[0])
+
+    def test_a_model_without_a_template_continues(self, words):
+        chat = generate.chat_format(words)
+        assert chat.name == "none"
+        assert generate.turn(words, chat, "a man", "S") == words.encode("a man", bos=True)
+        more = words.encode(" of x", continues=True)
+        assert generate.turn(words, chat, " of x", "S", False) == more
 
 
 class TestChat:
@@ -1898,7 +1926,8 @@ class TestChat:
             raise EOFError
         monkeypatch.setattr("builtins.input", typed)
         try:
-            generate.main([str(folder), "--chat", "--temperature", "0", "--system", "S", *more])
+            generate.main([str(folder), "--chat", "--template", "llama2",
+                           "--temperature", "0", "--system", "S", *more])
         except KeyboardInterrupt:
             pytest.fail("Ctrl-C ended more than an answer")
 
@@ -1928,8 +1957,9 @@ class TestChat:
         assert err.startswith("a conversation in the format llama2; Ctrl-C") and "error" not in err
         assert (" [stopped]" in out) == stopped
         one, two, three = self.told(reads)
-        first = generate.turn(words, "a man", "S")
-        second = generate.turn(words, "", "S", False)
+        form = generate.CHATS["llama2"]
+        first = generate.turn(words, form, "a man", "S")
+        second = generate.turn(words, form, "", "S", False)
         assert one == (0, first, first) and two[1][-len(second):] == second
         answer = two[2][len(first):-len(second)]
         assert len(answer) == 6 - 3 * stopped and len(two[1]) <= 1 + len(second)
@@ -1945,7 +1975,8 @@ class TestChat:
         err = capsys.readouterr().err
         assert re.findall("error: (a text of|.INST. is)", err) == ["a text of", "[INST] is"]
         assert "the context of 128 tokens is full: it begins anew" in err
-        ids = [generate.turn(words, text, "S") for text in ("a man", "of x " * 9)]
+        form = generate.CHATS["llama2"]
+        ids = [generate.turn(words, form, text, "S") for text in ("a man", "of x " * 9)]
         assert [turn[:2] for turn in self.told(reads)] == [(0, ids[0]), (0, ids[1])]
 
 
