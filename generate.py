@@ -36,9 +36,9 @@ from torch.func import functional_call
 
 from llama import (SIZES, Attention, FeedForward, KVCache, Layer, Llama, LlamaConfig, apply_rope,
                    logit_rows, rope_frequencies, rope_table, swiglu)
-from tokenizer import (Parser, StreamDecoder, Tokenizer, command, documents, huggingface_files,
-                       load_tokenizer, one_line_errors, positive, read_json, tokenizer_from_gguf,
-                       write_aside, write_json)
+from tokenizer import (Parser, StreamDecoder, Tokenizer, command, documents, find_tokenizer,
+                       huggingface_files, load_tokenizer, one_line_errors, positive, read_json,
+                       tokenizer_from_gguf, write_aside, write_json)
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -143,10 +143,22 @@ def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(w.shape) for name, w in Llama(config).named_parameters()}
 
 
+OTHER_FILES = {  # by how they begin
+    b"version https://git-lfs": "a pointer of git-lfs, not the file itself; try git lfs pull",
+    b"lmgg": "a GGML file of before GGUF; try a GGUF file of the model",
+    b"fmgg": "a GGML file of before GGUF; try a GGUF file of the model",
+    b"tjgg": "a GGML file of before GGUF; try a GGUF file of the model",
+    b"\x80\x02": "in torch.save's format of before 1.6; try to load and save it with a newer torch"}
+
+
 def map_file(path: Path) -> mmap.mmap:
     """The bytes of a file, read when they are used; changes to them stay in memory."""
     with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    for head, what in OTHER_FILES.items():
+        if data[:len(head)] == head:
+            raise ValueError(f"{path.name} is {what}")
+    return data
 
 
 def tensor_at(data: mmap.mmap, name: str, dtype: torch.dtype, shape, start: int) -> Tensor:
@@ -169,6 +181,7 @@ def refuse_unless(values: dict, accepted: dict[str, tuple]) -> None:
 
 def read_pickle(path: Path) -> dict:
     """The dictionary in a file of torch.save, its tensors mapped; nothing in it is executed."""
+    map_file(path).close()
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:  # a damaged pickle raises anything
@@ -180,9 +193,11 @@ def weights_of(table: dict[str, Tensor]) -> dict[str, Weight]:
     """The weights in a table of mapped tensors; ValueError for any other entry."""
     weights = {}
     for name, w in table.items():
-        if not (w.dtype in SAFE_TYPES.values() and w.layout is torch.strided
-                and w.device.type == "cpu" and w.is_contiguous()):
-            raise ValueError(f"{name:.99} is of {w.dtype}, or not contiguous; try to save floats")
+        if w.dtype not in SAFE_TYPES.values():
+            raise ValueError(f"{name:.99} is of {w.dtype}; try to save floats")
+        if w.layout is not torch.strided or w.device.type != "cpu" or not w.is_contiguous():
+            raise ValueError(f"{name:.99} is sparse, empty or not contiguous; try to save it with "
+                             ".contiguous()")
         name = name.removeprefix("_orig_mod.").removeprefix("module.")  # torch.compile's, DDP's
         weights[name] = Weight(tuple(w.shape), w.dtype, (w.detach(),))
     return weights
@@ -430,6 +445,8 @@ def read_gguf_header(data: mmap.mmap) -> tuple[dict, dict[str, tuple]]:
     """(values by key, (shape, ggml type, offset) by name) of version 2 and 3, little-endian; the
     mapped file then stands at the header's end."""
     (_, version, n_tensors, n_keys), keys, tensors = take(data, "IIQQ"), {}, {}
+    if version >> 24:
+        raise ValueError("it is a big-endian GGUF file; try a little-endian one")
     if version not in (2, 3) or max(n_tensors, n_keys) > 2**20:
         raise ValueError(f"GGUF of version {version} with {n_tensors} tensors is not known; try "
                          "a little-endian one of version 3")
@@ -475,7 +492,10 @@ def read_gguf(path: Path) -> Checkpoint:
     the numbers by which they are divided."""
     data, weights = map_file(path), {}
     keys, tensors = read_gguf_header(data)
-    refuse_unless(keys, {"general.architecture": ("llama",), "split.count": (None, 0, 1)})
+    refuse_unless(keys, {"general.architecture": ("llama",)})
+    if keys.get("split.count", 0) > 1:
+        raise ValueError(f"it is one of {keys['split.count']} parts of a model; try "
+                         "llama-gguf-split --merge")
     alignment = keys.get("general.alignment", 32)
     end = -(-data.tell() // alignment) * alignment
     for name, (shape, kind, offset) in tensors.items():
@@ -563,8 +583,10 @@ def read_any(path: Path) -> Checkpoint:
             return read_hf(path)
         if (path / "params.json").is_file():
             return read_meta(path)
-        raise ValueError("there is no checkpoint (an adapter alone is none); try a folder of "
-                         "Meta's or transformers', a GGUF file or llama2.c's .bin")
+        if (path / "adapter_config.json").is_file():
+            raise ValueError("it holds an adapter alone; try the model that it was made for")
+        raise ValueError("there is no checkpoint; try a folder of Meta's or transformers', a GGUF "
+                         "file or llama2.c's .bin")
     head = map_file(path)[:9]
     if head[:4] == b"GGUF":
         return read_gguf(path)
@@ -583,12 +605,27 @@ def read_any(path: Path) -> Checkpoint:
     return read_llama2c(path)
 
 
+def locate(path: str | Path) -> Path:
+    """The checkpoint that a path means: for an entry of Hugging Face's cache its newest snapshot,
+    for a folder with a GGUF file alone that file."""
+    path = Path(path)
+    snapshots = sorted(path.glob("snapshots/*"), key=lambda folder: folder.stat().st_mtime)
+    if snapshots:
+        path = snapshots[-1]
+    ggufs = sorted(path.glob("*.gguf"))
+    if ggufs and not (hf_files(path) or (path / "params.json").is_file()):
+        if len(ggufs) > 1:
+            raise ValueError(f"{path} holds {len(ggufs)} GGUF files; try one, like {ggufs[0]}")
+        path = ggufs[0]
+    return path
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """The config and the weights, still in their files, of any checkpoint, in the model's order.
     Strict: an unknown or missing tensor or a wrong shape is a ValueError that names it, as is
     whatever is damaged or asks for what is not implemented."""
     with one_line_errors(path):
-        config, found = read_any(Path(path))
+        config, found = read_any(locate(path))
         output = found.get("output.weight") if config.tie_embeddings else None
         if output and equal(output, found["tok_embeddings.weight"]):
             del found["output.weight"]  # some files of tied models have it twice
@@ -858,22 +895,34 @@ def tokenizer_beside(checkpoint: Path, vocab_size: int, given: str | None = None
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     path = Path(given or checkpoint)
     fields = gguf_fields(path) if path.is_file() else None
-    if fields is None and (path.is_dir() or not given):
-        names = (f"tok{vocab_size}.bin", "tokenizer.json", "tokenizer.model", "tokenizer.bin")
-        places = [path] if given else [folder, folder.resolve().parent]
-        candidates = [place / name for place in places for name in names]
-        path = next(filter(Path.is_file, candidates), None)
+    if fields is None and not given:
+        usual = f"tok{vocab_size}.bin"  # llama2.c's
+        path = find_tokenizer(folder, usual) or find_tokenizer(folder.resolve().parent, usual)
         if path is None:
-            raise ValueError(f"there is no tokenizer in {places[0]}; try --tokenizer PATH")
+            raise ValueError(f"there is no tokenizer in {folder}; try --tokenizer PATH")
     tokenizer = tokenizer_from_gguf(fields) if fields else load_tokenizer(path)
-    if tokenizer.vocab_size != vocab_size:
-        raise ValueError(f"{path} has {tokenizer.vocab_size} tokens and the model {vocab_size}: "
-                         "they do not belong together, or the model's embedding was padded; try "
-                         "--tokenizer with the model's own, or a model cut to its vocabulary")
+    compare_vocabularies(path, tokenizer, vocab_size)
     with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or not understood
         eos = read_json((folder / "generation_config.json").read_bytes()).get("eos_token_id") or []
         tokenizer.stop_ids |= frozenset(eos if isinstance(eos, list) else [eos])
     return tokenizer
+
+
+def compare_vocabularies(path: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Says which rows of the model's embedding have no token (they are never drawn), or which added
+    tokens have no row (they are ordinary text then). ValueError where the two do not fit."""
+    more, padding = tokenizer.names[vocab_size:], vocab_size - tokenizer.vocab_size
+    odd = padding > 8 and vocab_size % 64  # an embedding is padded to a round number of rows
+    if not set(more) <= tokenizer.special.keys() or padding > 512 or odd:
+        raise ValueError(f"{path} has {tokenizer.vocab_size} tokens and the model {vocab_size}: "
+                         "they do not belong together; try --tokenizer with the model's own")
+    if more:
+        print(f"{', '.join(more)[:200]}: the model has no row for it; it is ordinary text",
+              file=sys.stderr)
+        tokenizer.found_always = [name for name in tokenizer.found_always if name not in more]
+    elif padding:
+        print(f"the model's rows {tokenizer.vocab_size} to {vocab_size - 1} have no token in "
+              f"{path} and are never drawn", file=sys.stderr)
 
 
 EXPORTS = {"meta": write_meta, "hf": write_hf, "llama2c": write_llama2c}
@@ -883,7 +932,7 @@ def export(checkpoint: str | Path, format: str, out: str | Path, given: str | No
     """Writes any checkpoint in another format, tensor by tensor: a folder of Meta's ("meta") or of
     transformers ("hf"), or a file of llama2.c ("llama2c"); beside it the tokenizer given or else
     the checkpoint's. Numbers keep their type; quantised ones, and all in llama2.c, are fp32."""
-    checkpoint, out, files = Path(checkpoint), Path(out), {}
+    checkpoint, out, files = locate(checkpoint), Path(out), {}
     if format not in EXPORTS:
         raise ValueError(f"there is no format {format!r}; try one of {', '.join(EXPORTS)}")
     if out.is_dir() and any(out.iterdir()) or out.exists() and not out.is_dir():
@@ -920,6 +969,7 @@ class Sampling:
     top_k: int = 0            # only the k likeliest; 0: all
     top_p: float = 0.9        # only the likeliest that together have this probability
     seed: int = 0
+    vocab_size: int | None = None  # ids from here on have no token and are never drawn
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:  # not nan either
@@ -954,6 +1004,7 @@ class Sampling:
 
     def draw(self, logits: Tensor, generators: list[random.Random]) -> list[tuple[int, float]]:
         """A token for each row of logits (B, V), with its log-probability before any cut."""
+        logits = logits[:, :self.vocab_size]
         total = logits.logsumexp(-1)
         if not total.isfinite().all():
             raise ValueError("the model's scores are not finite; try --dtype fp32")
@@ -1113,11 +1164,15 @@ def grow(samples: list[Sample], model: Llama, max_new_tokens: int, sampling: Sam
 
 def sample_texts(model: Llama, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int,
                  sampling: Sampling, num_samples: int = 1, stop_texts: list[str] = (),
-                 stream: bool = False) -> list[Sample]:
-    """num_samples texts of each prompt, in one batch; `stream` prints the first one as it comes."""
-    samples = []
+                 special: bool = False, stream: bool = False) -> list[Sample]:
+    """num_samples texts of each prompt, in one batch; `stream` prints the first one as it comes.
+    special: names of special tokens in a prompt stand for them."""
+    samples, allowed, begin = [], (), tokenizer.names[tokenizer.bos_id]
+    if special:
+        allowed = tokenizer.special
     for prompt in prompts:
-        ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos) or [tokenizer.bos_id]
+        bos = tokenizer.adds_bos and not (special and prompt.startswith(begin))
+        ids = tokenizer.encode(prompt, bos, allowed_special=allowed) or [tokenizer.bos_id]
         for number in range(num_samples):
             samples.append(Sample(tokenizer, prompt, ids, number, stop_texts))
     if stream:
@@ -1179,7 +1234,7 @@ def chat_format(tokenizer: Tokenizer, given: str | None = None) -> Chat:
                 dates=f"Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n")
         elif found := re.search(r"<\|im_start\|>system(?:\\n|\n)(\w.*?)<\|im_end\|>", template):
             chat = chat._replace(system=found[1])
-    render(tokenizer, chat.message + chat.answer + chat.end, "", "")  # are its special tokens there?
+    render(tokenizer, chat.message + chat.answer + chat.end, "", "")  # if it has these tokens
     return chat
 
 
@@ -1368,6 +1423,8 @@ def parser() -> Parser:
     add("--num-samples", type=positive(int), default=1, metavar="N", help="texts of each prompt")
     add("--stop", action="append", default=[], metavar="TEXT",
         help="end a text where this begins; repeatable")
+    add("--special", action="store_true", help="<s> and the like in a prompt are special tokens; "
+        "without it they are ordinary text")
     add("--json", action="store_true", help="one JSON object a sample or document")
     add = p.add_argument_group("model").add_argument
     add("--dtype", choices=DTYPES, default="auto",
@@ -1396,7 +1453,7 @@ def main(argv: list[str]) -> None:
     if "" in args.stop:
         raise ValueError("--stop needs a text; try --stop with one, or none")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    checkpoint = Path(args.checkpoint or newest_run())
+    checkpoint = locate(args.checkpoint or newest_run())
     if args.export:
         return export(checkpoint, *args.export, args.tokenizer)
     start = time.perf_counter()
@@ -1406,15 +1463,19 @@ def main(argv: list[str]) -> None:
     if args.bench:
         return print(json.dumps({**bench(model, args.bench, load_s), "quantize": args.quantize}))
     tokenizer = tokenizer_beside(checkpoint, model.config.vocab_size, args.tokenizer)
+    sampling = replace(sampling, vocab_size=tokenizer.vocab_size)
     if args.score:
         return show_scores(score(model, tokenizer, args.score), args.json)
     if args.chat:
         form = chat_format(tokenizer, args.template)
         return chat(model, tokenizer, form, args.max_new_tokens, sampling, args.system, args.stop)
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt or [""]]
+    prompts = args.prompt or [""]
+    if "-" in prompts:
+        read = sys.stdin.read().removeprefix("\ufeff")  # a byte order mark
+        prompts = [read if prompt == "-" else prompt for prompt in prompts]
     alone = len(prompts) * args.num_samples == 1 and not args.json
     samples = sample_texts(model, tokenizer, prompts, args.max_new_tokens, sampling,
-                           args.num_samples, args.stop, stream=alone)
+                           args.num_samples, args.stop, args.special, stream=alone)
     for number, sample in enumerate(samples, 1):
         if args.json:
             print(sample.json())

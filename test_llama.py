@@ -1177,7 +1177,7 @@ class TestFormats:
         "rope.scaling.type": lambda w: w.add_string("llama.rope.scaling.type", "linear"),
         "sliding_window": lambda w: w.add_sliding_window(4096),
         "logit_scale": lambda w: w.add_logit_scale(0.5),
-        "split.count=2": lambda w: w.add_uint16("split.count", 2),
+        "one of 2 parts": lambda w: w.add_uint16("split.count", 2),
         "rope_freqs.weight": lambda w: w.add_tensor(
             "rope_freqs.weight", np.linspace(1, 8, 6, dtype=np.float32)),
         "unknown blk.7.x": lambda w: w.add_tensor("blk.7.x", np.zeros(4, np.float32)),
@@ -2000,10 +2000,87 @@ class TestEnds:
             (tmp_path / "generation_config.json").write_text(text)
             assert generate.tokenizer_beside(tmp_path, 400).stop_ids == {2} | more
 
-    def test_a_padded_vocabulary_is_named(self, tiny):
+    def test_a_padded_vocabulary_is_named(self, tiny, capsys):
         """Chinese-LLaMA#87, llama2.c#263, build-nanogpt#95: gibberish by another vocabulary."""
-        with pytest.raises(ValueError, match="400 tokens and the model 448: .* padded; try"):
-            generate.tokenizer_beside(tiny, 448)
+        with pytest.raises(ValueError, match="400 tokens and the model 450: .*; try"):
+            generate.tokenizer_beside(tiny, 450)
+        generate.tokenizer_beside(tiny, 448)
+        assert "rows 400 to 447 have no token in" in capsys.readouterr().err
+        logits, sampling = torch.tensor([[0.0, 0, 0, 99]]), Sampling(1.0, vocab_size=3)
+        (token, _), = sampling.draw(logits, [random.Random(0)])
+        assert token < 3
+
+
+class TestOddFolders:
+    """What people have beside, around and instead of a checkpoint."""
+
+    @pytest.mark.parametrize("name, head, said", [
+        ("model.gguf", b"version https://git-lfs.github.com/spec/v1\n", "pointer of git-lfs.*pull"),
+        ("ggml-model.bin", b"lmgg\1\0\0\0", "GGML file of before GGUF; try a GGUF"),
+        ("ggml-model.bin", b"tjgg\3\0\0\0", "GGML file of before GGUF; try a GGUF"),
+        ("model.pth", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "format of before 1.6; try"),
+        ("model.gguf", b"GGUF\0\0\0\3" + bytes(20), "big-endian GGUF file; try a little"),
+        ("adapter_config.json", b"{}", "an adapter alone; try the model that it was made for"),
+        ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n", "of git-lfs.*pull")])
+    def test_what_is_no_checkpoint_is_called_by_its_name(self, tmp_path, name, head, said):
+        (tmp_path / name).write_bytes(head + bytes(99))
+        with pytest.raises(ValueError, match=said):
+            if name == "tokenizer.model":
+                tokenizer.load_tokenizer(tmp_path / name)
+            else:
+                generate.load(tmp_path if "json" in name else tmp_path / name)
+
+    def test_the_old_format_is_torchs(self, tmp_path):
+        torch.save({"w": torch.ones(3)}, tmp_path / "m.pth", _use_new_zipfile_serialization=False)
+        with pytest.raises(ValueError, match="format of before 1.6; try to load and save"):
+            generate.load(tmp_path / "m.pth")
+
+    def test_a_gguf_file_alone_and_the_hub_cache(self, tmp_path, tiny):
+        pytest.importorskip("gguf")
+        model = random_model(SMALL)
+        save_gguf(tmp_path / "saved", model)
+        file, = (tmp_path / "saved").glob("*.gguf")
+        shutil.copy(file, tmp_path / "m.gguf")
+        for place in (tmp_path / "models--a--b" / "snapshots" / "c0ffee", tmp_path / "alone"):
+            place.mkdir(parents=True)
+            shutil.copy(tmp_path / "m.gguf", place)
+        for path in (tmp_path / "models--a--b", tmp_path / "alone"):
+            assert torch.equal(generate.load(path).norm.weight, model.norm.weight)
+        shutil.copy(tmp_path / "m.gguf", tmp_path / "alone" / "n.gguf")
+        with pytest.raises(ValueError, match="holds 2 GGUF files; try one, like .*m.gguf"):
+            generate.load(tmp_path / "alone")
+
+    def test_added_tokens_and_a_model_without_their_row(self, tiny, words, tmp_path, capsys):
+        """Alpaca's [PAD] of id 32000, in a folder whose model has 32,000 rows."""
+        shutil.copytree(tiny, tmp_path / "r")
+        (tmp_path / "r" / "added_tokens.json").write_text('{"<s>": 1, "[PAD]": 400}')
+        found = tokenizer.load_tokenizer(tmp_path / "r")
+        assert found.vocab_size == 401 and found.special["[PAD]"] == 400
+        assert found.encode("a [PAD]b") == [*words.encode("a "), 400, *words.encode("b")]
+        ours = generate.tokenizer_beside(tmp_path / "r", 400)
+        assert "[PAD]: the model has no row for it" in capsys.readouterr().err
+        assert ours.encode("a [PAD]b") == words.encode("a [PAD]b")
+        (tmp_path / "r" / "added_tokens.json").write_text('{"[PAD]": 402}')
+        with pytest.raises(ValueError, match="gives .PAD. the id 402, which is not free or not"):
+            tokenizer.load_tokenizer(tmp_path / "r")
+
+    def test_special_tokens_on_the_command_line(self, tiny, words, capsys):
+        tokenizer.main(["encode", "--tokenizer", str(tiny), "--special", "<s>a</s>"])
+        assert capsys.readouterr().out.split() == [str(i) for i in words.encode("a", True, True)]
+        texts = []
+        for more in ([], ["--special"]):
+            generate.main([str(tiny), "--prompt", "<s>a", "--json", "--temperature", "0", *more])
+            texts.append(json.loads(capsys.readouterr().out)["ids"])
+        generate.main([str(tiny), "--prompt", "a", "--json", "--temperature", "0"])
+        assert texts[1] == json.loads(capsys.readouterr().out)["ids"] != texts[0]
+
+    def test_arguments_are_utf_8_in_any_locale(self, tiny):
+        """And files have names in UTF-8."""
+        env = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+        done = subprocess.run([sys.executable, "tokenizer.py", "encode", "--tokenizer", str(tiny),
+                               "é"], cwd=HERE, env=env, capture_output=True, text=True)
+        wanted = tokenizer.load_tokenizer(tiny).encode("é")
+        assert [int(i) for i in done.stdout.split()] == wanted, done.stderr
 
 
 class TestGenerateCommand:
@@ -2723,18 +2800,28 @@ class TestDocuments:
     def test_files_folders_and_jsonl(self, tmp_path):
         skipped, jsonl = [], "\n".join(['{"text": "a\\nb"}', "", "{", '{"text":5}', "[1]", '"text"',
                  "7", '{"text": "\\ud800 pair"}', "[" * 100_000, json.dumps({"text": NOVEL * 999})])
+        array = json.dumps([{"text": "one"}, {"text": "two"}, {"no": 1}])
         for name, data in {
                 "z": b"last", "b/a": b"\xef\xbb\xbf\r\n", ".n/x": b"", ".x": b"", "a.py": b"first",
-                "empty": b"", "nul": b"a\0b", "short": b"\xc3", "m.jsonl": jsonl.encode()}.items():
+                "empty": b"", "nul": b"a\0b", "short": b"\xc3", "m.JSONL": jsonl.encode(),
+                "l.json": array.encode(), "k.json": b'{"a": 1}', "run/run.json": b""}.items():
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_bytes(data)
+        (tmp_path / "b" / "up").symlink_to(tmp_path)
+        (tmp_path / "linked").symlink_to(tmp_path / "b")
         reader = tokenizer.documents([tmp_path, tmp_path / "a.py", tmp_path / "absent"], skipped)
-        assert ["".join(next(reader)) for _ in range(7)] == [
-            "first", "a\nb", "? pair", NOVEL * 999, "last", "\r\n", "first"]
+        assert ["".join(next(reader)) for _ in range(11)] == [
+            "first", '{"a": 1}', "one", "two", "a\nb", "? pair", NOVEL * 999, "last", "\r\n",
+            "\r\n", "first"]
         with pytest.raises(ValueError, match="absent does not exist; try"):
             next(reader)
-        assert [line.removeprefix(str(tmp_path))[1:19] for line in skipped] == [
-            "empty: empty or no", "m.jsonl: 6 lines a", "nul: holds NUL byt", "short: not UTF-8 t"]
+        assert [line.removeprefix(str(tmp_path))[1:] for line in skipped] == [
+            ".n: left out by its name", ".x: left out by its name", "empty: empty or not a regular "
+            "file", "l.json: 1 lines are not JSON objects with a string \"text\"",
+            "m.JSONL: 6 lines are not JSON objects with a string \"text\"", "nul: holds NUL bytes",
+            "short: not UTF-8 text", "b/up: a link to a folder that holds it",
+            "linked/up: a link to a folder that holds it",
+            "run: a run, with its weights and its log"]
 
     def test_standard_library(self):
         from pydoc_data.topics import topics
@@ -2957,7 +3044,8 @@ class TestCost:
 
         def need(passes=1, place=0, **layout):
             return cost(config, Layout(**layout), 2, 32, passes, place, backward=backward)[0]
-        one, ddp, fsdp, hybrid = need(), need(replicas=8), need(shards=8), need(replicas=4, shards=2)
+        one, ddp, fsdp = need(), need(replicas=8), need(shards=8)
+        hybrid = need(replicas=4, shards=2)
         assert ddp["weights"] == one["weights"] == 2 * hybrid["weights"] == 8 * fsdp["weights"]
         assert fsdp["activations"] == ddp["activations"] <= one["activations"]
         # Under autograd two inputs of products and two norms' weights are whole on each rank.
@@ -2975,7 +3063,8 @@ class TestCost:
         layer = (config.n_params - root) // 32
         first = 16 * layer + matrices  # in a pipeline whole copies, and no logits but at its end
         for layout, buffers, logits in (
-                (Layout(), 0, 4 * matrices), (Layout(2), 2 * config.n_params + 4 * root, 4 * matrices),
+                (Layout(), 0, 4 * matrices),
+                (Layout(2), 2 * config.n_params + 4 * root, 4 * matrices),
                 (Layout(1, 2), 2 * (root + 2 * layer) + 6 * root, 8 * matrices),
                 (Layout(tp=2), 2 * x, 4 * matrices // 2), (Layout(1, 2, 2), 6 * first, None)):
             found, _ = cost(config, layout, passes=8)
@@ -3749,7 +3838,8 @@ def grow(parameters):
 
 def as_rank(case):
     """What this process finds as one of a layout, in two micro-batches a step and more."""
-    batches = [train.next_tokens(step_rows(step), case.bos_id) for step in range(max(3, case.steps))]
+    steps = range(max(3, case.steps))
+    batches = [train.next_tokens(step_rows(step), case.bos_id) for step in steps]
     micro_batch = 4 // (case.layout.dp * case.layout.pp)
     engine = train.Engine(run_of(case.config, case.layout, micro_batch=micro_batch,
                                  backward=case.backward, dtype=case.dtype))
@@ -4114,6 +4204,17 @@ class TestRun:
         with pytest.raises(ValueError, match="holds files that are no run's; try another --out"):
             train.main(run_options(text, tmp_path, *more))
         assert files(tmp_path) == ["consolidated.00.pth"]
+
+    def test_edited_text_is_said_and_one_path_has_one_name(self, text, whole_run, tmp_path, capsys,
+                                                           monkeypatch):
+        monkeypatch.chdir(text.parent)
+        shutil.copytree(text, tmp_path / "t")
+        train.main([*run_options(tmp_path / "t", tmp_path / "r"), "--steps", "1"])
+        assert "warning" not in capsys.readouterr().err
+        with open(next((tmp_path / "t").iterdir()), "a") as file:
+            file.write("more")
+        train.main([*run_options(f"{tmp_path}/./t/", tmp_path / "r"), "--steps", "1"])
+        assert re.search("warning: .*/t changed since it was cut .*; try", capsys.readouterr().err)
 
     def test_one_process_writes_a_run(self, text, tmp_path):
         """A second one is refused; a lock that a killed process leaves is none."""

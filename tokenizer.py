@@ -67,6 +67,9 @@ def positive(kind: type):
 
 def command(main: Callable[[list[str]], int | None]):
     """Run main(arguments) and exit with its status; a user's mistake is one line and status 2."""
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        # The locale, say C, has no UTF-8: start again, so that arguments and names of files do.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # Windows' console has another default
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -826,10 +829,36 @@ def huggingface_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     return {"tokenizer.json": data, "tokenizer_config.json": json.dumps(config).encode()}
 
 
+def with_added_tokens(model: bytes, added: dict[str, int], config: dict) -> SentencePiece:
+    """A .model with the tokens of an added_tokens.json, {name: id}, behind its own. As pieces they
+    are unused, so that they are found by `found_always` alone."""
+    names, found = SentencePiece(model).names, []
+    for name, i in sorted(added.items(), key=lambda item: item[1]):
+        if i < len(names) and names[i] == name:
+            continue
+        if i != len(names) + len(found):
+            raise ValueError(f"added_tokens.json gives {name} the id {i}, which is not free or not "
+                             "the next one; try without that file")
+        piece = protobuf_field(1, name.encode()) + protobuf_field(3, UNUSED)
+        model += protobuf_field(1, piece)
+        found.append(name)
+    return SentencePiece(model, config, found=found)
+
+
+def find_tokenizer(folder: Path, *more: str) -> Path | None:
+    """The tokenizer's file in a folder, by its usual names."""
+    for name in (*more, "tokenizer.json", "tokenizer.model", "tokenizer.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file: a SentencePiece .model, Llama 3's ranks, Hugging Face's
+    """The tokenizer in a file or folder: a SentencePiece .model, Llama 3's ranks, Hugging Face's
     tokenizer.json or llama2.c's .bin, told apart by content, never by name. What
-    tokenizer_config.json and chat_template.jinja beside it say counts."""
+    tokenizer_config.json, added_tokens.json and chat_template.jinja beside it say counts."""
+    if Path(path).is_dir():
+        path = find_tokenizer(Path(path)) or path
     with open(path, "rb") as file:
         data = file.read(MAX_FILE)
     config = {}
@@ -839,6 +868,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 config |= read_json(beside.read_bytes())
             elif beside.is_file():
                 config["chat_template"] = beside.read_bytes().decode()
+    added = Path(path).with_name("added_tokens.json")
     with one_line_errors(path):
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
             return read_ranks(data, config)
@@ -847,7 +877,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if data[12:17] == b"<unk>":
             return read_llama2c(data, config)
         if data[:1] == b"\n":  # protobuf's field 1, a piece
+            if added.is_file():
+                return with_added_tokens(data, read_json(added.read_bytes()), config)
             return SentencePiece(data, config)
+        if data.startswith(b"version https://git-lfs"):
+            raise ValueError("is a pointer of git-lfs, not the file itself; try git lfs pull")
         raise ValueError("holds no tokenizer; try a SentencePiece .model, a tokenizer.json, "
                          "Llama 3's tokenizer.model (ranks) or llama2.c's tokenizer.bin")
 
@@ -896,17 +930,29 @@ def cut(stream: TextIO) -> Iterator[str]:
         rest = rest[end:] + stream.read(end)
 
 
-def read_jsonl(file: Path) -> Iterator[Iterable[str]]:
-    """A document per line, by its "text"; half a surrogate pair turns into "?"."""
-    wrong = 0
+def json_rows(file: Path, is_array: bool) -> Iterator:
+    """The values in the lines of a file, or in the one JSON array that it is; None for no JSON."""
     with open(file, "rb") as stream:
+        if is_array:
+            yield from json.loads(stream.read(MAX_FILE))
         while line := stream.readline(MAX_FILE):  # a longer one comes in parts, which are no JSON
             try:
-                text = json.loads(line)["text"].encode("utf-8", "replace").decode()
-            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                wrong += bool(line.strip())
-                continue
-            yield cut(io.StringIO(text))
+                yield json.loads(line)
+            except (ValueError, RecursionError):
+                if line.strip():
+                    yield None
+
+
+def read_json_texts(file: Path, is_array: bool) -> Iterator[Iterable[str]]:
+    """A document per row, by its "text"; half a surrogate pair turns into "?"."""
+    wrong = 0
+    for row in json_rows(file, is_array):
+        try:
+            text = row["text"].encode("utf-8", "replace").decode()
+        except (TypeError, LookupError, AttributeError):
+            wrong += 1
+            continue
+        yield cut(io.StringIO(text))
     if wrong:
         raise ValueError(f'{wrong} lines are not JSON objects with a string "text"')
 
@@ -924,34 +970,65 @@ def read_text(file: Path) -> Iterator[Iterable[str]]:
 
 def file_documents(file: Path, skipped: list[str]) -> Iterator[Iterable[str]]:
     """The documents of a file, each in pieces; what is no text is told to `skipped`."""
+    kind = file.suffix.lower()
     try:
         if not file.stat().st_size:
             raise ValueError("empty or not a regular file")
-        yield from read_jsonl(file) if file.suffix == ".jsonl" else read_text(file)
+        with open(file, "rb") as stream:
+            is_array = kind == ".json" and stream.read(99).lstrip()[:1] == b"["
+        if is_array or kind == ".jsonl":
+            yield from read_json_texts(file, is_array)
+        else:
+            yield from read_text(file)
     except UnicodeDecodeError:
         skipped.append(f"{file}: not UTF-8 text")
     except (ValueError, OSError) as error:
         skipped.append(f"{file}: {getattr(error, 'strerror', None) or error}")
 
 
-def files_below(folder: Path, left_out: re.Pattern) -> Iterator[Path]:
-    """The files of a folder and its subfolders in order, without names that match left_out and
-    without the folders of runs, which hold a run.json."""
-    for path, folders, names in os.walk(folder):
+def files_below(folder: Path, left_out: re.Pattern, skipped: list[str]) -> Iterator[Path]:
+    """The files of a folder and its subfolders in order. Passed over, and told to `skipped`, are
+    names that match left_out, runs, what cannot be read, and a folder inside itself (by a link)."""
+    def unreadable(error: OSError) -> None:
+        skipped.append(f"{error.filename}: {error.strerror}")
+
+    for path, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(path)
         if "run.json" in names:
+            skipped.append(f"{path}: a run, with its weights and its log")
             folders.clear()
             continue
-        folders[:] = sorted(itertools.filterfalse(left_out.fullmatch, folders))
-        for name in sorted(itertools.filterfalse(left_out.fullmatch, names)):
-            yield Path(path, name)
+        kept = []
+        for name in sorted(folders):
+            inside = os.path.join(path, name)
+            if left_out.fullmatch(name):
+                skipped.append(f"{inside}: left out by its name")
+            elif os.path.islink(inside) and f"{real}/".startswith(f"{os.path.realpath(inside)}/"):
+                skipped.append(f"{inside}: a link to a folder that holds it")
+            else:
+                kept.append(name)
+        folders[:] = kept
+        for name in sorted(names):
+            if left_out.fullmatch(name):
+                skipped.append(f"{os.path.join(path, name)}: left out by its name")
+            else:
+                yield Path(path, name)
+
+
+def files_of(path: str | Path, skipped: list[str]) -> Iterator[Path]:
+    """The file at a path, or the files of the folder, but no hidden ones."""
+    if Path(path).is_dir():
+        yield from files_below(Path(path), re.compile(r"\..*"), skipped)
+    else:
+        yield Path(path)
 
 
 def documents(paths: Iterable[str | Path], skipped: list[str]) -> Iterator[Iterable[str]]:
-    """The documents of files and folders (hidden files left out); ValueError for a missing path."""
-    for path in map(Path, paths):
-        if not path.exists():
+    """The documents of files and folders; ValueError for a missing path."""
+    for path in paths:
+        if not os.path.exists(path):
             raise ValueError(f"{path} does not exist; try a file or folder of text")
-        for file in files_below(path, re.compile(r"\..*")) if path.is_dir() else [path]:
+        for file in files_of(path, skipped):
             yield from file_documents(file, skipped)
 
 
@@ -963,7 +1040,7 @@ def standard_library(skipped: list[str]) -> Iterator[Iterable[str]]:
     """The default text: the running Python's library as code, pydoc's topics as prose. Left out are
     tests, packages that not every system has, and files that hold the machine's paths."""
     sizes = {}
-    for file in files_below(Path(os.__file__).parent, LEFT_OUT):
+    for file in files_below(Path(os.__file__).parent, LEFT_OUT, []):
         if file.suffix == ".py" and file.stat().st_size:
             sizes[file] = file.stat().st_size
     if sum(sizes.values()) < 2_000_000:
@@ -1104,6 +1181,8 @@ def parser() -> Parser:
     add["encode"]("--tokenizer", required=True, metavar="FILE")
     add["encode"]("--bos", action="store_true", help="as at the start of a document")
     add["encode"]("--eos", action="store_true", help="as at its end")
+    add["encode"]("--special", action="store_true", help="<s> and the like are special tokens; "
+                  "without it they are ordinary text")
     add["encode"]("text", metavar="TEXT")
     add["decode"]("--tokenizer", required=True, metavar="FILE")
     add["decode"]("text", metavar="ID", nargs="+")
@@ -1126,9 +1205,10 @@ def main(arguments: list[str]) -> None:
         return info(tokenizer)
     text = args.text if args.command == "encode" else " ".join(args.text)
     if text == "-":
-        text = sys.stdin.buffer.read().decode("utf-8", "replace")
+        text = sys.stdin.buffer.read().decode("utf-8-sig", "replace")
     if args.command == "encode":
-        return print(*tokenizer.encode(text, bos=args.bos, eos=args.eos))
+        special = tokenizer.special if args.special else ()
+        return print(*tokenizer.encode(text, args.bos, args.eos, allowed_special=special))
     if wrong := re.search(r"[^0-9\s]\S*", text):
         raise ValueError(f"{wrong[0]} is no id; try numbers separated by spaces")
     print(tokenizer.decode(map(int, text.split())))

@@ -53,8 +53,8 @@ from generate import (DTYPES, Sampling, Weight, best_device, check_compiler, kee
                       load, sample_texts, shapes, write_meta)
 from llama import (ATTENTION, BACKWARD, SIZES, Llama, LlamaConfig, Recipe, TensorParallel,
                    local_shard, logit_rows)
-from tokenizer import (Parser, Tokenizer, command, cores, documents, load_tokenizer, positive,
-                       prepare, read_json, standard_library, survey, train_sentencepiece,
+from tokenizer import (Parser, Tokenizer, command, cores, documents, files_of, load_tokenizer,
+                       positive, prepare, read_json, standard_library, survey, train_sentencepiece,
                        training_text, write_aside, write_json)
 
 TABLE_1 = {"commoncrawl": 67.0, "c4": 15.0, "github": 4.5, "wikipedia": 4.5, "books": 4.5,
@@ -159,8 +159,17 @@ def data_argument(text: str) -> tuple[str, float | None]:
     """A type for argparse: PATH=WEIGHT, or PATH, whose weight is its number of tokens (None)."""
     path, equals, weight = text.rpartition("=")
     if not equals or os.path.exists(text):
-        return text, None
-    return path, positive(float)(weight)
+        return os.path.normpath(text), None
+    return os.path.normpath(path), positive(float)(weight)
+
+
+def latest_change(path: str) -> list[int]:
+    """What shows that a text was edited: the number of its files, their bytes, the newest time."""
+    changes = [0, 0, 0]
+    for file in files_of(path, []) if os.path.exists(path) else []:
+        stat = file.stat()
+        changes = [changes[0] + 1, changes[1] + stat.st_size, max(changes[2], stat.st_mtime_ns)]
+    return changes
 
 
 def data_sources(run: "Run") -> list[tuple[str, float | None, Callable]]:
@@ -201,7 +210,7 @@ def prepare_data(run: "Run") -> list[dict]:
     for path, weight, reader, found in surveyed:
         print_rank0(f"cutting {path} into tokens")
         made = prepare(str(len(facts)), reader, found, tokenizer, run.out / "tokens")
-        facts.append({**made, "path": path, "weight": weight})
+        facts.append({**made, "path": path, "weight": weight, "changed": latest_change(path)})
     tokenizer.save(run.out / "tokenizer.model")
     return facts
 
@@ -1540,6 +1549,9 @@ def announce(run: Run, batches: Batches) -> None:
                 f"x {run.seq_len} tokens in micro-batches of {run.micro_batch}, {run.dtype}, on "
                 f"{run.layout.size} x {run.device} ({run.layout})")
     for k, source in enumerate(run.sources):
+        if source.get("changed") not in (None, latest_change(source["path"])):
+            print_rank0(f"warning: {source['path']} changed since it was cut into tokens, and is "
+                        "read as it was; try --fresh, or --out DIR, for the new text")
         print_rank0(f"{source['path']}: {source['train_tokens']:,} tokens, read "
                     f"{batches.epochs(k, run.steps):.2f} times")
 
