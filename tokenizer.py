@@ -159,6 +159,7 @@ class Tokenizer:
         bos_id, eos_id, stop_ids  any of stop_ids ends a text; eos_id is one of them
         adds_bos                  whether a prompt begins with BOS
         chat_template             Jinja's source or None; never run here
+        spelled                   patterns of names that are not found as they are
         ordinary(text, begins)    ids without special tokens; a text that begins may get a space
         decode(ids)               the text
         token_bytes(id)           what it adds to a text; b"" for special tokens
@@ -187,6 +188,7 @@ class Tokenizer:
         self.eos_id = self.special_id("eos_token", settings, ends)
         stops = map(self.special.get, (*ends, settings.get("eot_token")))
         self.stop_ids = frozenset({self.eos_id, *stops} - {None})
+        self.spelled = settings.get("spelled", {})
         self.adds_bos = settings.get("add_bos_token", True)
         self.chat_template = settings.get("chat_template")
         if not isinstance(self.chat_template, str | None) or not isinstance(self.adds_bos, bool):
@@ -207,11 +209,12 @@ class Tokenizer:
         if unknown := set(allowed_special) - self.special.keys():
             raise ValueError(f"no special token is {min(unknown)}; try {min(self.special)}")
         names = sorted({*allowed_special, *self.found_always}, key=len, reverse=True)
-        pattern = "|".join(map(re.escape, names)) or "(?!)"  # at one place the longest counts
+        patterns = [self.spelled.get(name, re.escape(name)) for name in names]
+        pattern = "|".join(patterns) or "(?!)"  # at one place the longest counts
         ids = [self.bos_id] * bos
         for i, part in enumerate(re.split(f"({pattern})", text)):
             if i % 2:  # re.split puts the names at odd places
-                ids.append(self.special[part])
+                ids.append(self.special[part if part in self.special else part.strip()])
             else:
                 ids += self.ordinary(part, self.every_part if i else not continues)
         return ids + [self.eos_id] * eos
@@ -586,9 +589,10 @@ def read_llama2c(data: bytes, config: dict | None = None) -> SentencePiece:
 def character_level(pieces: list[tuple[str, float, int]], front: str, own: dict,
                     config: dict | None, file: bytes = b"") -> SentencePiece:
     """A SentencePiece from (text, score, type) of each id, and the file that says so, if any. Its
-    user-defined tokens are found in every text."""
+    user-defined tokens are found by `found_always`, and so are unused as pieces."""
     found = [text for text, _, kind in pieces if kind == USER_DEFINED]
-    model = write_model(pieces, prefix=front != "never")
+    used = [(text, score, UNUSED if kind == USER_DEFINED else kind) for text, score, kind in pieces]
+    model = write_model(used, prefix=front != "never")
     if not file and not found:
         file = model  # else it is written as a tokenizer.json
     return SentencePiece(model, config, front, found, own, file)
@@ -702,8 +706,6 @@ def read_vocabulary(vocab: dict, added: list[dict]) -> tuple[list[str], list[int
     for token in added:
         name, i = token["content"], token["id"]
         kinds[name] = CONTROL if token["special"] else USER_DEFINED
-        for key in ("single_word", "lstrip", "rstrip"):
-            expect_one_of(f"an added token's {key}", token.get(key, False), False)
         if vocab.setdefault(name, i) != i:
             raise ValueError(f"{name} has two ids; try another copy")
     names = sorted(vocab, key=vocab.get)
@@ -711,6 +713,17 @@ def read_vocabulary(vocab: dict, added: list[dict]) -> tuple[list[str], list[int
     if ids != list(range(len(ids))) or {*map(type, ids)} != {int} or "" in vocab:
         raise ValueError("the ids are not 0, 1, 2 ... of one token each; try another copy")
     return names, [kinds.get(name, NORMAL) for name in names]
+
+
+def spelling(token: dict) -> str:
+    """The pattern by which an added token is found: single_word is not a part of a longer word,
+    lstrip and rstrip take in the spaces before and behind."""
+    pattern = re.escape(token["content"])
+    if token.get("single_word"):
+        pattern = rf"(?<!\w){pattern}(?!\w)"
+    if token.get("lstrip"):
+        pattern = rf"\s*{pattern}"
+    return rf"{pattern}\s*" if token.get("rstrip") else pattern
 
 
 def merge_scores(ranks: dict[tuple[str, str], int], normal: Iterable[str]) -> dict[str, float]:
@@ -744,6 +757,7 @@ def tokenizer_from_json(data: bytes, config: dict | None = None) -> Tokenizer:
         expect_one_of("post_processor", step["type"], "ByteLevel", "TemplateProcessing")
         if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
             own = {"add_bos_token": True, "bos_token": step["single"][0]["SpecialToken"]["id"]}
+    own["spelled"] = {token["content"]: spelling(token) for token in added}
     fronts = "prepend", "always", "first", "never", "replace"
     kinds = GGUF_SPLITS.values() if over_bytes else fronts
     kind = next((kind for kind in kinds if steps == json_steps(kind)), None)
