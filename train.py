@@ -50,7 +50,7 @@ from torch.distributed.elastic.multiprocessing import (DefaultLogsSpecs, SignalE
                                                        start_processes)
 
 from generate import (DTYPES, Sampling, Weight, best_device, check_compiler, keep_freed_memory,
-                      load, sample_texts, shapes, write_meta)
+                      leave_busy_cores, load, sample_texts, shapes, write_meta)
 from llama import (ATTENTION, BACKWARD, SIZES, Llama, LlamaConfig, Recipe, TensorParallel,
                    local_shard, logit_rows)
 from tokenizer import (Parser, Tokenizer, command, cores, documents, files_of, load_tokenizer,
@@ -1681,6 +1681,8 @@ def main(argv: list[str]) -> int | None:
     if device == "mps" and (is_rank or n > 1):
         device = "cpu"  # which many processes can share
     if n == 1:
+        if not is_rank:
+            leave_busy_cores()
         with join(device, args.timeout) as world, contextlib.ExitStack() as held:
             train_rank(args, device, world, began, held)
         return None
