@@ -2074,6 +2074,22 @@ class TestOddFolders:
         generate.main([str(tiny), "--prompt", "a", "--json", "--temperature", "0"])
         assert texts[1] == json.loads(capsys.readouterr().out)["ids"] != texts[0]
 
+    @pytest.mark.parametrize("seconds, left", [((2, 1), 1), ((1, 2), 2), ((9, 4, 1, 1.2), 2)])
+    def test_busy_cores_are_left_to_others(self, monkeypatch, seconds, left):
+        """seconds: what some work takes with the most threads, with one less, ..."""
+        before, most = torch.get_num_threads(), len(seconds)
+        monkeypatch.setattr(generate.timeit, "timeit", lambda work, number: seconds[
+            most - torch.get_num_threads()])
+        try:
+            torch.set_num_threads(most)
+            generate.leave_busy_cores()
+            assert torch.get_num_threads() == most  # OMP_NUM_THREADS is set here
+            monkeypatch.delenv("OMP_NUM_THREADS")
+            generate.leave_busy_cores()
+            assert torch.get_num_threads() == left
+        finally:
+            torch.set_num_threads(before)
+
     def test_arguments_are_utf_8_in_any_locale(self, tiny):
         """And files have names in UTF-8."""
         env = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
