@@ -2822,7 +2822,7 @@ class TestArrange:
         ("fsdp 1 5", 5, {}, "--pp 5: .* 4 layers; try --pp with up to 4"),
         ("fsdp 4 1", 6, {}, "6 processes .* --tp 4 x --pp 1; try .* product is one of 1, 2, 3, 6"),
         ("fsdp 2 4", 4, {}, "4 processes .* --tp 2 x --pp 4; try .* is one of 1, 2, 4"),
-        ("fsdp 1 1", 9, {}, "9 data-parallel .* 8 sequences of a step; try at most 8 processes, or"),
+        ("fsdp 1 1", 9, {}, "9 data-parallel .* 8 sequences of a step; try at most 8 processes"),
         ("ddp 2 1", 18, {}, "9 data-parallel .*; try at most 16 processes, or a larger"),
         ("none 2 1", 4, {}, "--dp none .* 2 x 2 .*--dp ddp or --dp fsdp, or 2 processes")])
     def test_impossible(self, options, size, change, message):

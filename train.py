@@ -6,9 +6,8 @@
     python train.py --nproc 4 --tp 2                # many processes; torchrun starts them too
     python train.py --size 65b --plan --gpus 2048   # what it would take
 
-The same command resumes a run that stopped. Its folder (--out, default runs/SIZE) holds at the end
-params.json, consolidated.00.pth and tokenizer.model for generate.py, log.jsonl, loss.svg, state/
-(what resuming needs) and tokens/ (the text, tokenized).
+The same command resumes a run that stopped. Its folder, runs/SIZE, then holds params.json,
+consolidated.00.pth and tokenizer.model for generate.py, log.jsonl, loss.svg, state/ and tokens/.
 """
 import argparse
 import bisect
@@ -82,8 +81,7 @@ class Batches:
 
     def __init__(self, folder: Path, sources: list[dict], seq_len: int, rows: int, seed: int,
                  bos_id: int | None = None):
-        """rows: sequences a step. bos_id: the token that begins a document; None if attention may
-        cross from one document into the next."""
+        """rows: sequences a step. bos_id: begins a document; None: attention crosses documents."""
         self.sources, self.seq_len, self.rows, self.bos_id = sources, seq_len, rows, bos_id
         self.u_0 = int.from_bytes(hashlib.sha256(f"batches {seed}".encode()).digest()[:8], "big")
         self.train = open_shards(folder, sources, "train")
@@ -98,8 +96,7 @@ class Batches:
         self.edges = [round(2**64 * end / sum(sizes)) for end in ends]
 
     def sequence(self, number: int) -> np.ndarray:
-        """The T + 1 tokens of sequence number g of the run. u is in units of 2**-64, as integers
-        give the same sequence on every machine."""
+        """The T + 1 tokens of sequence number g. u is an integer, in units of 2**-64: exact."""
         u = (self.u_0 + number * 0x9E3779B97F4A7C15) % 2**64  # 2**64 frac(golden ratio)
         k = bisect.bisect_right(self.edges, u) - 1
         places = len(self.train[k]) - self.seq_len  # where a sequence can begin
@@ -114,8 +111,7 @@ class Batches:
     def held_out(self, limit: int) -> tuple[Tensor, float]:
         """About `limit` held-out tokens, as many of each source: windows (n, T + 1), evenly spread
         over the text, short ones padded with -1; and the bytes of text of their targets."""
-        windows = []
-        text_bytes = 0.0
+        windows, text_bytes = [], 0.0
         for source, tokens in zip(self.sources, self.val):
             stride = -(-len(tokens) * len(self.val) // limit)  # one window of so many
             for begin in range(0, len(tokens) - 1, self.seq_len * stride):
@@ -131,8 +127,7 @@ class Batches:
 
 
 def open_shards(folder: Path, sources: list[dict], split: str) -> list[np.ndarray]:
-    """Memory-maps the "train" or "val" tokens of each source; ValueError if a file is missing or
-    is not as long as `prepare` said."""
+    """Memory-maps the split ("train" or "val") of each source; ValueError if a file is damaged."""
     try:
         return [np.memmap(folder / f"{source['name']}.{split}.bin", source["dtype"], "r",
                           shape=source[f"{split}_tokens"]) for source in sources]
@@ -161,8 +156,7 @@ def document_starts(batch: dict[str, Tensor]) -> Tensor | None:
 
 
 def data_argument(text: str) -> tuple[str, float | None]:
-    """A type for argparse: PATH=WEIGHT as (path, weight). PATH alone has the weight None: as many
-    as its tokens."""
+    """A type for argparse: PATH=WEIGHT; the weight of PATH alone is None, its number of tokens."""
     path, equals, weight = text.rpartition("=")
     if not equals or os.path.exists(text):
         return text, None
@@ -190,14 +184,13 @@ def data_sources(run: "Run") -> list[tuple[str, float | None, Callable]]:
 
 def prepare_data(run: "Run") -> list[dict]:
     """Makes the run's tokenizer and token shards; returns what run.json keeps of each source."""
-    surveyed = []
-    texts = []  # those that a tokenizer is trained on
+    surveyed, texts, sources = [], [], []
     for path, weight, reader in data_sources(run):
         print_rank0(f"reading {path}")
         counted = survey(reader)
-        skipped = counted.skipped
-        if skipped:
-            print_rank0("\n  ".join([f"passed over {len(skipped)}:", *skipped[:20]]))
+        if counted.skipped:
+            heading = f"passed over {len(counted.skipped)}:"
+            print_rank0("\n  ".join([heading, *counted.skipped[:20]]))
         surveyed.append((path, weight, reader, counted))
         texts.append(training_text(reader, counted.chosen))
     if run.tokenizer:
@@ -205,7 +198,6 @@ def prepare_data(run: "Run") -> list[dict]:
     else:
         print_rank0(f"training a tokenizer of {run.config.vocab_size} tokens")
         tokenizer = train_sentencepiece(itertools.chain(*texts), run.config.vocab_size)
-    sources = []
     for path, weight, reader, counted in surveyed:
         print_rank0(f"cutting {path} into tokens")
         source = prepare(str(len(sources)), reader, counted, tokenizer, run.out / "tokens")
@@ -230,8 +222,7 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
 
 def make_optimizer(parameters: dict[str, Tensor], recipe: Recipe) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2017). Matrices decay, the weights of norms do not: the field's
-    custom, the papers do not say. Its moments are made here, before the first step, so that
-    load_state finds tensors to fill."""
+    custom, the papers do not say. Its moments are made at once, for load_state to fill."""
     groups = []
     for decays in (True, False):
         chosen = [p for p in parameters.values() if (p.dim() > 1) == decays]
@@ -320,9 +311,8 @@ GPUS = {"A100": (80e9, 400, 312e12), "A100-40GB": (40e9, 400, 312e12), "H100": (
 
 
 def flops_per_token(config: LlamaConfig, seq_len: int, as_papers: bool = False) -> float:
-    """FLOPs of forward and backward: 6 N + 6 L H E T. N is without the embedding, which is looked
-    up, not multiplied; the causal mask halves the scores. as_papers: 6 N + 12 L H E T, which counts
-    both (Chowdhery et al. 2022, appendix B)."""
+    """FLOPs of forward and backward: 6 N + 6 L H E T, without the embedding, which is looked up,
+    and masked scores. as_papers: 6 N + 12 L H E T, with both (Chowdhery et al. 2022, app. B)."""
     scores = 6 * config.n_layers * config.n_heads * config.head_dim * seq_len
     if as_papers:
         return 6 * config.n_params + 2 * scores
@@ -337,8 +327,7 @@ def matmul_flops(device: str, dtype: torch.dtype) -> float | None:
         card = torch.cuda.get_device_name() if device == "cuda" else device
         known = [flops for name, (_, _, flops) in GPUS.items() if name in card]
         return known[0] if known and dtype is torch.bfloat16 else None
-    a = torch.ones(1024, 1024, dtype=dtype)
-    times = []
+    a, times = torch.ones(1024, 1024, dtype=dtype), []
     end = time.perf_counter() + 0.15  # seconds
     while time.perf_counter() < end:
         begin = time.perf_counter()
@@ -368,22 +357,19 @@ def energy(gpu_hours: float, watts: float) -> tuple[float, float]:
 
 def rank_params(config: LlamaConfig, layout: Layout, place: int, shards: int
                 ) -> tuple[int, int, int]:
-    """Parameters in layers, parameters outside (embedding, norm, output), and tensors in all, on
-    the rank of pipeline stage `place` that holds the most of `shards`. FSDP cuts rows like
-    torch.chunk: of 97 rows the first of 7 ranks has 14."""
-    D = config.dim
-    hidden = config.hidden_dim // layout.tp
-    q = config.n_heads * config.head_dim // layout.tp
-    kv = config.n_kv_heads * config.head_dim // layout.tp
+    """(parameters in layers, parameters outside: embedding, norm, output; tensors in all) on the
+    fullest of `shards` ranks of pipeline stage `place`. FSDP cuts rows like torch.chunk: of 97 rows
+    the first of 7 ranks has 14."""
+    D, head = config.dim, config.head_dim
+    q, kv = config.n_heads * head // layout.tp, config.n_kv_heads * head // layout.tp
+    hidden, vocab = config.hidden_dim // layout.tp, config.vocab_size // layout.tp
     norm = (D, 1)
     layer = [(q, D), (kv, D), (kv, D), (D, q), (hidden, D), (D, hidden), (hidden, D), norm, norm]
-    outside = []
-    if place == 0:
-        outside.append((config.vocab_size // layout.tp, D))
+    outside = [(vocab, D)] if place == 0 else []
     if place == layout.pp - 1:
         outside.append(norm)
         if place > 0 or not config.tie_embeddings:
-            outside.append((config.vocab_size // layout.tp, D))
+            outside.append((vocab, D))
 
     def held(matrices: list[tuple[int, int]]) -> int:
         return sum(-(-rows // shards) * columns for rows, columns in matrices)
@@ -395,11 +381,8 @@ def rank_params(config: LlamaConfig, layout: Layout, place: int, shards: int
 def layer_saves(run: "Run") -> int:
     """Bytes a token that a layer keeps for its backward: by hand the table of LayerByHand; autograd
     keeps, besides, each norm with and without its weight, silu(a) and swiglu(a, b)."""
-    c = run.config
-    size = DTYPES[run.dtype].itemsize
-    H = c.n_heads
-    q = H * c.head_dim
-    kv = c.n_kv_heads * c.head_dim
+    c, size = run.config, DTYPES[run.dtype].itemsize
+    H, q, kv = c.n_heads, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     kept = 2 * (c.dim + q + kv + c.hidden_dim)  # numbers in run.dtype
     in_fp32 = H + 2                             # and in fp32
     if run.backward != "manual":
@@ -414,11 +397,9 @@ def layer_saves(run: "Run") -> int:
 def rank_memory(run: "Run", rows: int, place: int) -> dict[str, int]:
     """Bytes by what they hold, on a rank of pipeline stage `place`, in a step with micro-batches of
     so many rows. Weights, gradients and AdamW's moments are in fp32."""
-    config, layout = run.config, run.layout
-    t = layout.tp
+    config, layout, t = run.config, run.layout, run.layout.tp
     size = DTYPES[run.dtype].itemsize
-    by_hand = run.backward == "manual"
-    sharded = layout.shards > 1
+    by_hand, sharded = run.backward == "manual", layout.shards > 1
     layers = stage_layers(config, place, layout.pp)
     in_layers, outside, tensors = rank_params(config, layout, place, layout.shards)
     held = in_layers + outside
@@ -457,14 +438,11 @@ def rank_memory(run: "Run", rows: int, place: int) -> dict[str, int]:
 
 
 def rank_traffic(run: "Run", rows: int, place: int) -> dict[str, int]:
-    """Bytes that a rank of pipeline stage `place` sends in a step, by dimension of the layout.
-
-    In a ring of s ranks an all-gather or a reduce-scatter of n bytes takes s - 1 turns of n/s bytes:
-    each rank sends n (s - 1)/s. An all-reduce is both, one after the other. Weights travel in
-    run.dtype, gradients in fp32.
-    """
-    config, layout = run.config, run.layout
-    t = layout.tp
+    """Bytes that a rank of pipeline stage `place` sends in a step, by dimension of the layout. In a
+    ring of s ranks an all-gather or a reduce-scatter of n bytes takes s - 1 turns of n/s bytes:
+    each rank sends n (s - 1)/s; an all-reduce is both. Weights travel in run.dtype, gradients in
+    fp32."""
+    config, layout, t = run.config, run.layout, run.layout.tp
     size = DTYPES[run.dtype].itemsize
     in_layers, outside, _ = rank_params(config, layout, place, layout.shards)
     held = in_layers + outside
@@ -548,8 +526,7 @@ def plan(run: "Run", name: str, mfu: float | None) -> dict:
     this one), as --plan prints them. mfu: of the whole step, if it was measured. Memory and bytes
     are those of the rank that needs the most memory. Allocates nothing."""
     if name == "cpu":
-        there = memory_there("cpu")
-        watts = 100  # a guess
+        there, watts = memory_there("cpu"), 100  # a guess
         peak = matmul_flops("cpu", DTYPES[run.dtype])
     elif run.dtype == "bf16":
         there, watts, peak = GPUS[name]
@@ -575,8 +552,8 @@ def plan(run: "Run", name: str, mfu: float | None) -> dict:
             "memory": {**memory, "needed": sum(memory.values()), "there": there},
             "fits": "yes" if fits else f"no; try {nearest_that_fits(run, there)}",
             "sent": rank_traffic(run, micro_batch, fullest), "bubble": bubble, "mfu": mfu,
-            "mfu_as_papers": mfu * as_papers / flops, "steps": steps, "tokens": tokens, "tokens_per_s": speed,
-            "step_s": tokens / steps / speed, "days": tokens / speed / 86400,
+            "mfu_as_papers": mfu * as_papers / flops, "steps": steps, "tokens": tokens,
+            "tokens_per_s": speed, "step_s": tokens / steps / speed, "days": tokens / speed / 86400,
             "gpu_hours": gpu_hours, "mwh": mwh, "tco2eq": tons}
 
 
@@ -652,8 +629,7 @@ class Writer(dcp.FileSystemWriter):
 
     def __init__(self, folder: Path, facts: dict):
         super().__init__(folder / "saving", per_thread_copy_ahead=0)  # no second copy of a tensor
-        self.facts = facts
-        self.done = folder / f"step-{facts['step']:09d}"
+        self.facts, self.done = facts, folder / f"step-{facts['step']:09d}"
 
     def prepare_global_plan(self, plans):
         shutil.rmtree(self.path)  # a save that was cut short
@@ -667,8 +643,7 @@ class Writer(dcp.FileSystemWriter):
         shutil.rmtree(self.done, ignore_errors=True)
         os.replace(self.path, self.done)
         states = sorted(self.done.parent.glob("step-*"))
-        upto = states.index(self.done) + 1
-        kept = states[max(0, upto - 2):upto]
+        kept = states[:states.index(self.done) + 1][-2:]
         for state in set(states) - set(kept):
             shutil.rmtree(state, ignore_errors=True)
 
@@ -680,11 +655,20 @@ def checksum(state: Path, facts: dict) -> int:
 
 def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict,
                group: dist.ProcessGroup | None, before: Future | None = None) -> Future:
-    """Starts to save the tensors as folder/step-N, where N is facts["step"]; waits for the save
-    `before` first. A thread writes a copy while training goes on; without memory for a copy, this
-    returns when all is written. result() of the Future waits; it raises OSError on every rank if
-    one could not write. group: of all ranks, for this alone, as the thread's collectives need one.
-    """
+    """Starts to save the tensors as folder/step-N, where N is facts["step"], after the save
+    `before`. A thread writes a copy while training goes on; without memory for a copy, training
+    waits. result() of the Future raises OSError on every rank if one could not write. group: of all
+    ranks, for the thread's collectives alone."""
+    def write() -> None:
+        try:
+            dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+        except (OSError, dcp.api.CheckpointException) as error:
+            if group is None or dist.get_rank() == 0:
+                shutil.rmtree(writer.path, ignore_errors=True)
+            raise OSError(f"the state of step {facts['step']} could not be written "
+                          f"({cause_of(error)}); older states are untouched; try to free space, "
+                          "then the same command") from None
+
     if before:
         before.result()
     writer = Writer(folder, facts)
@@ -693,23 +677,10 @@ def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict,
     roomy = memory_there("cpu") > 2 * size
     if roomy:
         tensors = writer.stage(tensors)
-    saving = ThreadPoolExecutor(1).submit(write_state, writer, tensors, group)
+    saving = ThreadPoolExecutor(1).submit(write)
     if not roomy:
         saving.result()
     return saving
-
-
-def write_state(writer: Writer, tensors: dict[str, Tensor], group: dist.ProcessGroup | None
-                ) -> None:
-    """The part of save_state that its thread does."""
-    try:
-        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
-    except (OSError, dcp.api.CheckpointException) as error:
-        if group is None or dist.get_rank() == 0:
-            shutil.rmtree(writer.path, ignore_errors=True)
-        raise OSError(f"the state of step {writer.facts['step']} could not be written "
-                      f"({cause_of(error)}); older states are untouched; try to free space, then "
-                      "the same command") from None
 
 
 def load_state(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
@@ -751,8 +722,7 @@ def read_state(state: Path, tensors: dict[str, Tensor]) -> dict:
 
 
 def cause_of(error: BaseException) -> str:
-    """The last line of the message of the first rank that failed. KeyboardInterrupt is raised
-    again: Ctrl-C is no damage."""
+    """The last line of the first failed rank's message. Raises KeyboardInterrupt: no damage."""
     while isinstance(error, dcp.api.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, KeyboardInterrupt):
@@ -761,16 +731,14 @@ def cause_of(error: BaseException) -> str:
 
 
 def export_state(state: Path, config: LlamaConfig, folder: Path) -> None:
-    """Writes the weights of the state (step-N) in Meta's format. One tensor is in memory at a time.
-    """
-    reader = SafeReader(state)
+    """Writes the weights of a state (step-N) in Meta's format; reads one tensor at a time."""
+    reader, weights = SafeReader(state), {}
 
     def read(name: str, shape: tuple[int, ...]) -> Tensor:
         tensors = {f"model.{name}": torch.empty(shape)}
         dcp.load(tensors, storage_reader=reader, no_dist=True)
         return tensors[f"model.{name}"]
 
-    weights = {}
     for name, shape in shapes(config).items():
         weights[name] = Weight(shape, torch.float32, (), partial(read, name, shape))
     write_meta(config, weights, folder)
@@ -789,11 +757,11 @@ def state_tensors(parameters: dict[str, Tensor], optimizer) -> dict[str, Tensor]
 # ---------------------------------------------------------------------------------------------
 # Many processes: how they start, and how a run survives the death of one
 #
-# torchrun, and `start` for one machine, tell each process (rank) its place by environment variables:
-# RANK of WORLD_SIZE, LOCAL_RANK of LOCAL_WORLD_SIZE on its machine, MASTER_ADDR and MASTER_PORT of
-# the store where ranks meet, TORCHELASTIC_RESTART_COUNT. `start` adds PARENT_PID, its own id.
+# torchrun, and `start` on one machine, tell each process (rank) its place in its environment: RANK
+# of WORLD_SIZE, LOCAL_RANK of LOCAL_WORLD_SIZE on its machine, MASTER_ADDR and MASTER_PORT of the
+# store where ranks meet, TORCHELASTIC_RESTART_COUNT. `start` adds PARENT_PID, its own process.
 
-# Ctrl-C, the system, a dropped ssh, SLURM; not all exist on Windows
+# Sent by Ctrl-C, the system, a dropped ssh, SLURM; Windows has two of them.
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
          if hasattr(signal, name)]
 
@@ -834,17 +802,15 @@ def join(device: str, timeout: float) -> Iterator[World]:
         yield world
         dist.destroy_process_group()
     except Exception as error:
-        # A user's mistake raises on all ranks; rank 0 prints it. Any other error may only follow
-        # from another rank's death. So the rest wait until the launcher, which saw the first rank
-        # end, kills them: one cause is printed.
+        # A user's mistake raises on all ranks, and rank 0 prints it. Other errors may follow from
+        # another rank's death. These ranks wait to be killed by the launcher: one cause is printed.
         if world.rank > 0 or not isinstance(error, (ValueError, OSError)):
             time.sleep(5)
         raise
 
 
 def end_with_parent(parent: int) -> None:
-    """Kills a rank and the processes that it started when `start` was killed: a process whose
-    parent is gone gets another one."""
+    """Kills this rank and its children when `start` is gone: then it gets another parent."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.killpg(0, signal.SIGKILL)
@@ -895,9 +861,7 @@ def start(n: int, command: list[str], states: Path) -> int:
             return 128 + stop.sigval
         if status in (0, 2) or status > 128:
             return status
-        cause = f"ended with status {status}"
-        if status < 0:
-            cause = f"was killed by signal {-status}"
+        cause = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         newest = max(states.glob("step-*"), default=None)
         if restarts and newest == newest_before:
             print_rank0(f"error: rank {rank} {cause}, again before a new state was saved; try "
@@ -914,12 +878,11 @@ def run_ranks(n: int, command: list[str], restarts: int) -> tuple[int, int]:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": store.port, "TORCHELASTIC_RESTART_COUNT": restarts,
-              "TORCHELASTIC_USE_AGENT_STORE": True,  # rank 0 shall not make another store
+              "TORCHELASTIC_USE_AGENT_STORE": True,  # this store; rank 0 shall not make one
               "PARENT_PID": os.getpid()}
-    envs = {}
+    common, envs = {name: str(value) for name, value in common.items()}, {}
     for rank in range(n):
-        variables = {**common, "RANK": rank, "LOCAL_RANK": rank}
-        envs[rank] = {name: str(value) for name, value in variables.items()}
+        envs[rank] = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     args = dict.fromkeys(range(n), tuple(command[1:]))
     with tempfile.TemporaryDirectory() as logs:
         ranks = start_processes("train", command[0], args, envs, DefaultLogsSpecs(logs))
@@ -971,8 +934,7 @@ class Stopper:
     step, with a state. The same signal again kills at once. `signal`: its number, 0 before."""
 
     def __init__(self):
-        self.signal = 0
-        self.before = {}
+        self.signal, self.before = 0, {}
         for number in STOPS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 self.before[number] = signal.signal(number, self.stop)
@@ -1001,14 +963,13 @@ def pretrain(model: Llama, batch: dict[str, Tensor]) -> Tensor:
 
 
 class Stage(Llama):
-    """Stage `index` of a pipeline of `count`: consecutive layers of a Llama; one stage of one is all
-    of it. The first stage has the embedding; the last has the final norm, the output projection and
-    the loss. Parameters keep their names of the whole model, so states fit every layout."""
+    """Stage `index` of `count` of a pipeline: consecutive layers of a Llama, or all of them. The
+    first stage has the embedding; the last has the final norm, the output projection and the loss.
+    Parameters keep their names of the whole model, so that states fit every layout."""
 
     def __init__(self, config: LlamaConfig, index: int = 0, count: int = 1, **options):
         super().__init__(config, **options)
-        self.first = index == 0
-        self.last = index == count - 1
+        self.first, self.last = index == 0, index == count - 1
         begin = sum(stage_layers(config, before, count) for before in range(index))
         end = begin + stage_layers(config, index, count)
         for i in range(config.n_layers):
@@ -1021,8 +982,7 @@ class Stage(Llama):
             self.norm = self.output = None
 
     def compute(self, objective: Objective, batch: dict[str, Tensor]) -> Tensor:
-        """objective(self, batch), as a method that share_state registers with FSDP, which gathers
-        the weights outside layers before it and frees them after it."""
+        """objective(self, batch): a method, for share_state to hook its gathering of weights to."""
         return objective(self, batch)
 
     def forward(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -1074,13 +1034,11 @@ class Engine:
     """This rank's part of the model, and the forward and backward of its part of a batch."""
 
     def __init__(self, run: "Run"):
-        """run.compile: torch.compile fuses the operations between the matrix products of a layer.
-        """
+        """run.compile: torch.compile fuses what a layer does between its matrix products."""
         self.config, self.layout, self.device = run.config, run.layout, run.device
         self.micro_batch, self.compiled = run.micro_batch, run.compile
         self.dp_rank = self.pp_rank = 0
-        layout = run.layout
-        tp = NoTensorParallel()
+        layout, tp = run.layout, NoTensorParallel()
         if run.compile:
             check_compiler()
         if layout.size > 1:
@@ -1150,9 +1108,9 @@ class Engine:
         return total / (count * self.layout.tp)  # every tensor parallel rank has the same total
 
     def run_pipeline(self, rows: dict[str, Tensor], scale: float, train: bool) -> float:
-        """The sum of `pretrain` over the rows on the last stage, 0 on others. 1F1B (Narayanan et al.
-        2021): a micro-batch's backward begins as soon as its forward ends, so that a rank keeps the
-        activations of pp micro-batches at most."""
+        """The sum of `pretrain` over the rows, on the last stage; 0 on others. In 1F1B (Narayanan
+        et al. 2021) a micro-batch's backward follows its forward at once, so that a rank keeps the
+        activations of at most pp micro-batches."""
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B
         count = len(rows["targets"]) // self.micro_batch
         if count not in self.schedules:
@@ -1160,16 +1118,13 @@ class Engine:
                                   torch.device(self.device), group=self.mesh.get_group("pp"))
             self.schedules[count] = Schedule1F1B(
                 stage, count, loss_fn=lambda loss, scale: loss * scale[0], scale_grads=False)
-        schedule = self.schedules[count]
-        losses = []
+        losses, options = [], {}
         inputs = [rows["tokens"]] if self.stage.first else []
-        options = {"batch": rows, "return_outputs": False}
         if self.stage.last:  # torch splits `target` by micro-batch and passes it to loss_fn
-            options |= {"target": torch.full((count,), scale), "losses": losses}
-        if train:
-            schedule.step(*inputs, **options)
-        else:
-            schedule.eval(*inputs, **options)
+            options = {"target": torch.full((count,), scale), "losses": losses}
+        schedule = self.schedules[count]
+        compute = schedule.step if train else schedule.eval
+        compute(*inputs, batch=rows, return_outputs=False, **options)
         return sum(loss.item() for loss in losses) / scale
 
     def gradients(self) -> list[Tensor]:
@@ -1198,8 +1153,7 @@ class Engine:
     def squared_norm(self) -> float:
         """This rank's share of the gradient's squared norm; all shares add up to it. Ranks with
         copies divide by their number: replicas for all weights, tensor parallel ranks for norms."""
-        grads = []
-        copies = []
+        grads, copies = [], []
         for name, p in self.parameters.items():
             counted = name == "tok_embeddings.weight" and not self.stage.first  # on the first stage
             if p.grad is not None and not counted:
@@ -1238,8 +1192,7 @@ def train_step(engine: Engine, optimizer, batch: dict[str, Tensor], objective: O
 def evaluate(engine: Engine, batches: Batches, limit: int) -> tuple[float, float]:
     """The held-out loss on about `limit` tokens: (nats a token, bits per byte)."""
     windows, text_bytes = batches.held_out(limit)
-    share = 0.0
-    tokens = 0
+    share, tokens = 0.0, 0
     for rows in windows.split(batches.rows):
         batch = next_tokens(rows, batches.bos_id)
         count = int((batch["targets"] >= 0).sum())
@@ -1378,8 +1331,8 @@ def resume(run: Run, old: dict) -> Run:
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Locks a run's folder; ValueError if another process holds the lock. The system unlocks it when
-    this process ends, even if it is killed."""
+    """Locks a run's folder; ValueError if another process holds the lock. The system unlocks it
+    when this process ends, even if it is killed."""
     with open(folder / "lock", "a") as file:
         try:
             if sys.platform == "win32":
@@ -1397,8 +1350,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 def open_run(run: Run, locks: contextlib.ExitStack) -> Run:
     """Makes the run's folder and prepares its text, or resumes what the folder holds. The lock is
     left to `locks`, so that the caller keeps it until the run ends."""
-    file = run.out / "run.json"
-    old = {}
+    file, old = run.out / "run.json", {}
     if not file.exists() and run.out.exists() and set(os.listdir(run.out)) - {"lock"}:
         raise ValueError(f"{run.out} holds files that are no run's; try another --out")
     run.out.mkdir(parents=True, exist_ok=True)
@@ -1440,16 +1392,14 @@ def utilisation(run: Run, tokens_per_s: float, peak: float | None) -> float | No
 
 def timed_steps(run: Run, engine: Engine, count: int) -> tuple[float, float]:
     """(median seconds of `count` steps on random tokens after two that warm up, the last loss)."""
-    optimizer = make_optimizer(engine.parameters, run.recipe)
-    generator = torch.Generator().manual_seed(0)
-    bos_id = 1 if run.recipe.document_mask else None
-    times = []
+    recipe, times = run.recipe, []
+    optimizer = make_optimizer(engine.parameters, recipe)
+    random, shape = torch.Generator().manual_seed(0), (run.rows, run.seq_len + 1)
     for _ in range(count + 2):
-        tokens = torch.randint(run.config.vocab_size, (run.rows, run.seq_len + 1),
-                               generator=generator)
+        tokens = torch.randint(run.config.vocab_size, shape, generator=random)
+        batch = next_tokens(tokens, 1 if recipe.document_mask else None)
         begin = time.perf_counter()
-        loss, _, _ = train_step(engine, optimizer, next_tokens(tokens, bos_id), pretrain,
-                                run.recipe.lr, run.recipe.clip)
+        loss, _, _ = train_step(engine, optimizer, batch, pretrain, recipe.lr, recipe.clip)
         times.append(time.perf_counter() - begin)
     total, = engine.add_up(statistics.median(times[2:]))
     return total / run.layout.size, loss
@@ -1472,8 +1422,8 @@ def bench(run: Run, count: int) -> dict:
 
 
 def steps_in_time(run: Run, engine: Engine, began: float) -> int:
-    """How many steps fit into --minutes at the measured speed: evaluations take up to 12 % more, the
-    sample 5 seconds. began: when the process started, by time.perf_counter."""
+    """How many steps fit into --minutes at the measured speed, 12 % of them left to evaluations and
+    5 seconds to the sample. began: when the process started, by time.perf_counter."""
     step_s, _ = timed_steps(run, engine, 5)
     count = max(5, int(1.2 * run.minutes / step_s))  # measured again in a fiftieth of the time
     step_s, _ = timed_steps(run, engine, count)
@@ -1497,12 +1447,9 @@ class Log:
     def __init__(self, run: Run, engine: Engine, began: float, step: int):
         """Keeps the lines of an earlier process up to `step`, as training resumes there. began:
         when this process started, by time.perf_counter."""
-        self.run = run
-        self.path = run.out / "log.jsonl"
-        self.rows = []            # log.jsonl
-        self.times = []           # seconds of each step of this process
-        self.shown_at = 0.0       # when progress was shown, by time.monotonic
-        self.held_out = math.nan  # the last evaluation, in bits per byte
+        self.run, self.path = run, run.out / "log.jsonl"
+        self.rows, self.times = [], []  # of log.jsonl; seconds of this process's steps
+        self.shown_at, self.held_out = 0.0, math.nan  # time.monotonic; bits per byte
         self.peak = matmul_flops(run.device, DTYPES[run.dtype])
         params = sum(local_shard(p).numel() for p in engine.parameters.values())
         self.fixed = {"world": run.layout.size, "rank_params": params,
@@ -1532,7 +1479,7 @@ class Log:
             file.write(json.dumps(row) + "\n")
 
     def add_step(self, progress: Progress, seconds: float, figures: dict) -> None:
-        """Logs and shows a step that took so many seconds. figures: its loss, lr, norm and so on."""
+        """Logs and shows a step that took so many seconds; figures: its loss, lr and so on."""
         run, step, elapsed = self.run, progress.step, self.elapsed()
         finite = {}
         for name, value in figures.items():  # JSON has no infinity
@@ -1573,8 +1520,7 @@ def draw_loss(rows: list[dict], path: Path, title: str) -> None:
         part = rows[i:i + width]
         line.append((part[-1]["tokens"], statistics.fmean(row["loss"] for row in part)))
     losses = [loss for _, loss in line + held_out]
-    low = math.floor(10 * min(losses)) / 10
-    high = math.ceil(10 * max(losses) + 0.01) / 10
+    low, high = math.floor(10 * min(losses)) / 10, math.ceil(10 * max(losses) + 0.01) / 10
     end = line[-1][0]
 
     def at(tokens: float, loss: float) -> str:
@@ -1585,8 +1531,7 @@ def draw_loss(rows: list[dict], path: Path, title: str) -> None:
            f'fill="white"/><text x="345" y="28">{title}</text><text x="345" y="392">tokens</text>'
            '<text transform="translate(18 200) rotate(-90)">loss (nats a token)</text>']
     for i in range(5):  # the grid and its numbers
-        loss = low + i * (high - low) / 4
-        tokens = i * end / 4
+        loss, tokens = low + i * (high - low) / 4, i * end / 4
         svg += [f'<path d="M{at(0, loss)}h550" stroke="#ddd"/>',
                 f'<text transform="translate({at(0, loss)})" x="-22" y="4">{loss:.2f}</text>',
                 f'<text transform="translate({at(tokens, low)})" y="20">{tokens:,.0f}</text>']
@@ -1602,15 +1547,12 @@ def train_run(run: Run, engine: Engine, batches: Batches, began: float, rank: in
     """Trains from the newest good state to the last step, and then exports the weights."""
     recipe = replace(run.recipe, warmup=min(run.recipe.warmup, run.steps // 10))
     eval_every = run.eval_every or max(1, min(1000, run.steps // 10))
-    save_every = run.save_every or eval_every
-    folder = run.out / "state"
+    save_every, folder = run.save_every or eval_every, run.out / "state"
     optimizer = make_optimizer(engine.parameters, recipe)
     tensors = state_tensors(engine.parameters, optimizer)
     progress = Progress(**(load_state(folder, tensors) or {}))
     log = Log(run, engine, began, progress.step) if rank == 0 else None
-    stopper = Stopper()
-    group = patient_group()
-    saving = None
+    stopper, group, saving = Stopper(), patient_group(), None
     bad_steps = stop = 0
     done = progress.step >= run.steps
     if done:
@@ -1735,10 +1677,9 @@ def parser() -> Parser:
     number(g, "--bench", "no run: the speed of N steps")
     g = p.add_argument_group("many devices")
     g.add_argument("--dp", choices=("none", "ddp", "fsdp", "hybrid"), default="fsdp",
-                   help="ddp repeats the model, fsdp (default) splits it over all ranks, hybrid over "
-                   "those of a machine")
-    number(g, "--tp", "ranks of one machine that share each layer, and its tokens in between",
-           default=1)
+                   help="ddp repeats the model, fsdp (default) splits it over all ranks, hybrid "
+                   "over those of a machine")
+    number(g, "--tp", "ranks of one machine that share each layer and its tokens", default=1)
     number(g, "--pp", "ranks that the layers are split over", default=1)
     number(g, "--nproc", "processes on this machine (default: its GPUs, else 1); one that dies is "
            "started again; not under torchrun")
@@ -1757,10 +1698,8 @@ def parser() -> Parser:
 def train_rank(args, device: str, world: World, began: float, locks: contextlib.ExitStack) -> None:
     """One process of a run. began: when it started, by time.perf_counter. locks: see open_run."""
     run = resolve(args, device, world.size, world.local_size)
-    if args.bench:
-        run = together(partial(fit, run))
-    else:
-        run = together(partial(open_run, run, locks))
+    begin = partial(fit, run) if args.bench else partial(open_run, run, locks)
+    run = together(begin)  # rank 0 alone measures and prepares
     if run.roomy:
         keep_freed_memory()
     if args.bench:
@@ -1786,9 +1725,7 @@ def train_rank(args, device: str, world: World, began: float, locks: contextlib.
 
 def main(argv: list[str]) -> int | None:
     """Plans, or trains in this process, or starts one process for each GPU."""
-    began = time.perf_counter()
-    device = best_device()
-    args = parser().parse_args(argv)
+    began, device, args = time.perf_counter(), best_device(), parser().parse_args(argv)
     if args.json and not args.plan:
         raise ValueError("--json is for --plan; try it without")
     if args.plan:
