@@ -2940,37 +2940,37 @@ class TestArrange:
     CONFIG = LlamaConfig(32, 4, 8, 4, 36, 64, 32)
 
     def arrange(self, options, size, near, seq_len=32, **change):
-        """options are dp tp pp, `-` where one is not given."""
-        dp, tp, pp = [None if option == "-" else option for option in options.split()]
-        return arrange(replace(self.CONFIG, **change), 8, seq_len, size, near, dp,
-                       tp and int(tp), pp and int(pp))
+        """options are dp tp pp."""
+        dp, tp, pp = options.split()
+        config = replace(self.CONFIG, **change)
+        return arrange(config, 8, seq_len, size, near, dp, int(tp), int(pp))
 
     @pytest.mark.parametrize("options, size, near, layout", [
-        ("- - -", 1, 1, {}), ("none - -", 1, 1, {}), ("- - -", 4, 4, {"shards": 4}),
-        ("- - -", 8, 2, {"shards": 8}), ("ddp - -", 4, 2, {"replicas": 4}),
-        ("- 2 -", 4, 4, {"tp": 2, "shards": 2}), ("none 4 -", 4, 4, {"tp": 4}),
-        ("ddp - 2", 4, 4, {"pp": 2, "replicas": 2}),
+        ("fsdp 1 1", 1, 1, {}), ("none 1 1", 1, 1, {}), ("fsdp 1 1", 4, 4, {"shards": 4}),
+        ("fsdp 1 1", 8, 2, {"shards": 8}), ("ddp 1 1", 4, 2, {"replicas": 4}),
+        ("fsdp 2 1", 4, 4, {"tp": 2, "shards": 2}), ("none 4 1", 4, 4, {"tp": 4}),
+        ("ddp 1 2", 4, 4, {"pp": 2, "replicas": 2}),
         ("fsdp 2 2", 8, 8, {"pp": 2, "tp": 2, "shards": 2}),
-        ("- - 4", 4, 4, {"pp": 4}), ("- 4 -", 32, 8, {"tp": 4, "shards": 8}),
-        ("hybrid - -", 8, 4, {"replicas": 2, "shards": 4}),  # the state within a machine
-        ("hybrid 2 -", 8, 4, {"replicas": 2, "shards": 2, "tp": 2}),
-        ("hybrid 4 -", 8, 2, {"replicas": 2, "tp": 4}),
-        ("hybrid - -", 6, 4, {"replicas": 3, "shards": 2})])
+        ("fsdp 1 4", 4, 4, {"pp": 4}), ("fsdp 4 1", 32, 8, {"tp": 4, "shards": 8}),
+        ("hybrid 1 1", 8, 4, {"replicas": 2, "shards": 4}),  # the state within a machine
+        ("hybrid 2 1", 8, 4, {"replicas": 2, "shards": 2, "tp": 2}),
+        ("hybrid 4 1", 8, 2, {"replicas": 2, "tp": 4}),
+        ("hybrid 1 1", 6, 4, {"replicas": 3, "shards": 2})])
     def test_possible(self, options, size, near, layout):
         found = self.arrange(options, size, near)
         assert found == Layout(**layout) and found.size == size
 
     @pytest.mark.parametrize("options, size, change, message", [
-        ("- 3 -", 3, {}, "--tp 3 does not divide n_kv_heads=4; try --tp with one of 1, 2, 4"),
-        ("- 4 -", 4, {"hidden_dim": 38}, "--tp 4 .* hidden_dim=38; try --tp with one of 1, 2$"),
-        ("- 4 -", 4, {"vocab_size": 61}, "--tp 4 .* vocab_size=61; try --tp with one of 1$"),
-        ("- 4 -", 4, {"seq_len": 30}, "--tp 4 .* seq_len=30; try --tp with one of 1, 2$"),
-        ("- - 5", 5, {}, "--pp 5: .* 4 layers; try --pp with up to 4"),
-        ("- 4 -", 6, {}, "6 processes .* --tp 4 x --pp 1; try .* product is one of 1, 2, 3, 6"),
-        ("- 2 4", 4, {}, "4 processes .* --tp 2 x --pp 4; try .* is one of 1, 2, 4"),
-        ("- - -", 9, {}, "9 data-parallel .* 8 sequences of a step; try at most 8 processes, or"),
-        ("ddp 2 -", 18, {}, "9 data-parallel .*; try at most 16 processes, or a larger"),
-        ("none 2 -", 4, {}, "--dp none .* 2 x 2 .*--dp ddp or --dp fsdp, or 2 processes")])
+        ("fsdp 3 1", 3, {}, "--tp 3 does not divide n_kv_heads=4; try --tp with one of 1, 2, 4"),
+        ("fsdp 4 1", 4, {"hidden_dim": 38}, "--tp 4 .* hidden_dim=38; try --tp with one of 1, 2$"),
+        ("fsdp 4 1", 4, {"vocab_size": 61}, "--tp 4 .* vocab_size=61; try --tp with one of 1$"),
+        ("fsdp 4 1", 4, {"seq_len": 30}, "--tp 4 .* seq_len=30; try --tp with one of 1, 2$"),
+        ("fsdp 1 5", 5, {}, "--pp 5: .* 4 layers; try --pp with up to 4"),
+        ("fsdp 4 1", 6, {}, "6 processes .* --tp 4 x --pp 1; try .* product is one of 1, 2, 3, 6"),
+        ("fsdp 2 4", 4, {}, "4 processes .* --tp 2 x --pp 4; try .* is one of 1, 2, 4"),
+        ("fsdp 1 1", 9, {}, "9 data-parallel .* 8 sequences of a step; try at most 8 processes"),
+        ("ddp 2 1", 18, {}, "9 data-parallel .*; try at most 16 processes, or a larger"),
+        ("none 2 1", 4, {}, "--dp none .* 2 x 2 .*--dp ddp or --dp fsdp, or 2 processes")])
     def test_impossible(self, options, size, change, message):
         with pytest.raises(ValueError, match=message) as error:
             self.arrange(options, size, 4, **change)
@@ -3011,7 +3011,7 @@ def cost(config, layout, rows=4, seq_len=2048, passes=1, place=0, dtype="bf16", 
     """Memory and bytes sent, on the rank at that place, of so many micro-batches."""
     run = run_of(config, layout, seq_len=seq_len, dtype=dtype, rows=passes * rows * layout.dp,
                  **settings)
-    return train.rank_cost(run, rows, place)
+    return train.rank_memory(run, rows, place), train.rank_traffic(run, rows, place)
 
 
 class TestCost:
@@ -4010,7 +4010,7 @@ class TestLayouts:
         case, ranks, _ = compared
         run = run_of(case.config, case.layout, backward=case.backward, dtype=case.dtype)
         for place in range(case.layout.pp):
-            planned, _ = train.rank_cost(run, 1, place)
+            planned = train.rank_memory(run, 1, place)
             there = [rank["bytes"] for rank in ranks if rank["place"] == place]
             most = [max(each) for each in zip(*there)]
             assert most == [planned[what] for what in ("weights", "gradients", "AdamW")]
@@ -4263,7 +4263,7 @@ class TestRun:
         args = train.parser().parse_args(["--size", "stories15m"])
         run = train.resolve(args, "cpu", 1, 1)
         assert train.fit(run).dtype == "fp32"
-        need = sum(train.rank_cost(replace(run, dtype="bf16"), 1, 0)[0].values())
+        need = sum(train.rank_memory(replace(run, dtype="bf16"), 1, 0).values())
         monkeypatch.setattr(train, "memory_there", lambda device: need / 0.89)
         assert train.fit(run).dtype == "bf16"  # fp32 would not fit
         rates[torch.bfloat16] = 3

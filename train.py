@@ -6,8 +6,8 @@
     python train.py --nproc 4 --tp 2                # many processes; torchrun starts them too
     python train.py --size 65b --plan --gpus 2048   # what it would take
 
-The same command goes on where it stopped. DIR (runs/SIZE) then holds params.json,
-consolidated.00.pth and tokenizer.model (for generate.py), log.jsonl, loss.svg, state/ and tokens/.
+The same command resumes a run that stopped. Its folder, runs/SIZE, then holds params.json,
+consolidated.00.pth and tokenizer.model for generate.py, log.jsonl, loss.svg, state/ and tokens/.
 """
 import argparse
 import bisect
@@ -59,31 +59,31 @@ from tokenizer import (Parser, Tokenizer, command, cores, documents, files_of, l
 
 TABLE_1 = {"commoncrawl": 67.0, "c4": 15.0, "github": 4.5, "wikipedia": 4.5, "books": 4.5,
            "arxiv": 2.5, "stackexchange": 2.0}  # sampling proportions in percent (LLaMA, Table 1)
-EVAL_TOKENS = 2**15        # held-out tokens of an evaluation on the way
-FINAL_EVAL_TOKENS = 2**21  # and of the last one
-BAD_STEPS = 5              # steps in a row without a finite loss and gradient that stop a run
-TINY_MINUTES = 4.6         # of the default run, with its sample: promised in 5 on two cores
+EVAL_TOKENS = 2**15        # held-out tokens of an evaluation during training, at most
+FINAL_EVAL_TOKENS = 2**21  # held-out tokens of the last evaluation, at most
+BAD_STEPS = 5              # a run ends after as many steps in a row whose loss is not finite
+TINY_MINUTES = 4.6         # length of the default run, so that it ends within 5 minutes
 
 # ---------------------------------------------------------------------------------------------
 # Batches (section 2.1)
 
 
 class Batches:
-    """Batches of a run, from memory-mapped token shards. There is no loader state to save:
+    """Batches of a run, from memory-mapped token shards. A resumed run needs no loader state:
     sequence i of step s is a function of (seed, s, i) and the shards alone.
 
-    Sequence number g = s n + i of n a step lies at the point u = frac(u_0 + g phi) of the unit
-    interval, phi the golden ratio. The interval is divided among the sources by their weights, and
-    the place of u within its source's part says where in the source the sequence begins. Multiples
+    With n sequences a step, sequence number g = s n + i lies at the point u = frac(u_0 + g phi) of
+    the unit interval, phi the golden ratio. Each source has a part of the interval as long as its
+    weight; the place of u within the part says where in the source the sequence begins. Multiples
     of phi are evenly spread: after any number of steps each source was read by its weight, and one
     epoch touches about 86 % of the text.
     """
 
     def __init__(self, folder: Path, sources: list[dict], seq_len: int, rows: int, seed: int,
                  bos_id: int | None = None):
-        """rows: sequences a step. bos_id: the token that begins a document, to mask others."""
+        """rows: sequences a step. bos_id: begins a document; None: attention crosses documents."""
         self.sources, self.seq_len, self.rows, self.bos_id = sources, seq_len, rows, bos_id
-        self.first = int.from_bytes(hashlib.sha256(f"batches {seed}".encode()).digest()[:8], "big")
+        self.u_0 = int.from_bytes(hashlib.sha256(f"batches {seed}".encode()).digest()[:8], "big")
         self.train = open_shards(folder, sources, "train")
         self.val = open_shards(folder, sources, "val")
         sizes = []
@@ -96,10 +96,10 @@ class Batches:
         self.edges = [round(2**64 * end / sum(sizes)) for end in ends]
 
     def sequence(self, number: int) -> np.ndarray:
-        """The T + 1 tokens of sequence g, counted over the whole run."""
-        u = (self.first + number * 0x9E3779B97F4A7C15) % 2**64  # 2**64 / golden ratio
+        """The T + 1 tokens of sequence number g. u is an integer, in units of 2**-64: exact."""
+        u = (self.u_0 + number * 0x9E3779B97F4A7C15) % 2**64  # 2**64 frac(golden ratio)
         k = bisect.bisect_right(self.edges, u) - 1
-        places = len(self.train[k]) - self.seq_len
+        places = len(self.train[k]) - self.seq_len  # where a sequence can begin
         begin = (u - self.edges[k]) * places // (self.edges[k + 1] - self.edges[k])
         return self.train[k][begin:begin + self.seq_len + 1]
 
@@ -109,16 +109,16 @@ class Batches:
         return next_tokens(torch.from_numpy(np.stack(rows).astype(np.int64)), self.bos_id)
 
     def held_out(self, limit: int) -> tuple[Tensor, float]:
-        """About `limit` held-out tokens: windows (n, T + 1) that are spread evenly over the text
-        and filled up with -1, and the bytes of text that their targets stand for."""
-        windows, size = [], 0.0
+        """About `limit` held-out tokens, as many of each source: windows (n, T + 1), evenly spread
+        over the text, short ones padded with -1; and the bytes of text of their targets."""
+        windows, text_bytes = [], 0.0
         for source, tokens in zip(self.sources, self.val):
-            every = -(-len(tokens) * len(self.val) // limit)
-            for at in range(0, len(tokens) - 1, self.seq_len)[::every]:
-                part = torch.from_numpy(tokens[at:at + self.seq_len + 1].astype(np.int64))
-                size += (len(part) - 1) * source["val_bytes"] / len(tokens)
-                windows.append(F.pad(part, (0, self.seq_len + 1 - len(part)), value=-1))
-        return torch.stack(windows), size
+            stride = -(-len(tokens) * len(self.val) // limit)  # one window of so many
+            for begin in range(0, len(tokens) - 1, self.seq_len * stride):
+                window = torch.from_numpy(tokens[begin:begin + self.seq_len + 1].astype(np.int64))
+                text_bytes += (len(window) - 1) * source["val_bytes"] / len(tokens)
+                windows.append(F.pad(window, (0, self.seq_len + 1 - len(window)), value=-1))
+        return torch.stack(windows), text_bytes
 
     def epochs(self, k: int, steps: int) -> float:
         """How often a run of that many steps reads source k."""
@@ -127,7 +127,7 @@ class Batches:
 
 
 def open_shards(folder: Path, sources: list[dict], split: str) -> list[np.ndarray]:
-    """The tokens of each source's split, mapped; ValueError if a file is not as `prepare` said."""
+    """Memory-maps the split ("train" or "val") of each source; ValueError if a file is damaged."""
     try:
         return [np.memmap(folder / f"{source['name']}.{split}.bin", source["dtype"], "r",
                           shape=source[f"{split}_tokens"]) for source in sources]
@@ -137,8 +137,8 @@ def open_shards(folder: Path, sources: list[dict], split: str) -> list[np.ndarra
 
 
 def next_tokens(rows: Tensor, bos_id: int | None = None) -> dict[str, Tensor]:
-    """The batch of rows (N, T + 1), -1 where there is no token: tokens and targets (N, T), of which
-    negative ones are none; with bos_id also `begins`, where a document starts."""
+    """Tokens and targets (N, T) from rows (N, T + 1) padded with -1: the padding is token 0, and
+    the loss leaves out negative targets. With bos_id also `begins`: where a document starts."""
     batch = {"tokens": rows[:, :-1].clamp(min=0), "targets": rows[:, 1:]}
     if bos_id is not None:
         batch["begins"] = batch["tokens"] == bos_id
@@ -146,8 +146,8 @@ def next_tokens(rows: Tensor, bos_id: int | None = None) -> dict[str, Tensor]:
 
 
 def document_starts(batch: dict[str, Tensor]) -> Tensor | None:
-    """The boundaries (cu_seqlens) of a batch's documents, every row starting one too; None where
-    attention may cross them."""
+    """Offsets at which documents start in the flattened batch, then N T (cu_seqlens): every row
+    starts one too. None where attention may cross from one document into the next."""
     if "begins" not in batch:
         return None
     starts = F.pad(batch["begins"].flatten(), (0, 1), value=True)
@@ -156,7 +156,7 @@ def document_starts(batch: dict[str, Tensor]) -> Tensor | None:
 
 
 def data_argument(text: str) -> tuple[str, float | None]:
-    """A type for argparse: PATH=WEIGHT, or PATH, whose weight is its number of tokens (None)."""
+    """A type for argparse: PATH=WEIGHT; the weight of PATH alone is None, its number of tokens."""
     path, equals, weight = text.rpartition("=")
     if not equals or os.path.exists(text):
         return os.path.normpath(text), None
@@ -192,27 +192,28 @@ def data_sources(run: "Run") -> list[tuple[str, float | None, Callable]]:
 
 
 def prepare_data(run: "Run") -> list[dict]:
-    """Makes the run's tokenizer and token shards; returns the facts of each source."""
-    surveyed, texts, size, facts = [], [], 0, []
+    """Makes the run's tokenizer and token shards; returns what run.json keeps of each source."""
+    surveyed, texts, size, sources = [], [], 0, []
     for path, weight, reader in data_sources(run):
         print_rank0(f"reading {path}")
-        found = survey(reader)
-        if found.skipped:
-            print_rank0("\n  ".join([f"passed over {len(found.skipped)}:", *found.skipped[:20]]))
-        surveyed.append((path, weight, reader, found))
-        texts.append(training_text(reader, found.chosen))
-        size += found.size
+        counted = survey(reader)
+        if counted.skipped:
+            heading = f"passed over {len(counted.skipped)}:"
+            print_rank0("\n  ".join([heading, *counted.skipped[:20]]))
+        surveyed.append((path, weight, reader, counted))
+        texts.append(training_text(reader, counted.chosen))
+        size += counted.size
     if run.tokenizer:
         tokenizer = load_tokenizer(run.tokenizer)
     else:
         print_rank0(f"training a tokenizer of {run.config.vocab_size} tokens")
         tokenizer = train_sentencepiece(itertools.chain(*texts), run.config.vocab_size, size)
-    for path, weight, reader, found in surveyed:
+    for path, weight, reader, counted in surveyed:
         print_rank0(f"cutting {path} into tokens")
-        made = prepare(str(len(facts)), reader, found, tokenizer, run.out / "tokens")
-        facts.append({**made, "path": path, "weight": weight, "changed": latest_change(path)})
+        source = prepare(str(len(sources)), reader, counted, tokenizer, run.out / "tokens")
+        sources.append({**source, "path": path, "weight": weight, "changed": latest_change(path)})
     tokenizer.save(run.out / "tokenizer.model")
-    return facts
+    return sources
 
 
 # ---------------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def prepare_data(run: "Run") -> list[dict]:
 
 
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine down to final_lr of the peak at the last step (section 2.3).
+    """Linear warm-up, then a cosine that ends at final_lr times the peak (section 2.3).
     With lr 3e-4, warmup 2000 and final_lr 0.1, step 0 has 1.5e-7 and the last step 3e-5."""
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
@@ -230,8 +231,8 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
 
 
 def make_optimizer(parameters: dict[str, Tensor], recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2017). Matrices decay, norms do not: the field's custom, the
-    papers do not say. Its state exists from the start, so that every state has the same tensors."""
+    """AdamW (Loshchilov and Hutter 2017). Matrices decay, the weights of norms do not: the field's
+    custom, the papers do not say. Its moments are made at once, for load_state to fill."""
     groups = []
     for decays in (True, False):
         chosen = [p for p in parameters.values() if (p.dim() > 1) == decays]
@@ -243,27 +244,22 @@ def make_optimizer(parameters: dict[str, Tensor], recipe: Recipe) -> torch.optim
     return optimizer
 
 
-NODE = 8   # GPUs of a machine
-MFU = 0.5  # of a GPU's FLOP/s, where no pipeline idles: LLaMA's 65B had 0.48
-# Of data sheets: bytes of memory, watts, FLOP/s of dense products in bf16 (A100 and H100 as SXM).
-GPUS = {"A100": (80e9, 400, 312e12), "A100-40GB": (40e9, 400, 312e12), "H100": (80e9, 700, 989e12),
-        "H200": (141e9, 700, 989e12), "RTX 4090": (24e9, 450, 165e12)}
-
 # ---------------------------------------------------------------------------------------------
 # How ranks share a step (Llama 3, section 3.3.2)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks next to each other share layers (tp), since tensor parallelism sends the most; then the
-    depth (pp), then the state (shards). What is left repeats all of that for other rows."""
+    """The number of ranks along each dimension of the mesh. Tensor parallelism sends the most, so
+    its ranks are neighbours: rank = ((replica * shards + shard) * pp + stage) * tp + tp_rank."""
     replicas: int = 1  # copies of the whole state: plain data parallelism
     shards: int = 1    # ranks that weights, gradients and AdamW's moments are split over (FSDP)
-    pp: int = 1        # ranks that the layers are split over: pipeline
+    pp: int = 1        # ranks that the layers are split over: pipeline stages
     tp: int = 1        # ranks that each layer is split over: tensor and sequence parallelism
 
     @property
     def dp(self) -> int:
+        """Ranks that compute different rows (sequences) of a batch."""
         return self.replicas * self.shards
 
     @property
@@ -271,24 +267,25 @@ class Layout:
         return self.dp * self.pp * self.tp
 
     def passes(self, rows: int, micro_batch: int) -> int:
-        """Micro-batches of a step of so many rows on each rank: in a pipeline pp, 2 pp, ..."""
+        """Micro-batches on each rank in a step of so many rows; in a pipeline a multiple of pp."""
         return -(-rows // (self.dp * self.pp * micro_batch)) * self.pp
 
 
 def stage_layers(config: LlamaConfig, stage: int, stages: int) -> int:
-    """Layers of a stage: L/S, one more in the first of those between embedding and output."""
+    """Layers of a pipeline stage: L // stages. The remainder goes to the stages after the first,
+    one each, because the first has the embedding and the last the output."""
     return config.n_layers // stages + (1 <= stage <= config.n_layers % stages)
 
 
 def divisors(n: int) -> str:
+    """divisors(6) == "1, 2, 3, 6", for messages."""
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
 def arrange(config: LlamaConfig, rows: int, seq_len: int, world_size: int, local_size: int,
-            dp: str | None, tp: int | None, pp: int | None) -> Layout:
+            dp: str, tp: int, pp: int) -> Layout:
     """The layout that --dp, --tp and --pp ask for, of world_size ranks, local_size of them on a
     machine, and steps of so many rows; ValueError with the numbers that would do."""
-    tp, pp, dp = tp or 1, pp or 1, dp or "fsdp"
     shared = {"n_kv_heads": config.n_kv_heads, "hidden_dim": config.hidden_dim,
               "vocab_size": config.vocab_size, "seq_len": seq_len}
     for name, n in shared.items():
@@ -298,8 +295,8 @@ def arrange(config: LlamaConfig, rows: int, seq_len: int, world_size: int, local
     if pp > config.n_layers:
         raise ValueError(f"--pp {pp}: the model has {config.n_layers} layers; try --pp with up to "
                          f"{config.n_layers}")
-    ways, left = divmod(world_size, tp * pp)
-    if left:
+    ways = world_size // (tp * pp)  # data-parallel ranks
+    if world_size % (tp * pp):
         raise ValueError(f"{world_size} processes are no multiple of --tp {tp} x --pp {pp}; try "
                          f"--tp and --pp whose product is one of {divisors(world_size)}")
     if ways > rows:
@@ -308,18 +305,24 @@ def arrange(config: LlamaConfig, rows: int, seq_len: int, world_size: int, local
     if dp == "none" and ways > 1:
         raise ValueError(f"--dp none leaves {ways} x {tp * pp} processes the same work; try --dp "
                          f"ddp or --dp fsdp, or {tp * pp} processes")
-    near = max(1, local_size // (tp * pp))  # data-parallel ranks of one machine
-    shards = {"none": 1, "ddp": 1, "fsdp": ways, "hybrid": math.gcd(near, ways)}[dp]
+    local_ways = max(1, local_size // (tp * pp))  # those on one machine
+    shards = {"none": 1, "ddp": 1, "fsdp": ways, "hybrid": math.gcd(local_ways, ways)}[dp]
     return Layout(ways // shards, shards, pp, tp)
 
 
 # ---------------------------------------------------------------------------------------------
-# What it costs
+# What a step costs: FLOPs, memory, bytes sent; and what a whole run costs (--plan)
+
+GPUS_PER_NODE = 8
+USUAL_MFU = 0.5  # without a pipeline, which idles at times; LLaMA's 65B had 0.48
+# From data sheets: bytes of memory, watts, dense bf16 FLOP/s (A100 and H100 as SXM).
+GPUS = {"A100": (80e9, 400, 312e12), "A100-40GB": (40e9, 400, 312e12), "H100": (80e9, 700, 989e12),
+        "H200": (141e9, 700, 989e12), "RTX 4090": (24e9, 450, 165e12)}
 
 
 def flops_per_token(config: LlamaConfig, seq_len: int, as_papers: bool = False) -> float:
-    """Of forward and backward: 6 N + 6 L H E T, N without the look-up table, no masked scores.
-    As the papers count: 6 N + 12 L H E T, both included (Chowdhery et al. 2022, appendix B)."""
+    """FLOPs of forward and backward: 6 N + 6 L H E T, without the embedding, which is looked up,
+    and masked scores. as_papers: 6 N + 12 L H E T, with both (Chowdhery et al. 2022, app. B)."""
     scores = 6 * config.n_layers * config.n_heads * config.head_dim * seq_len
     if as_papers:
         return 6 * config.n_params + 2 * scores
@@ -334,7 +337,8 @@ def matmul_flops(device: str, dtype: torch.dtype) -> float | None:
         card = torch.cuda.get_device_name() if device == "cuda" else device
         known = [flops for name, (_, _, flops) in GPUS.items() if name in card]
         return known[0] if known and dtype is torch.bfloat16 else None
-    a, times, end = torch.ones(1024, 1024, dtype=dtype), [], time.perf_counter() + 0.15
+    a, times = torch.ones(1024, 1024, dtype=dtype), []
+    end = time.perf_counter() + 0.15  # seconds
     while time.perf_counter() < end:
         begin = time.perf_counter()
         a @ a
@@ -343,38 +347,45 @@ def matmul_flops(device: str, dtype: torch.dtype) -> float | None:
 
 
 def faster_dtype(device: str) -> str:
-    """What --dtype auto means: bf16 on GPUs that have it, and on processors that multiply faster
-    in it. Some with bf16 instructions do not: a Xeon without AMX takes twice as long as in fp32."""
+    """What --dtype auto means: bf16 on GPUs that have it, and on CPUs whose matrix products are
+    faster in bf16. Instructions do not tell: a Xeon with AVX-512 but no AMX is slower in bf16."""
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    known = torch.cpu.get_capabilities()
-    if device == "mps" or not any(map(known.get, ("avx512_bf16", "amx_bf16", "bf16"))):
-        return "fp32"
+    has = torch.cpu.get_capabilities().get
+    if device == "mps" or not (has("avx512_bf16") or has("amx_bf16") or has("bf16")):
+        return "fp32"  # no need to measure
     rates = {name: matmul_flops("cpu", DTYPES[name]) for name in ("fp32", "bf16")}
     return max(rates, key=rates.get)
 
 
 def energy(gpu_hours: float, watts: float) -> tuple[float, float]:
-    """(MWh, tCO2eq) of a training (LLaMA, section 6): what GPUs at their limit of power draw, times
-    1.1 for the data centre (PUE), at the 0.385 kg of CO2eq for a kWh of the average US grid."""
+    """(MWh, tons of CO2eq) of a training (LLaMA, section 6): GPUs draw their power limit, the data
+    centre 1.1 times that (PUE), and a kWh of the average US grid emits 0.385 kg of CO2eq."""
     mwh = gpu_hours * watts * 1.1 / 1e6
     return mwh, mwh * 0.385
 
 
 def rank_params(config: LlamaConfig, layout: Layout, place: int, shards: int
                 ) -> tuple[int, int, int]:
-    """Of the rank at that place of the pipeline: parameters of its layers, of the root (embedding,
-    norm, output), and number of tensors, as the fullest of `shards` ranks keeps them. FSDP cuts the
-    rows by torch.chunk: of 97 rows the first of 7 ranks has 14."""
-    D, F, t = config.dim, config.hidden_dim // layout.tp, layout.tp
-    q, kv = config.n_heads * config.head_dim // t, config.n_kv_heads * config.head_dim // t
-    first, last, layers = place == 0, place == layout.pp - 1, stage_layers(config, place, layout.pp)
-    tables = first + last - (first and last and config.tie_embeddings)
-    layer = [(q, D), (kv, D), (kv, D), (D, q), (F, D), (D, F), (F, D), (D, 1), (D, 1)] * layers
-    root = [(config.vocab_size // t, D)] * tables + [(D, 1)] * last
-    in_layers, in_root = (sum(-(-rows // shards) * columns for rows, columns in shapes)
-                          for shapes in (layer, root))
-    return in_layers, in_root, len(layer + root)
+    """(parameters in layers, parameters outside: embedding, norm, output; tensors in all) on the
+    fullest of `shards` ranks of pipeline stage `place`. FSDP cuts rows like torch.chunk: of 97 rows
+    the first of 7 ranks has 14."""
+    D, head = config.dim, config.head_dim
+    q, kv = config.n_heads * head // layout.tp, config.n_kv_heads * head // layout.tp
+    hidden, vocab = config.hidden_dim // layout.tp, config.vocab_size // layout.tp
+    norm = (D, 1)
+    layer = [(q, D), (kv, D), (kv, D), (D, q), (hidden, D), (D, hidden), (hidden, D), norm, norm]
+    outside = [(vocab, D)] if place == 0 else []
+    if place == layout.pp - 1:
+        outside.append(norm)
+        if place > 0 or not config.tie_embeddings:
+            outside.append((vocab, D))
+
+    def held(matrices: list[tuple[int, int]]) -> int:
+        return sum(-(-rows // shards) * columns for rows, columns in matrices)
+
+    layers = stage_layers(config, place, layout.pp)
+    return layers * held(layer), held(outside), layers * len(layer) + len(outside)
 
 
 def layer_saves(run: "Run") -> int:
@@ -382,7 +393,8 @@ def layer_saves(run: "Run") -> int:
     keeps, besides, each norm with and without its weight, silu(a) and swiglu(a, b)."""
     c, size = run.config, DTYPES[run.dtype].itemsize
     H, q, kv = c.n_heads, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    kept, in_fp32 = 2 * (c.dim + q + kv + c.hidden_dim), H + 2
+    kept = 2 * (c.dim + q + kv + c.hidden_dim)  # numbers in run.dtype
+    in_fp32 = H + 2                             # and in fp32
     if run.backward != "manual":
         kept += 4 * c.dim + 2 * c.hidden_dim
         in_fp32 += 2 * c.dim * (size < 4)  # x of the norms
@@ -392,56 +404,73 @@ def layer_saves(run: "Run") -> int:
     return kept * size + in_fp32 * 4
 
 
-def rank_cost(run: "Run", rows: int, place: int) -> tuple[dict[str, int], dict[str, int]]:
-    """What a step in micro-batches of so many rows takes on the rank at that place of the pipeline:
-    bytes of memory by what they hold, and bytes sent by the field of Layout that they are for.
+def rank_memory(run: "Run", rows: int, place: int) -> dict[str, int]:
+    """Bytes by what they hold, on a rank of pipeline stage `place`, in a step with micro-batches of
+    so many rows. Weights, gradients and AdamW's moments are in fp32."""
+    config, layout, t = run.config, run.layout, run.layout.tp
+    size = DTYPES[run.dtype].itemsize
+    by_hand, sharded = run.backward == "manual", layout.shards > 1
+    layers = stage_layers(config, place, layout.pp)
+    in_layers, outside, tensors = rank_params(config, layout, place, layout.shards)
+    held = in_layers + outside
+    whole_layers, outside, _ = rank_params(config, layout, place, 1)  # before FSDP splits them
+    layer = whole_layers // layers
+    tokens = rows * run.seq_len
+    x = tokens * config.dim * size
 
-    Weights, gradients and AdamW's moments are in fp32; weights travel in run.dtype. In a ring of s
-    ranks n bytes are gathered, or summed and scattered, in s - 1 turns of n/s: a rank sends
-    n (s - 1)/s, and twice that for both, an all-reduce.
-    """
-    config, layout, size, t = run.config, run.layout, DTYPES[run.dtype].itemsize, run.layout.tp
-    in_layers, in_root, tensors = rank_params(config, layout, place, layout.shards)
-    held, layers = in_layers + in_root, stage_layers(config, place, layout.pp)
-    whole_layers, root, _ = rank_params(config, layout, place, 1)
-    layer, whole, last = whole_layers // layers, whole_layers + root, place == layout.pp - 1
-    tokens, V, m = rows * run.seq_len, config.vocab_size // t, layout.passes(run.rows, rows)
-    x, sharded, by_hand = tokens * config.dim * size, layout.shards > 1, run.backward == "manual"
-
-    saved = tokens * layer_saves(run) // t
+    saved = tokens * layer_saves(run) // t  # by one layer
     if not by_hand:
         saved += 2 * x * (t - 1) // t  # both gathered inputs whole
         if layout.dp == 1 and size < 4:  # weights in run.dtype, which FSDP makes otherwise
             saved += size * layer
-    in_flight = layers * min(layout.pp - place, m)  # 1F1B: the first is back after pp - place
+    # 1F1B: the first micro-batch is back after pp - place of them.
+    in_flight = layers * min(layout.pp - place, layout.passes(run.rows, rows))
     activations = in_flight * saved
     if run.backward == "recompute":  # the input of each layer, and one layer at a time
         activations = in_flight * x // t + saved
     if by_hand and run.attention == "equation":  # A, dA and their like, of one layer
         activations += 16 * tokens * config.n_heads // t * run.seq_len
     logits = 0
-    if last:  # a chunk of them, W cast, a chunk's dW, and dW until it is sharded
+    if place == layout.pp - 1:  # a chunk of them, W cast, a chunk's dW, and dW until it is sharded
+        V = config.vocab_size // t
         at_once = min(logit_rows(V, config.dim), tokens)
         logits = (8 + 2 * size) * at_once * V + (2 * size + 4 * sharded) * V * config.dim
     buffers = 2 * x * (t > 1)
-    if sharded and layout.pp == 1:  # weights of the root and two layers, gradients of one
-        buffers += size * (root + 2 * layer) + (size + 4) * max(layer, root)
+    if sharded and layout.pp == 1:  # weights of two layers and those outside, gradients of one
+        buffers += size * (outside + 2 * layer) + (size + 4) * max(layer, outside)
     elif sharded:  # in a pipeline all weights, and gradients until the last micro-batch
-        buffers += (size + 4) * whole
+        buffers += (size + 4) * (whole_layers + outside)
     elif layout.dp > 1:  # all weights
-        buffers += size * whole + 4 * max(layer, root)
+        buffers += size * (whole_layers + outside) + 4 * max(layer, outside)
+    return {"weights": 4 * held, "gradients": 4 * held,
+            "AdamW": 8 * held + 4 * tensors,  # two moments; a count of steps for each tensor
+            "activations": activations, "logits": logits, "buffers": buffers}
 
-    data, ends = (size + 4) * held, (place == 0) + last
-    if layout.pp == 1:  # for each micro-batch, and a layer's weights twice; in a pipeline once
-        data = m * (data + size * in_layers)
-    # A layer exchanges x 4 times forward and 4 times backward; by hand it gathers the 2 inputs of
-    # products again, recomputing does the forward again.
-    exchanges = layers * {"manual": 10, "autograd": 8, "recompute": 12}[run.backward] + 2 * ends
-    sent = {"replicas": 8 * held * (layout.replicas - 1) // layout.replicas,
-            "shards": data * (layout.shards - 1), "pp": m * (2 - ends) * x // t,  # x there, dx back
-            "tp": m * exchanges * (x // t) * (t - 1)}
-    return {"weights": 4 * held, "gradients": 4 * held, "AdamW": 8 * held + 4 * tensors,  # steps
-            "activations": activations, "logits": logits, "buffers": buffers}, sent
+
+def rank_traffic(run: "Run", rows: int, place: int) -> dict[str, int]:
+    """Bytes that a rank of pipeline stage `place` sends in a step, by dimension of the layout. In a
+    ring of s ranks an all-gather or a reduce-scatter of n bytes takes s - 1 turns of n/s bytes:
+    each rank sends n (s - 1)/s; an all-reduce is both. Weights travel in run.dtype, gradients in
+    fp32."""
+    config, layout, t = run.config, run.layout, run.layout.tp
+    size = DTYPES[run.dtype].itemsize
+    in_layers, outside, _ = rank_params(config, layout, place, layout.shards)
+    held = in_layers + outside
+    passes = layout.passes(run.rows, rows)
+    part = rows * run.seq_len * config.dim * size // t  # of x on one rank
+
+    shards = (size + 4) * held
+    if layout.pp == 1:  # for each micro-batch, weights of layers twice; a pipeline: once a step
+        shards = passes * (shards + size * in_layers)
+    ends = (place == 0) + (place == layout.pp - 1)
+    # A layer exchanges x 4 times forward and 4 times backward. By hand, it gathers 2 inputs of
+    # products again; recomputing, it does the forward again.
+    exchanges = {"manual": 10, "autograd": 8, "recompute": 12}[run.backward]
+    exchanges = exchanges * stage_layers(config, place, layout.pp) + 2 * ends
+    return {"replicas": 8 * held * (layout.replicas - 1) // layout.replicas,
+            "shards": shards * (layout.shards - 1),
+            "pp": passes * (2 - ends) * part,  # x to the next stage, dx to the one before
+            "tp": passes * exchanges * part * (t - 1)}
 
 
 def memory_there(device: str) -> int:
@@ -455,38 +484,42 @@ def memory_there(device: str) -> int:
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for file, pattern, unit in (("/proc/meminfo", r"MemAvailable: +(\d+)", 1024),
                                 ("/sys/fs/cgroup/memory.max", r"(\d+)", 1)):  # of a container
-        if os.path.exists(file) and (found := re.search(pattern, Path(file).read_text())):
-            limits.append(unit * int(found[1]))
+        if os.path.exists(file):
+            for number in re.findall(pattern, Path(file).read_text()):
+                limits.append(unit * int(number))
     return min(limits)
 
 
-def fit_micro_batch(run: "Run", there: float) -> tuple[int, dict, dict, bool]:
-    """(sequences to compute at once, both of rank_cost for the fullest rank, whether the memory is
-    there but for a tenth, which is left for what is not counted). If the run leaves it open, up to
-    8192 tokens as far as they fit and, in a pipeline, a quarter of what would fill it."""
-    each = run.rows // run.layout.dp
+def fit_micro_batch(run: "Run", there: float) -> tuple[int, int, dict[str, int], bool]:
+    """(rows of a micro-batch, the pipeline stage that needs the most memory, that memory, whether
+    it is under 90 % of the bytes that are there: the rest is for what rank_memory leaves out).
+    Unless the run says how many rows: up to 8192 tokens, if they fit; in a pipeline few enough for
+    4 pp micro-batches a step, so that it idles little."""
+    most = run.rows // run.layout.dp
     if run.layout.pp > 1:
-        each //= 4 * run.layout.pp
-    size = run.micro_batch or max(1, min(8192 // run.seq_len, each))
+        most //= 4 * run.layout.pp
+    rows = run.micro_batch or max(1, min(8192 // run.seq_len, most))
     while True:
-        costs = [rank_cost(run, size, place) for place in range(run.layout.pp)]
-        memory, sent = max(costs, key=lambda cost: sum(cost[0].values()))
-        fits = sum(memory.values()) < 0.9 * there
-        if fits or run.micro_batch or size == 1:
-            return size, memory, sent, fits
-        size //= 2
+        needs = [rank_memory(run, rows, place) for place in range(run.layout.pp)]
+        totals = [sum(need.values()) for need in needs]
+        fullest = totals.index(max(totals))
+        fits = totals[fullest] < 0.9 * there
+        if fits or run.micro_batch or rows == 1:
+            return rows, fullest, needs[fullest], fits
+        rows //= 2
 
 
 def fit(run: "Run") -> "Run":
-    """The run with a micro-batch that this machine holds, and whether freed memory may be kept,
-    whose gaps take up to a third more. ValueError, before anything is allocated, if none fits."""
+    """The run with its dtype and a micro-batch that this machine holds. ValueError, before anything
+    is allocated, if none fits. roomy: freed memory may be kept for the next allocation, whose gaps
+    take up to a third more."""
     auto = run.dtype == "auto"
     if auto:
         run = replace(run, dtype=faster_dtype(run.device))
     there = memory_there(run.device)
     if run.device == "cpu":
         there //= run.local_size
-    size, need, _, fits = fit_micro_batch(run, there)
+    rows, _, need, fits = fit_micro_batch(run, there)
     total = sum(need.values())
     if not fits and auto and run.dtype == "fp32":
         return fit(replace(run, dtype="bf16"))
@@ -495,51 +528,57 @@ def fit(run: "Run") -> "Run":
         raise ValueError(f"{run.size} needs about {total / 1e9:.0f} GB a process to train ({parts})"
                          f", and {there / 1e9:.0f} GB are free; try a smaller --size, "
                          f"--micro-batch 1 or --seq-len {run.seq_len // 2}")
-    return replace(run, micro_batch=size, roomy=total < 0.6 * there)
+    return replace(run, micro_batch=rows, roomy=total < 0.6 * there)
 
 
 def plan(run: "Run", name: str, mfu: float | None) -> dict:
-    """What the run takes in its layout on GPUs of that name. mfu: of the whole step, if it was
-    measured. Sent is what the fullest rank sends. Allocates nothing."""
-    if name == "cpu":  # machines like this one, whose watts are a guess
-        there, watts, peak = memory_there("cpu"), 100, matmul_flops("cpu", DTYPES[run.dtype])
+    """Memory, bytes sent, time and energy of the run on GPUs of that name (`cpu`: machines like
+    this one), as --plan prints them. mfu: of the whole step, if it was measured. Memory and bytes
+    are those of the rank that needs the most memory. Allocates nothing."""
+    if name == "cpu":
+        there, watts = memory_there("cpu"), 100  # a guess
+        peak = matmul_flops("cpu", DTYPES[run.dtype])
     elif run.dtype == "bf16":
         there, watts, peak = GPUS[name]
     else:
         raise ValueError("only the bf16 FLOP/s of GPUs are known; try --dtype bf16")
     layout, config = run.layout, run.config
-    micro_batch, memory, sent, fits = fit_micro_batch(run, there)
+    micro_batch, fullest, memory, fits = fit_micro_batch(run, there)
     passes = layout.passes(run.rows, micro_batch)
-    bubble = (layout.pp - 1) / passes  # how long a pipeline idles for what it computes
+    bubble = (layout.pp - 1) / passes  # time that a pipeline idles / time that it computes
     if mfu is None:
-        mfu = MFU / (1 + bubble)
+        mfu = USUAL_MFU / (1 + bubble)
         if run.backward == "recompute":  # the forward twice
             mfu *= 3 / 4
-    flops, as_papers = (flops_per_token(config, run.seq_len, papers) for papers in (False, True))
+    flops = flops_per_token(config, run.seq_len)
+    as_papers = flops_per_token(config, run.seq_len, as_papers=True)
     steps = run.steps or math.ceil(run.recipe.train_tokens / run.recipe.batch_tokens)
-    tokens, speed = steps * run.rows * run.seq_len, mfu * layout.size * peak / flops
+    tokens = steps * run.rows * run.seq_len
+    speed = mfu * layout.size * peak / flops  # tokens a second
     gpu_hours = layout.size * tokens / speed / 3600
     mwh, tons = energy(gpu_hours, watts)
     return {"size": run.size, "params": config.n_params, "flops_per_token": flops, "gpu": name,
             "gpus": layout.size, **asdict(layout), "micro_batch": micro_batch, "passes": passes,
             "memory": {**memory, "needed": sum(memory.values()), "there": there},
             "fits": "yes" if fits else f"no; try {nearest_that_fits(run, there)}",
-            "sent": sent, "bubble": bubble, "mfu": mfu, "mfu_as_papers": mfu * as_papers / flops,
-            "steps": steps, "tokens": tokens, "tokens_per_s": speed,
-            "step_s": tokens / steps / speed, "days": tokens / speed / 86400,
+            "sent": rank_traffic(run, micro_batch, fullest), "bubble": bubble, "mfu": mfu,
+            "mfu_as_papers": mfu * as_papers / flops, "steps": steps, "tokens": tokens,
+            "tokens_per_s": speed, "step_s": tokens / steps / speed, "days": tokens / speed / 86400,
             "gpu_hours": gpu_hours, "mwh": mwh, "tco2eq": tons}
 
 
 def nearest_that_fits(run: "Run", there: float) -> str:
-    """What to try where the memory does not hold a layout: FSDP with the fewest doublings and
-    halvings of --tp and --pp."""
+    """What to try where the run's layout does not fit: FSDP, with --tp and --pp doubled or halved
+    as few times as possible."""
     splits = list(itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16, 32, 64)))
     splits.sort(key=lambda split: abs(math.log2(split[0] / run.layout.tp))
                 + abs(math.log2(split[1] / run.layout.pp)))
     for tp, pp in splits:
         with contextlib.suppress(ValueError):  # there is no such layout
-            near = arrange(run.config, run.rows, run.seq_len, run.layout.size, NODE, "fsdp", tp, pp)
-            if fit_micro_batch(replace(run, layout=near, micro_batch=None), there)[-1]:
+            layout = arrange(run.config, run.rows, run.seq_len, run.layout.size, GPUS_PER_NODE,
+                             "fsdp", tp, pp)
+            *_, fits = fit_micro_batch(replace(run, layout=layout, micro_batch=None), there)
+            if fits:
                 return f"--dp fsdp --tp {tp} --pp {pp}"
     return "more --gpus or --backward recompute"
 
@@ -553,8 +592,10 @@ def plan_text(planned: dict) -> str:
                 lines.append(f"{f'{name} {part}':22}{size / 1e9:,.2f} GB")
         elif isinstance(value, str):
             lines.append(f"{name:22}{value}")
+        elif value < 1000:
+            lines.append(f"{name:22}{value:,.4g}")
         else:
-            lines.append(f"{name:22}{value:,.4g}" if value < 1000 else f"{name:22}{value:,.0f}")
+            lines.append(f"{name:22}{value:,.0f}")
     return "\n".join(lines)
 
 
@@ -563,8 +604,8 @@ def plan_text(planned: dict) -> str:
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Reads a checkpoint's metadata with the classes that it needs and no others. Entries that are
-    not tensors, which would be unpickled when loaded, are refused by the same rule."""
+    """Unpickles a state's metadata with no other classes than it needs: a hostile pickle can run
+    nothing. BytesStorageMetadata is not one of them, because what it describes is a pickle too."""
     NEEDED = {"torch.distributed.checkpoint.metadata":
               "Metadata TensorStorageMetadata TensorProperties ChunkStorageMetadata MetadataIndex "
               "StorageMeta _MEM_FORMAT_ENCODING",
@@ -576,12 +617,12 @@ class SafeUnpickler(pickle.Unpickler):
         if name in self.NEEDED.get(module, "").split():
             return super().find_class(module, name)
         if module.split(".")[0] == "pathlib":
-            return PurePath  # the folder it was written to; not used
+            return PurePath  # the folder that it was written to, which is not used
         raise pickle.UnpicklingError(f"its metadata names {module}.{name}")
 
 
 class SafeReader(dcp.FileSystemReader):
-    """Of one state, whose metadata is read once, by SafeUnpickler."""
+    """Reads one state; its metadata once, by SafeUnpickler."""
 
     def __init__(self, state: Path):
         super().__init__(state)
@@ -592,15 +633,16 @@ class SafeReader(dcp.FileSystemReader):
 
 
 class Writer(dcp.FileSystemWriter):
-    """Writes a state aside. When all ranks have written, the one that coordinates renames it: a
-    state is there wholly or not at all. The last two up to this step are kept."""
+    """Writes a state into folder/saving and renames it to folder/step-N when all ranks have
+    written: a state is there wholly or not at all. Keeps the last two states up to step N.
+    dcp.save calls both methods on rank 0 alone, before and after the ranks write."""
 
     def __init__(self, folder: Path, facts: dict):
-        super().__init__(folder / "saving", per_thread_copy_ahead=0)
+        super().__init__(folder / "saving", per_thread_copy_ahead=0)  # no second copy of a tensor
         self.facts, self.done = facts, folder / f"step-{facts['step']:09d}"
 
     def prepare_global_plan(self, plans):
-        shutil.rmtree(self.path)  # of a save that was cut short
+        shutil.rmtree(self.path)  # a save that was cut short
         self.path.mkdir()
         return super().prepare_global_plan(plans)
 
@@ -611,48 +653,49 @@ class Writer(dcp.FileSystemWriter):
         shutil.rmtree(self.done, ignore_errors=True)
         os.replace(self.path, self.done)
         states = sorted(self.done.parent.glob("step-*"))
-        before = states.index(self.done) - 1
-        for state in states[:max(0, before)] + states[before + 2:]:
+        kept = states[:states.index(self.done) + 1][-2:]
+        for state in set(states) - set(kept):
             shutil.rmtree(state, ignore_errors=True)
 
 
 def checksum(state: Path, facts: dict) -> int:
-    """Of the two files of a state that are not zip archives."""
+    """CRC-32 of the metadata and the facts; the tensors, zip archives, have their own."""
     return zlib.crc32((state / ".metadata").read_bytes() + json.dumps(facts).encode())
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict,
                group: dist.ProcessGroup | None, before: Future | None = None) -> Future:
-    """Begins to write folder/step-N, N being facts["step"], when the save `before` is done. A copy
-    is written while training goes on; where memory for a copy is short, training waits. The
-    result() waits; OSError on every rank if one failed. group: of all ranks, for this alone."""
+    """Starts to save the tensors as folder/step-N, where N is facts["step"], after the save
+    `before`. A thread writes a copy while training goes on; without memory for a copy, training
+    waits. result() of the Future raises OSError on every rank if one could not write. group: of all
+    ranks, for the thread's collectives alone."""
+    def write() -> None:
+        try:
+            dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+        except (OSError, dcp.api.CheckpointException) as error:
+            if group is None or dist.get_rank() == 0:
+                shutil.rmtree(writer.path, ignore_errors=True)
+            raise OSError(f"the state of step {facts['step']} could not be written "
+                          f"({cause_of(error)}); older states are untouched; try to free space, "
+                          "then the same command") from None
+
     if before:
         before.result()
-    writer, size = Writer(folder, facts), sum(local_shard(x).nbytes for x in tensors.values())
-    size *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of all ranks on this machine
+    writer = Writer(folder, facts)
+    size = sum(local_shard(x).nbytes for x in tensors.values())
+    size *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # all ranks of this machine copy
     roomy = memory_there("cpu") > 2 * size
     if roomy:
         tensors = writer.stage(tensors)
-    saving = ThreadPoolExecutor(1).submit(write_state, writer, tensors, group)
+    saving = ThreadPoolExecutor(1).submit(write)
     if not roomy:
         saving.result()
     return saving
 
 
-def write_state(writer: Writer, tensors: dict[str, Tensor], group: dist.ProcessGroup | None):
-    try:
-        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
-    except (OSError, dcp.api.CheckpointException) as error:
-        if group is None or dist.get_rank() == 0:
-            shutil.rmtree(writer.path, ignore_errors=True)
-        raise OSError(f"the state of step {writer.facts['step']} could not be written "
-                      f"({cause_of(error)}); older states are untouched; try to free space, then "
-                      "the same command") from None
-
-
 def load_state(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
-    """Fills the tensors from the newest state that is good on every rank, whatever layout it was
-    saved in, and returns its facts; None if there is none. A damaged one is named, passed over."""
+    """Fills the tensors from the newest state that every rank can read, whatever layout saved it,
+    and returns its facts; None without any state. Names damaged states and passes over them."""
     states = together(lambda: sorted(folder.glob("step-*")))
     for state in reversed(states):
         try:
@@ -665,18 +708,18 @@ def load_state(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
 
 
 def read_state(state: Path, tensors: dict[str, Tensor]) -> dict:
-    """Fills the tensors and returns the facts; ValueError if bytes are not as they were written.
-    Each tensor is stored as a zip archive (torch.save) with a CRC-32, which torch ignores and
-    Python's zipfile checks. Each rank checks its share of the archives."""
-    rank, size = 0, 1
+    """Fills the tensors and returns the facts; ValueError if a byte is not as it was written. Each
+    tensor is stored as a zip archive (torch.save) with a CRC-32, which torch ignores and Python's
+    zipfile checks. Each rank checks every world_size-th archive."""
+    rank, world_size = 0, 1
     if dist.is_initialized():
-        rank, size = dist.get_rank(), dist.get_world_size()
+        rank, world_size = dist.get_rank(), dist.get_world_size()
     try:
         facts = json.loads((state / "facts.json").read_text(encoding="utf-8"))
         if facts.pop("crc32") != checksum(state, facts):
             raise ValueError("facts.json or .metadata is not what was written")
         reader = SafeReader(state)
-        for part in list(reader.metadata.storage_data.values())[rank::size]:
+        for part in list(reader.metadata.storage_data.values())[rank::world_size]:
             with open(state / part.relative_path, "rb") as file:
                 file.seek(part.offset)
                 archive = BytesIO(file.read(part.length))
@@ -689,7 +732,7 @@ def read_state(state: Path, tensors: dict[str, Tensor]) -> dict:
 
 
 def cause_of(error: BaseException) -> str:
-    """The last line of what happened on the first rank that failed; Ctrl-C stays Ctrl-C."""
+    """The last line of the first failed rank's message. Raises KeyboardInterrupt: no damage."""
     while isinstance(error, dcp.api.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, KeyboardInterrupt):
@@ -698,7 +741,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def export_state(state: Path, config: LlamaConfig, folder: Path) -> None:
-    """Meta's folder from the state in step-N, a tensor at a time, whatever layout wrote it."""
+    """Writes the weights of a state (step-N) in Meta's format; reads one tensor at a time."""
     reader, weights = SafeReader(state), {}
 
     def read(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -712,7 +755,7 @@ def export_state(state: Path, config: LlamaConfig, folder: Path) -> None:
 
 
 def state_tensors(parameters: dict[str, Tensor], optimizer) -> dict[str, Tensor]:
-    """Everything that training goes on from: weights and AdamW's moments, by name."""
+    """The tensors that training resumes from: weights, AdamW's moments and step counts, by name."""
     state = {}
     for name, p in parameters.items():
         state[f"model.{name}"] = p.detach()
@@ -722,31 +765,37 @@ def state_tensors(parameters: dict[str, Tensor], optimizer) -> dict[str, Tensor]
 
 
 # ---------------------------------------------------------------------------------------------
-# Many processes: how they start, and how a run survives one that ends
+# Many processes: how they start, and how a run survives the death of one
+#
+# torchrun, and `start` on one machine, tell each process (rank) its place in its environment: RANK
+# of WORLD_SIZE, LOCAL_RANK of LOCAL_WORLD_SIZE on its machine, MASTER_ADDR and MASTER_PORT of the
+# store where ranks meet, TORCHELASTIC_RESTART_COUNT. `start` adds PARENT_PID, its own process.
 
+# Sent by Ctrl-C, the system, a dropped ssh, SLURM; Windows has two of them.
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-         if hasattr(signal, name)]  # of a terminal, a system, a dropped ssh, SLURM
+         if hasattr(signal, name)]
 
 
 class World(NamedTuple):
-    rank: int        # of this process
+    """Where this process is among all."""
+    rank: int
     size: int        # processes in all
-    local_size: int  # on this machine
+    local_size: int  # processes on this machine
 
 
 def print_rank0(text: str) -> None:
-    """On stderr, once for all ranks."""
+    """Prints on stderr, on rank 0 alone."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def join(device: str, timeout: float) -> Iterator[World]:
-    """This process's place among the ranks that torchrun or `start` made; without them it is alone.
-    A collective that takes `timeout` seconds is an error."""
+    """Makes this process one of the ranks that torchrun or `start` launched; without them it is the
+    only one. A collective that waits `timeout` seconds raises an error."""
     env = os.environ
-    rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    world = World(rank, size, int(env.get("LOCAL_WORLD_SIZE", size)))
+    size = int(env.get("WORLD_SIZE", 1))
+    world = World(int(env.get("RANK", 0)), size, int(env.get("LOCAL_WORLD_SIZE", size)))
     if size == 1:
         yield world
         return
@@ -763,23 +812,23 @@ def join(device: str, timeout: float) -> Iterator[World]:
         yield world
         dist.destroy_process_group()
     except Exception as error:
-        # A mistake that all ranks meet is said by rank 0. Other errors often come from the end of
-        # another rank. Within seconds whoever started the ranks has ended the others.
-        if rank > 0 or not isinstance(error, (ValueError, OSError)):
+        # A user's mistake raises on all ranks, and rank 0 prints it. Other errors may follow from
+        # another rank's death. These ranks wait to be killed by the launcher: one cause is printed.
+        if world.rank > 0 or not isinstance(error, (ValueError, OSError)):
             time.sleep(5)
         raise
 
 
 def end_with_parent(parent: int) -> None:
-    """Ends a rank, and the processes that it started, when its parent is gone."""
+    """Kills this rank and its children when `start` is gone: then it gets another parent."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.killpg(0, signal.SIGKILL)
 
 
 def patient_group() -> dist.ProcessGroup | None:
-    """A group of all ranks, if there are several, for collectives that wait longer than --timeout:
-    for text that rank 0 prepares, or for a slow disk."""
+    """A group of all ranks, if there are several, whose collectives may wait longer than --timeout:
+    while rank 0 prepares text, or for a slow disk."""
     if dist.is_initialized():
         return dist.new_group(backend="gloo", timeout=timedelta(days=7))
     return None
@@ -808,40 +857,43 @@ def together(work: Callable, everywhere: bool = False):
 
 def start(n: int, command: list[str], states: Path) -> int:
     """Runs the command as n ranks on this machine (Linux, macOS) and returns its exit status. When
-    a rank dies, all start again from the newest state; a second death without a new state is the
-    end. A user's mistake (2) and a stop by a signal (over 128) are not tried again."""
+    a rank dies, all start again from the newest state, unless there is no newer one than at the
+    death before. A user's mistake (status 2) or a stop by a signal (over 128) ends the run."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    heard = [number.name for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(heard)
-    reached = None
-    for again in itertools.count():
+    # Which signals start_processes turns into a SignalException; those that nohup ignores stay so.
+    handled = [number.name for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(handled)
+    newest_before = None
+    for restarts in itertools.count():
         try:
-            rank, status = run_ranks(n, command, again)
+            rank, status = run_ranks(n, command, restarts)
         except SignalException as stop:
             return 128 + stop.sigval
         if status in (0, 2) or status > 128:
             return status
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        cause = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         newest = max(states.glob("step-*"), default=None)
-        if again and newest == reached:
-            print_rank0(f"error: rank {rank} {how}, again before a new state was saved; try "
+        if restarts and newest == newest_before:
+            print_rank0(f"error: rank {rank} {cause}, again before a new state was saved; try "
                         "--save-every with fewer steps, then the same command, which goes on")
             return 1
-        print_rank0(f"rank {rank} {how}; going on from the last good state")
-        reached = newest
+        print_rank0(f"rank {rank} {cause}; going on from the last good state")
+        newest_before = newest
 
 
-def run_ranks(n: int, command: list[str], again: int) -> tuple[int, int]:
-    """Starts the ranks and waits: (rank, exit status or minus the signal) of the first that died or
-    met an error, else of one when all have ended. Each rank has a session of its own, so that a
-    terminal's Ctrl-C reaches this process alone, which passes it on, once."""
+def run_ranks(n: int, command: list[str], restarts: int) -> tuple[int, int]:
+    """Starts the ranks and waits until one fails or all have ended: (that rank, its exit status, or
+    minus the signal that killed it). Each rank has a session of its own, so that Ctrl-C in a
+    terminal reaches this process alone, which passes it on once."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    envs, args = {}, dict.fromkeys(range(n), tuple(command[1:]))
-    for rank in args:
-        envs[rank] = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{n}",
-                      "LOCAL_WORLD_SIZE": f"{n}", "MASTER_ADDR": "127.0.0.1",
-                      "MASTER_PORT": f"{store.port}", "TORCHELASTIC_USE_AGENT_STORE": "True",
-                      "TORCHELASTIC_RESTART_COUNT": f"{again}", "PARENT_PID": f"{os.getpid()}"}
+    common = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": store.port, "TORCHELASTIC_RESTART_COUNT": restarts,
+              "TORCHELASTIC_USE_AGENT_STORE": True,  # this store; rank 0 shall not make one
+              "PARENT_PID": os.getpid()}
+    common, envs = {name: str(value) for name, value in common.items()}, {}
+    for rank in range(n):
+        envs[rank] = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    args = dict.fromkeys(range(n), tuple(command[1:]))
     with tempfile.TemporaryDirectory() as logs:
         ranks = start_processes("train", command[0], args, envs, DefaultLogsSpecs(logs))
         processes = [handler.proc for handler in ranks.subprocess_handlers.values()]
@@ -849,12 +901,13 @@ def run_ranks(n: int, command: list[str], again: int) -> tuple[int, int]:
             while True:  # ranks.wait() would end all when the first has stopped, while others save
                 statuses = [process.poll() for process in processes]
                 failed = [status for status in statuses if status and status <= 128]
-                if failed or None not in statuses:  # of several, a signal is more likely the cause
-                    status = min(failed) if failed else max(statuses)
-                    return statuses.index(status), status
+                if failed:  # killed (negative) rather than ended by an error: more likely the cause
+                    return statuses.index(min(failed)), min(failed)
+                if None not in statuses:
+                    return statuses.index(max(statuses)), max(statuses)
                 time.sleep(0.05)
         except SignalException as stop:
-            with contextlib.suppress(SignalException):  # a second one: at once
+            with contextlib.suppress(SignalException):  # a second signal: do not wait for states
                 ranks.close(stop.sigval, timeout=600)
             raise
         finally:
@@ -862,9 +915,9 @@ def run_ranks(n: int, command: list[str], again: int) -> tuple[int, int]:
 
 
 def replicas_agree(tensors: dict[str, Tensor]) -> None:
-    """Ends all ranks with status 1 where the copies of a tensor on several ranks are not the same
-    bits. To be called before a save, so that the last state stays good. Ranks compare one checksum
-    a tensor, the exclusive or of its elements, which any one wrong bit changes."""
+    """Ends all ranks with status 1 if a tensor that several ranks hold is not bit for bit the same:
+    a device computed wrongly. Called before a save, so that the last state stays good. Compares one
+    checksum for each tensor: the exclusive or of its elements, which any one wrong bit changes."""
     if not dist.is_initialized():
         return
     wrong = set()
@@ -872,13 +925,13 @@ def replicas_agree(tensors: dict[str, Tensor]) -> None:
         for dim, placement in enumerate(getattr(tensor, "placements", ())):
             if placement.is_replicate():
                 mine = torch.hash_tensor(tensor.to_local()).view(torch.int64)
-                ends = torch.stack([mine, ~mine])  # most and, as ~ turns the order, least
-                dist.all_reduce(ends, dist.ReduceOp.MAX, tensor.device_mesh.get_group(dim))
-                if ends[0] != ~ends[1]:
+                extremes = torch.stack([mine, ~mine])  # ~ reverses the order: max and min
+                dist.all_reduce(extremes, dist.ReduceOp.MAX, tensor.device_mesh.get_group(dim))
+                if extremes[0] != ~extremes[1]:
                     wrong.add(name)
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, wrong)
-    wrong = sorted(set().union(*found))
+    wrong_anywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(wrong_anywhere, wrong)
+    wrong = sorted(set().union(*wrong_anywhere))
     if wrong:
         print_rank0(f"error: the copies of {wrong[0]} on several ranks differ ({len(wrong)} such "
                     "tensors): a memory or processor failed in silence; nothing was saved since")
@@ -887,8 +940,8 @@ def replicas_agree(tensors: dict[str, Tensor]) -> None:
 
 
 class Stopper:
-    """A signal of STOPS, unless it is ignored (nohup), ends the run after the step, with its state
-    saved; the same one again at once. `signal` is its number, else 0."""
+    """Catches the signals STOPS, except those that nohup ignores: the run ends after the current
+    step, with a state. The same signal again kills at once. `signal`: its number, 0 before."""
 
     def __init__(self):
         self.signal, self.before = 0, {}
@@ -909,20 +962,20 @@ class Stopper:
 # ---------------------------------------------------------------------------------------------
 # Many devices (LLaMA, section 2.4; Llama 3, section 3.3.2)
 
-# An objective gives the SUM of a micro-batch's losses, so that the engine can divide once by the
-# number of targets of the whole step, and the loss does not depend on how rows are grouped.
+# An objective returns the SUM of a micro-batch's losses. The engine divides it by the number of
+# targets in the whole step, so the loss does not depend on how rows are split into micro-batches.
 Objective = Callable[[Llama, dict[str, Tensor]], Tensor]
 
 
 def pretrain(model: Llama, batch: dict[str, Tensor]) -> Tensor:
-    """Objective of section 2: negative log-likelihood of the next token, in nats."""
+    """The objective of section 2: negative log-likelihood of the next token, in nats."""
     return model.loss(batch["tokens"], batch["targets"], document_starts(batch), reduction="sum")
 
 
 class Stage(Llama):
-    """Consecutive layers of a Llama: all of them, or stage `index` of `count` of a pipeline. The
-    first stage embeds; the last has the final norm, the output projection and the loss. Parameters
-    have the names that they have in the whole model."""
+    """Stage `index` of `count` of a pipeline: consecutive layers of a Llama, or all of them. The
+    first stage has the embedding; the last has the final norm, the output projection and the loss.
+    Parameters keep their names of the whole model, so that states fit every layout."""
 
     def __init__(self, config: LlamaConfig, index: int = 0, count: int = 1, **options):
         super().__init__(config, **options)
@@ -932,18 +985,19 @@ class Stage(Llama):
         for i in range(config.n_layers):
             if not begin <= i < end:
                 self.layers[i] = None
-        if not (self.first or self.last and config.tie_embeddings):
+        tied_output = self.last and config.tie_embeddings
+        if not self.first and not tied_output:
             self.tok_embeddings = None
         if not self.last:
             self.norm = self.output = None
 
     def compute(self, objective: Objective, batch: dict[str, Tensor]) -> Tensor:
-        """objective(self, batch), between the hooks by which FSDP gathers the root's weights."""
+        """objective(self, batch): a method, for share_state to hook its gathering of weights to."""
         return objective(self, batch)
 
     def forward(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """What torch's pipeline calls, for `pretrain` in stages: x is the tokens on the first
-        stage, else h of the stage before; the last stage gives the loss, the others h."""
+        """The stage's part of `pretrain`, called by torch's pipeline. x: the tokens on the first
+        stage, elsewhere h of the stage before. Returns h, on the last stage the loss."""
         h = self.embed(x) if self.first else x
         h = self.run_layers(h, batch["targets"].shape[1], document_starts(batch))
         if not self.last:
@@ -952,9 +1006,9 @@ class Stage(Llama):
 
 
 def share_layers(stage: Stage, mesh) -> None:
-    """Tensor parallelism: splits the parameters over the mesh's ranks. Wq, Wk, Wv, W1, W3,
-    embedding and output by rows, which are heads, hidden units and words; Wo and W2 by columns;
-    norms stay whole. The stage is on meta: nothing is there yet."""
+    """Tensor parallelism: makes each parameter a DTensor over the mesh. Wq, Wk, Wv, W1, W3,
+    embedding and output are split by rows (heads, hidden units, tokens of the vocabulary), Wo and
+    W2 by columns; norms are replicated. The stage is still on meta, so nothing is copied."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     for name, p in list(stage.named_parameters()):
         placement = Shard(0)
@@ -969,38 +1023,38 @@ def share_layers(stage: Stage, mesh) -> None:
 
 def share_state(stage: Stage, layout: Layout, mesh) -> None:
     """Data parallelism by torch's fully_shard (FSDP2) on the mesh (replicas, shards), layer by
-    layer: weights travel in the type of the computation, gradients in fp32, and the next layer's
-    weights are gathered while one is computed. One shard is DDP: nothing to gather, gradients are
-    summed over the replicas."""
+    layer: weights are gathered in the stage's dtype, the next layer's while one computes; gradients
+    are summed in fp32. With one shard this is DDP: there is nothing to gather."""
     from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                         register_fsdp_forward_method)
     dims = ("replicas", "shards") if layout.replicas > 1 else ("shards",)
     policy = MixedPrecisionPolicy(stage.dtype, torch.float32, cast_forward_inputs=False)
-    # Weights that were gathered stay until the backward where there is nothing to free them for
-    # (DDP), and in a pipeline, which would gather them again for every micro-batch.
-    freed = layout.shards > 1 and layout.pp == 1
-    split = partial(fully_shard, mesh=mesh[dims], mp_policy=policy)
+    # Gathered weights are freed after the forward. Not in DDP, where no memory would be saved; nor
+    # in a pipeline, which would gather them again for each micro-batch.
+    reshard = layout.shards > 1 and layout.pp == 1
+    shard = partial(fully_shard, mesh=mesh[dims], mp_policy=policy)
     for layer in stage.layers:
         if layer is not None:
-            split(layer, reshard_after_forward=freed)
-    split(stage)
+            shard(layer, reshard_after_forward=reshard)
+    shard(stage)
     register_fsdp_forward_method(stage, "compute")
 
 
 class Engine:
-    """What this rank holds of a model, and how its part of a batch passes through it."""
+    """This rank's part of the model, and the forward and backward of its part of a batch."""
 
     def __init__(self, run: "Run"):
-        """With run.compile torch.compile fuses what lies between the products of a layer."""
+        """run.compile: torch.compile fuses what a layer does between its matrix products."""
         self.config, self.layout, self.device = run.config, run.layout, run.device
         self.micro_batch, self.compiled = run.micro_batch, run.compile
         self.dp_rank = self.pp_rank = 0
-        layout, tp, names = run.layout, TensorParallel(), ("replicas", "shards", "pp", "tp")
+        layout, tp = run.layout, TensorParallel()
         if run.compile:
             check_compiler()
         if layout.size > 1:
-            shape = (layout.replicas, layout.shards, layout.pp, layout.tp)
-            self.mesh = dist.init_device_mesh(run.device, shape, mesh_dim_names=names)
+            dims = asdict(layout)
+            self.mesh = dist.init_device_mesh(run.device, tuple(dims.values()),
+                                              mesh_dim_names=tuple(dims))
             replica, shard, self.pp_rank, _ = self.mesh.get_coordinate()
             self.dp_rank = replica * layout.shards + shard
             if layout.tp > 1:
@@ -1018,50 +1072,55 @@ class Engine:
             share_state(self.stage, layout, self.mesh)
         self.stage.to_empty(device=run.device)
         self.stage.init_weights(run.seed)
-        # FSDP replaces parameters by gathered ones for a while; these stay.
+        # FSDP replaces the stage's parameters while they are gathered; these are the shards.
         self.parameters = dict(self.stage.named_parameters())
-        self.schedules = {}  # of the pipeline, by the number of micro-batches
+        self.schedules = {}  # number of micro-batches -> the pipeline's schedule
 
     def rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The rows of a batch that this rank computes: as many as others do, in a pipeline whole
-        micro-batches, filled up with rows without targets."""
-        count, dp = len(batch["targets"]), self.layout.dp
-        each, mine = -(-count // dp), {}
+        """The rows of a batch that this rank computes. The batch is padded with rows without
+        targets (-1), because ranks compute equally many rows, in a pipeline whole micro-batches."""
+        count = len(batch["targets"])
+        each = -(-count // self.layout.dp)
         if self.layout.pp > 1:
             each = self.layout.passes(count, self.micro_batch) * self.micro_batch
+        rows = {}
         for name, x in batch.items():
-            x = F.pad(x, (0, 0, 0, each * dp - count), value=-(name == "targets"))
-            mine[name] = x[self.dp_rank * each:][:each].to(self.device)
-        return mine
+            missing = each * self.layout.dp - count
+            x = F.pad(x, (0, 0, 0, missing), value=-(name == "targets"))
+            rows[name] = x[self.dp_rank * each:][:each].to(self.device)
+        return rows
 
     def loss(self, batch: dict[str, Tensor], objective: Objective, train: bool) -> float:
-        """This rank's share of the loss of a batch: shares add up, over all ranks, to the mean of
-        the objective over all targets >= 0. train: leaves its gradient in .grad."""
-        rows, count = self.rows(batch), max(1, int((batch["targets"] >= 0).sum()))
-        scale = self.layout.dp / count  # the gradients' mean over data-parallel ranks is taken
-        starts, total = range(0, len(rows["targets"]), self.micro_batch), 0.0
+        """This rank's share of a batch's loss; the sum of all ranks' shares is the mean over all
+        targets >= 0. train: adds the gradient to .grad. A pipeline's objective is `pretrain`."""
+        rows = self.rows(batch)
+        count = max(1, int((batch["targets"] >= 0).sum()))
+        scale = self.layout.dp / count  # because FSDP averages gradients over data-parallel ranks
         stance = contextlib.nullcontext()
         if self.compiled and not train:  # evaluations have more shapes than are worth compiling
             stance = torch.compiler.set_stance("force_eager")
         with torch.set_grad_enabled(train), stance:
             if self.layout.pp > 1:
-                starts, total = [], self.run_pipeline(rows, scale, train)
-            for at in starts:
-                part = {name: x[at:at + self.micro_batch] for name, x in rows.items()}
-                if self.layout.replicas > 1:  # they exchange gradients once
-                    self.stage.set_requires_all_reduce(at == starts[-1])
-                loss = self.stage.compute(objective, part)
-                if train:
-                    (loss * scale).backward()  # adds to .grad
-                total += loss.item()
+                total = self.run_pipeline(rows, scale, train)
+            else:
+                total = 0.0
+                starts = range(0, len(rows["targets"]), self.micro_batch)
+                for i in starts:
+                    micro_batch = {name: x[i:i + self.micro_batch] for name, x in rows.items()}
+                    if self.layout.replicas > 1:  # all-reduce gradients once a step
+                        self.stage.set_requires_all_reduce(i == starts[-1])
+                    loss = self.stage.compute(objective, micro_batch)
+                    if train:
+                        (loss * scale).backward()
+                    total += loss.item()
         if train:
             self.complete()
-        return total / (count * self.layout.tp)
+        return total / (count * self.layout.tp)  # every tensor parallel rank has the same total
 
     def run_pipeline(self, rows: dict[str, Tensor], scale: float, train: bool) -> float:
-        """The sum of `pretrain` through the ranks of the pipeline, 0 on all but the last. Each
-        micro-batch goes back as soon as it came to the end (1F1B; Narayanan et al. 2021), so that
-        a rank keeps the activations of pp micro-batches at most."""
+        """The sum of `pretrain` over the rows, on the last stage; 0 on others. In 1F1B (Narayanan
+        et al. 2021) a micro-batch's backward follows its forward at once, so that a rank keeps the
+        activations of at most pp micro-batches."""
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B
         count = len(rows["targets"]) // self.micro_batch
         if count not in self.schedules:
@@ -1069,30 +1128,31 @@ class Engine:
                                   torch.device(self.device), group=self.mesh.get_group("pp"))
             self.schedules[count] = Schedule1F1B(
                 stage, count, loss_fn=lambda loss, scale: loss * scale[0], scale_grads=False)
-        schedule, inputs, ends, losses = self.schedules[count], [], {}, []
-        if self.stage.first:
-            inputs = [rows["tokens"]]
-        if self.stage.last:  # torch splits `target` by micro-batch and gives it to loss_fn
-            ends = {"target": torch.full((count,), scale), "losses": losses}
-        go = schedule.step if train else schedule.eval
-        go(*inputs, batch=rows, return_outputs=False, **ends)
+        losses, options = [], {}
+        inputs = [rows["tokens"]] if self.stage.first else []
+        if self.stage.last:  # torch splits `target` by micro-batch and passes it to loss_fn
+            options = {"target": torch.full((count,), scale), "losses": losses}
+        schedule = self.schedules[count]
+        compute = schedule.step if train else schedule.eval
+        compute(*inputs, batch=rows, return_outputs=False, **options)
         return sum(loss.item() for loss in losses) / scale
 
     def gradients(self) -> list[Tensor]:
-        """This rank's part of every gradient."""
+        """This rank's shard of every gradient."""
         return [local_shard(p.grad) for p in self.parameters.values() if p.grad is not None]
 
     def complete(self) -> None:
-        """Adds what a backward leaves on other ranks. A norm saw this rank's tokens alone (tensor
-        parallelism); a tied embedding is used on the first and on the last stage."""
+        """Adds the parts of gradients that other ranks computed. With tensor parallelism the weight
+        of a norm meets this rank's tokens alone; in a pipeline a tied embedding has a gradient on
+        the first stage, from the input, and one on the last, from the output."""
         if self.layout.tp > 1:
             norms = [grad for grad in self.gradients() if grad.dim() == 1]
-            whole = torch.cat(norms)
-            dist.all_reduce(whole, group=self.mesh.get_group("tp"))
-            torch._foreach_copy_(norms, whole.split([len(norm) for norm in norms]))
-        ends = self.stage.first or self.stage.last
-        if self.layout.pp > 1 and ends and self.config.tie_embeddings:
-            mine = local_shard(self.stage.tok_embeddings.weight.grad)
+            sums = torch.cat(norms)
+            dist.all_reduce(sums, group=self.mesh.get_group("tp"))
+            torch._foreach_copy_(norms, sums.split([len(norm) for norm in norms]))
+        embedding = self.stage.tok_embeddings
+        if self.layout.pp > 1 and self.config.tie_embeddings and embedding is not None:
+            mine = local_shard(embedding.weight.grad)
             theirs = torch.empty_like(mine)
             peer = self.layout.pp - 1 if self.stage.first else 0
             swap = partial(dist.P2POp, group=self.mesh.get_group("pp"), group_peer=peer)
@@ -1101,16 +1161,15 @@ class Engine:
             mine += theirs
 
     def squared_norm(self) -> float:
-        """This rank's share of the squared norm of the gradient: a part that several ranks hold,
-        of all weights the replicas and of a norm the tensor parallel ranks, is divided among them.
-        """
-        norms, copies = [], []
+        """This rank's share of the gradient's squared norm; all shares add up to it. Ranks with
+        copies divide by their number: replicas for all weights, tensor parallel ranks for norms."""
+        grads, copies = [], []
         for name, p in self.parameters.items():
-            tied = name == "tok_embeddings.weight" and not self.stage.first  # the first one's again
-            if p.grad is not None and not tied:
-                norms.append(local_shard(p.grad))
+            counted = name == "tok_embeddings.weight" and not self.stage.first  # on the first stage
+            if p.grad is not None and not counted:
+                grads.append(local_shard(p.grad))
                 copies.append(self.layout.replicas * self.layout.tp ** (p.dim() == 1))
-        squares = torch.stack(torch._foreach_norm(norms)).double().square().cpu()
+        squares = torch.stack(torch._foreach_norm(grads)).double().square().cpu()
         return (squares / torch.tensor(copies)).sum().item()
 
     def add_up(self, *shares: float) -> list[float]:
@@ -1124,11 +1183,9 @@ class Engine:
 
 def train_step(engine: Engine, optimizer, batch: dict[str, Tensor], objective: Objective,
                lr: float, clip: float, flag: float = 0) -> tuple[float, float, float]:
-    """One step: (loss, norm of the gradient, sum of all ranks' flags).
-
-    The gradient is that of the mean over all targets, scaled to norm `clip` if it is longer.
-    If loss or norm is not finite, on whichever rank, the weights stay as they are on all.
-    """
+    """One step: (loss, norm of the gradient, sum of all ranks' flags, which tells all ranks if one
+    shall stop). The loss is the mean over the batch's targets; a gradient with a norm over `clip`
+    is scaled down to it. If loss or norm is not finite, no rank changes its weights."""
     share = engine.loss(batch, objective, train=True)
     loss, square, flags = engine.add_up(share, engine.squared_norm(), flag)
     norm = math.sqrt(square)
@@ -1143,9 +1200,8 @@ def train_step(engine: Engine, optimizer, batch: dict[str, Tensor], objective: O
 
 
 def evaluate(engine: Engine, batches: Batches, limit: int) -> tuple[float, float]:
-    """About `limit` tokens of held-out text: (mean negative log-likelihood a token in nats, bits
-    per byte)."""
-    windows, size = batches.held_out(limit)
+    """The held-out loss on about `limit` tokens: (nats a token, bits per byte)."""
+    windows, text_bytes = batches.held_out(limit)
     share, tokens = 0.0, 0
     for rows in windows.split(batches.rows):
         batch = next_tokens(rows, batches.bos_id)
@@ -1153,19 +1209,19 @@ def evaluate(engine: Engine, batches: Batches, limit: int) -> tuple[float, float
         share += count * engine.loss(batch, pretrain, train=False)
         tokens += count
     nll, = engine.add_up(share)
-    return nll / tokens, nll / math.log(2) / size
+    return nll / tokens, nll / math.log(2) / text_bytes
 
 
 # ---------------------------------------------------------------------------------------------
-# The run: its settings, and the folder that it goes on from
+# The run: its settings, and the folder that keeps them
 
 
 @dataclass(frozen=True)
 class Run:
-    """Every setting of a run, resolved. run.json holds them all, config and recipe by field."""
+    """Every setting of a run. run.json holds them all, config and recipe by field."""
     size: str
     config: LlamaConfig
-    recipe: Recipe               # without gaps
+    recipe: Recipe               # with every field filled
     data: list[tuple[str, float | None]]  # path, weight
     mixture: list[str] | None
     tokenizer: str | None        # None: one is trained
@@ -1177,17 +1233,17 @@ class Run:
     compile: bool
     out: Path
     fresh: bool
-    minutes: float | None        # what sets the steps, if anything does
-    steps: int | None            # None until the speed is known
+    minutes: float | None        # None: --steps or the recipe sets the steps
+    steps: int | None            # None until the speed is measured, with minutes
     eval_every: int | None       # None: a tenth of the steps, at most 1000
     save_every: int | None       # None: as eval_every
     layout: Layout
     device: str
-    local_size: int              # processes of this machine
-    micro_batch: int | None      # None until it is known what the memory holds,
-    roomy: bool = False          # and whether freed memory may be kept
-    threads: int | None = None   # torch's; None where many processes share the cores
-    sources: list[dict] | None = None  # facts of the token shards, when they are there
+    local_size: int              # processes on this machine
+    micro_batch: int | None      # None until `fit` finds what the memory holds
+    roomy: bool = False          # see `fit`
+    threads: int | None = None   # torch's; None where several processes share the cores
+    sources: list[dict] | None = None  # from prepare_data; None until the token shards are made
     code: int = zlib.crc32(Path(__file__).with_name("llama.py").read_bytes())
 
     @property
@@ -1196,20 +1252,20 @@ class Run:
         return self.recipe.batch_tokens // self.seq_len
 
 
-# What a resumed run must match.
+# Settings that change the result: a resumed run must have the same.
 MUST_MATCH = ("size", *LlamaConfig.__dataclass_fields__, *Recipe.__dataclass_fields__, "data",
               "mixture", "tokenizer", "seq_len", "seed", "dtype", "attention", "backward",
               "compile")
 
 
 def setting(text: str) -> tuple[str, object]:
-    """A type for argparse: FIELD=VALUE as (field, value)."""
+    """A type for argparse: FIELD=VALUE as (field, value); the value as in JSON, or none."""
     name, _, value = text.partition("=")
     return name, json.loads(value.lower().replace("none", "null"))
 
 
 def shape_of(args) -> tuple[LlamaConfig, Recipe]:
-    """The size's shape and recipe, with the changes that were asked for."""
+    """The config and recipe of --size, with the changes that other options ask for."""
     if args.size not in SIZES:
         raise ValueError(f"there is no size {args.size!r}; try one of {', '.join(SIZES)}")
     config, recipe = SIZES[args.size]
@@ -1225,28 +1281,30 @@ def shape_of(args) -> tuple[LlamaConfig, Recipe]:
     return LlamaConfig.from_dict(changes), recipe
 
 
-def resolve(args, device: str, size: int, local_size: int) -> Run:
-    """All settings of a run of `size` processes; ValueError for what cannot be."""
+def resolve(args, device: str, world_size: int, local_size: int) -> Run:
+    """All settings of a run, from the command line; ValueError for what cannot be."""
     config, recipe = shape_of(args)
-    most = min(config.max_seq_len, recipe.batch_tokens)
+    longest = min(config.max_seq_len, recipe.batch_tokens)
     settings = {name: value for name, value in vars(args).items()
                 if name in Run.__dataclass_fields__}
-    seq_len = args.seq_len or most
-    if seq_len > most:
+    seq_len = args.seq_len or longest
+    if seq_len > longest:
         raise ValueError(f"--seq-len {seq_len} is over the context, {config.max_seq_len}, or the "
                          f"batch, {recipe.batch_tokens}; try --set max_seq_len=N")
     if args.dtype == "auto" and args.plan:
         settings["dtype"] = faster_dtype(device) if args.gpu == "cpu" else "bf16"
-    if args.compile and (args.tp or recipe.document_mask and device == "cpu"):
+    new_shapes = recipe.document_mask and device == "cpu"
+    if args.compile and (args.tp > 1 or new_shapes):
         raise ValueError("--compile cannot see through the exchanges of --tp, and on a CPU would "
                          "compile anew for every document; try --no-document-mask, or without it")
-    layout = arrange(config, recipe.batch_tokens // seq_len, seq_len, size, local_size, args.dp,
-                     args.tp, args.pp)
-    if args.size == "tiny" and not (args.steps or args.minutes):
-        settings["minutes"] = TINY_MINUTES
-    elif not (args.steps or args.minutes):
-        settings["steps"] = math.ceil(recipe.train_tokens / recipe.batch_tokens)
-    if size == 1:
+    layout = arrange(config, recipe.batch_tokens // seq_len, seq_len, world_size, local_size,
+                     args.dp, args.tp, args.pp)
+    if not args.steps and not args.minutes:
+        if args.size == "tiny":
+            settings["minutes"] = TINY_MINUTES
+        else:
+            settings["steps"] = math.ceil(recipe.train_tokens / recipe.batch_tokens)
+    if world_size == 1:
         settings["threads"] = torch.get_num_threads()
     settings["out"] = Path(args.out or f"runs/{args.size}")
     return Run(**settings | {"config": config, "recipe": recipe, "seq_len": seq_len,
@@ -1254,25 +1312,25 @@ def resolve(args, device: str, size: int, local_size: int) -> Run:
 
 
 def settings_of(run: Run) -> dict:
-    """What run.json holds."""
+    """The content of run.json."""
     values = asdict(run)
     values = {**values.pop("config"), **values.pop("recipe"), **values}
     return json.loads(json.dumps(values, default=str))
 
 
-def go_on(run: Run, old: dict) -> Run:
-    """The run with what run.json kept; ValueError where a setting must be what it was."""
+def resume(run: Run, old: dict) -> Run:
+    """The run with what `old`, its run.json, keeps; ValueError if it would give another result."""
     if run.dtype == "auto":
         run = replace(run, dtype=old.get("dtype", "auto"))
     new = settings_of(run)
     for name in MUST_MATCH:
-        if old.get(name, new[name]) != new[name]:  # a run may be of before a setting existed
+        if old.get(name, new[name]) != new[name]:  # an older run.json may lack a newer setting
             raise ValueError(f"{run.out} was trained with {name}={old[name]}; "
                              "try --out DIR or --fresh")
     if old.get("code") != run.code:
         print_rank0("warning: llama.py is not what this run began with; its losses may differ")
     kept = {"sources": old["sources"]}
-    if run.steps is None and old.get("minutes") == run.minutes:  # the clock sets them once
+    if run.steps is None and old.get("minutes") == run.minutes:  # --minutes sets them once
         kept["steps"] = old.get("steps")
     if run.micro_batch is None and old.get("layout") == new["layout"]:
         kept["micro_batch"] = old.get("micro_batch")
@@ -1283,8 +1341,8 @@ def go_on(run: Run, old: dict) -> Run:
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Locks a run's folder, as long as this process lives at most: the system unlocks it even when
-    the process is killed. ValueError if another process holds the lock."""
+    """Locks a run's folder; ValueError if another process holds the lock. The system unlocks it
+    when this process ends, even if it is killed."""
     with open(folder / "lock", "a") as file:
         try:
             if sys.platform == "win32":
@@ -1299,17 +1357,17 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def open_run(run: Run, held: contextlib.ExitStack) -> Run:
-    """Makes the run's folder, or opens it: the run with what it kept, with its text prepared. The
-    folder is locked until `held` is closed."""
+def open_run(run: Run, locks: contextlib.ExitStack) -> Run:
+    """Makes the run's folder and prepares its text, or resumes what the folder holds. The lock is
+    left to `locks`, so that the caller keeps it until the run ends."""
     file, old = run.out / "run.json", {}
     if not file.exists() and run.out.exists() and set(os.listdir(run.out)) - {"lock"}:
         raise ValueError(f"{run.out} holds files that are no run's; try another --out")
     run.out.mkdir(parents=True, exist_ok=True)
-    if "PARENT_PID" not in os.environ:  # else the parent has locked it
-        held.enter_context(sole_writer(run.out))
-    if file.exists() and run.fresh:  # only of a run of ours is anything removed
-        data_sources(run)  # a mistake there, or in memory, is said before
+    if "PARENT_PID" not in os.environ:  # else `start` has locked it
+        locks.enter_context(sole_writer(run.out))
+    if file.exists() and run.fresh:  # a folder without run.json is not ours to empty
+        data_sources(run)  # a mistake in --data, or too little memory, is found before
         fit(run)
         for folder in ("state", "tokens"):
             shutil.rmtree(run.out / folder, ignore_errors=True)
@@ -1322,7 +1380,9 @@ def open_run(run: Run, held: contextlib.ExitStack) -> Run:
         except ValueError:
             raise ValueError(f"{file} is damaged; try --fresh to start over, or another --out"
                              ) from None
-    run = fit(go_on(run, old) if old.get("sources") else run)
+    if old.get("sources"):
+        run = resume(run, old)
+    run = fit(run)
     write_json(file, settings_of(run))
     if not run.sources:
         run = replace(run, sources=prepare_data(run))
@@ -1331,34 +1391,36 @@ def open_run(run: Run, held: contextlib.ExitStack) -> Run:
 
 
 # ---------------------------------------------------------------------------------------------
-# What a run does, and the line that shows it
+# What a run does, and its log
 
 
 def utilisation(run: Run, tokens_per_s: float, peak: float | None) -> float | None:
-    """MFU: FLOP/s that the model needs, of the peak of all devices; None where that is unknown."""
+    """MFU: the model's FLOP/s / the peak FLOP/s of all devices; None where that is unknown."""
     flops = tokens_per_s * flops_per_token(run.config, run.seq_len)
     return peak and flops / (peak * run.layout.size)
 
 
 def timed_steps(run: Run, engine: Engine, count: int) -> tuple[float, float]:
-    """Median seconds of `count` steps on random tokens, after two untimed ones; the last loss."""
-    optimizer, times = make_optimizer(engine.parameters, run.recipe), []
+    """(median seconds of `count` steps on random tokens after two that warm up, the last loss)."""
+    recipe, times = run.recipe, []
+    optimizer = make_optimizer(engine.parameters, recipe)
     random, shape = torch.Generator().manual_seed(0), (run.rows, run.seq_len + 1)
     for _ in range(count + 2):
         tokens = torch.randint(run.config.vocab_size, shape, generator=random)
-        batch = next_tokens(tokens, 1 if run.recipe.document_mask else None)
+        batch = next_tokens(tokens, 1 if recipe.document_mask else None)
         begin = time.perf_counter()
-        loss, _, _ = train_step(engine, optimizer, batch, pretrain, run.recipe.lr, run.recipe.clip)
+        loss, _, _ = train_step(engine, optimizer, batch, pretrain, recipe.lr, recipe.clip)
         times.append(time.perf_counter() - begin)
-    seconds, = engine.add_up(statistics.median(times[2:]))
-    return seconds / run.layout.size, loss
+    total, = engine.add_up(statistics.median(times[2:]))
+    return total / run.layout.size, loss
 
 
 def bench(run: Run, count: int) -> dict:
     """What --bench prints: the speed of `count` steps and the memory that they took."""
     peak = matmul_flops(run.device, DTYPES[run.dtype])
     step_s, loss = timed_steps(run, Engine(run), count)
-    speed, rss = run.rows * run.seq_len / step_s, None
+    speed = run.rows * run.seq_len / step_s  # tokens a second
+    rss = None
     if sys.platform != "win32":
         import resource
         unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
@@ -1370,10 +1432,10 @@ def bench(run: Run, count: int) -> dict:
 
 
 def steps_in_time(run: Run, engine: Engine, began: float) -> int:
-    """How many steps --minutes allow at the measured speed, less a ninth for evaluations and five
-    seconds for the sample. began: when the process did, by time.perf_counter."""
+    """How many steps fit into --minutes at the measured speed, 12 % of them left to evaluations and
+    5 seconds to the sample. began: when the process started, by time.perf_counter."""
     step_s, _ = timed_steps(run, engine, 5)
-    count = max(5, int(1.2 * run.minutes / step_s))  # a fiftieth of the time, to be sure of it
+    count = max(5, int(1.2 * run.minutes / step_s))  # measured again in a fiftieth of the time
     step_s, _ = timed_steps(run, engine, count)
     engine.stage.init_weights(run.seed)
     passed, = engine.add_up(time.perf_counter() - began)
@@ -1383,54 +1445,58 @@ def steps_in_time(run: Run, engine: Engine, began: float) -> int:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands; saved with each state."""
+    """How far a run is; saved with each state."""
     step: int = 0
     skipped: int = 0       # steps whose loss or gradient was not finite
-    useful_s: float = 0.0  # seconds of the others
+    useful_s: float = 0.0  # seconds that all other steps took
 
 
 class Log:
-    """log.jsonl, one object a line, and the line that shows progress; rank 0 has one."""
+    """Writes log.jsonl, one object a line, and shows progress on stderr. Rank 0 alone has one."""
 
     def __init__(self, run: Run, engine: Engine, began: float, step: int):
-        """Goes on from `step`: later lines, and torn ones, are cut off. began: when the process
-        did, by time.perf_counter."""
-        self.run, self.path, self.rows, self.times = run, run.out / "log.jsonl", [], []
-        self.shown, self.held_out, before = 0.0, math.nan, 0.0
+        """Keeps the lines of an earlier process up to `step`, as training resumes there. began:
+        when this process started, by time.perf_counter."""
+        self.run, self.path = run, run.out / "log.jsonl"
+        self.rows, self.times = [], []  # of log.jsonl; seconds of this process's steps
+        self.shown_at, self.held_out = 0.0, math.nan  # time.monotonic; bits per byte
         self.peak = matmul_flops(run.device, DTYPES[run.dtype])
-        held = sum(local_shard(p).numel() for p in engine.parameters.values())
-        self.fixed = {"world": run.layout.size, "rank_params": held,
+        params = sum(local_shard(p).numel() for p in engine.parameters.values())
+        self.fixed = {"world": run.layout.size, "rank_params": params,
                       "rank_tokens": -(-run.rows // run.layout.dp) * run.seq_len}
+        elapsed_before = 0.0
         self.path.touch()
         for line in self.path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short
                 row = json.loads(line)
-                before = max(before, row["elapsed_s"])
+                elapsed_before = max(elapsed_before, row["elapsed_s"])
                 if row["step"] <= step:
                     self.rows.append(row)
-        self.began = began - before
+        self.began = began - elapsed_before
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_aside(self.path, lambda file: file.write(text.encode()))
         if 0 < step < run.steps:
             self.add({"event": "resume", "step": step, "elapsed_s": self.elapsed()})
 
     def elapsed(self) -> float:
-        """Seconds that the run took up to now, those of lost steps too; not while it was down."""
+        """Seconds that the run's processes have run, steps that were lost included."""
         return round(time.perf_counter() - self.began, 3)
 
     def add(self, row: dict) -> None:
+        """Appends a line to log.jsonl."""
         self.rows.append(row)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def add_step(self, progress: Progress, seconds: float, figures: dict) -> None:
-        """Notes and shows a step that took so many seconds; figures: its loss, lr and the like."""
-        run, step, elapsed, noted = self.run, progress.step, self.elapsed(), {}
-        for name, value in figures.items():  # JSON has no number that is not finite
-            noted[name] = value if math.isfinite(value) else None
+        """Logs and shows a step that took so many seconds; figures: its loss, lr and so on."""
+        run, step, elapsed = self.run, progress.step, self.elapsed()
+        finite = {}
+        for name, value in figures.items():  # JSON has no infinity
+            finite[name] = value if math.isfinite(value) else None
         tokens = run.rows * run.seq_len
         mfu = utilisation(run, tokens / seconds, self.peak)
-        self.add({"step": step, "tokens": step * tokens, **noted, "mfu": mfu, **self.fixed,
+        self.add({"step": step, "tokens": step * tokens, **finite, "mfu": mfu, **self.fixed,
                   "tokens_per_s": round(tokens / seconds, 1), "skipped": progress.skipped,
                   "elapsed_s": elapsed, "useful": round(progress.useful_s / elapsed, 3)})
         self.times.append(seconds)
@@ -1442,28 +1508,30 @@ class Log:
                   f"{progress.skipped} skipped", step == run.steps)
 
     def show(self, text: str, last: bool) -> None:
-        """On a terminal every step, in one line; else a line every ten seconds."""
+        """On a terminal overwrites one line at every step; elsewhere a line every ten seconds."""
         if sys.stderr.isatty():
             print(f"\r{text:110}", end="\n" * last, file=sys.stderr, flush=True)
-        elif last or time.monotonic() - self.shown > 10:
-            self.shown = time.monotonic()
+        elif last or time.monotonic() - self.shown_at > 10:
+            self.shown_at = time.monotonic()
             print_rank0(text)
 
 
 def draw_loss(rows: list[dict], path: Path, title: str) -> None:
     """Training loss against tokens, as in the paper's Figure 1, with the held-out loss as dots. The
-    line has up to 500 points, each the mean of a stretch; the steep first fiftieth is left out."""
+    line has up to 500 points, each the mean of as many rows; without the steep first 2 %."""
     rows = [row for row in rows if row.get("loss") is not None]
-    held = [(row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss")]
-    rows, line = rows[len(rows) // 50:], []
-    stretch = -(-len(rows) // 500)
-    while len(line) * stretch < len(rows):
-        part = rows[len(line) * stretch:][:stretch]
-        line.append((part[-1]["tokens"], statistics.fmean(row["loss"] for row in part)))
-    if not line:
+    if not rows:
         return
-    values, end = [loss for _, loss in line + held], line[-1][0]
-    low, high = math.floor(10 * min(values)) / 10, math.ceil(10 * max(values) + 0.01) / 10
+    held_out = [(row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss")]
+    rows = rows[len(rows) // 50:]
+    width = -(-len(rows) // 500)
+    line = []
+    for i in range(0, len(rows), width):
+        part = rows[i:i + width]
+        line.append((part[-1]["tokens"], statistics.fmean(row["loss"] for row in part)))
+    losses = [loss for _, loss in line + held_out]
+    low, high = math.floor(10 * min(losses)) / 10, math.ceil(10 * max(losses) + 0.01) / 10
+    end = line[-1][0]
 
     def at(tokens: float, loss: float) -> str:
         return f"{70 + 550 * tokens / end:.1f} {350 - 300 * (loss - low) / (high - low):.1f}"
@@ -1472,21 +1540,21 @@ def draw_loss(rows: list[dict], path: Path, title: str) -> None:
            'font-family="sans-serif" text-anchor="middle"><rect width="640" height="400" '
            f'fill="white"/><text x="345" y="28">{title}</text><text x="345" y="392">tokens</text>'
            '<text transform="translate(18 200) rotate(-90)">loss (nats a token)</text>']
-    for i in range(5):  # lines and numbers to read values from
+    for i in range(5):  # the grid and its numbers
         loss, tokens = low + i * (high - low) / 4, i * end / 4
         svg += [f'<path d="M{at(0, loss)}h550" stroke="#ddd"/>',
                 f'<text transform="translate({at(0, loss)})" x="-22" y="4">{loss:.2f}</text>',
                 f'<text transform="translate({at(tokens, low)})" y="20">{tokens:,.0f}</text>']
     points = " ".join(at(*point) for point in line)
     svg.append(f'<polyline points="{points}" fill="none" stroke="#1f77b4" stroke-width="1.6"/>')
-    for point in held:
+    for point in held_out:
         svg.append(f'<circle transform="translate({at(*point)})" r="3.5" fill="#d62728"/>')
     text = "\n".join(svg) + "</svg>\n"
     write_aside(path, lambda file: file.write(text.encode()))
 
 
 def train_run(run: Run, engine: Engine, batches: Batches, began: float, rank: int) -> None:
-    """From the newest good state to the last step."""
+    """Trains from the newest good state to the last step, and then exports the weights."""
     recipe = replace(run.recipe, warmup=min(run.recipe.warmup, run.steps // 10))
     eval_every = run.eval_every or max(1, min(1000, run.steps // 10))
     save_every, folder = run.save_every or eval_every, run.out / "state"
@@ -1495,44 +1563,48 @@ def train_run(run: Run, engine: Engine, batches: Batches, began: float, rank: in
     progress = Progress(**(load_state(folder, tensors) or {}))
     log = Log(run, engine, began, progress.step) if rank == 0 else None
     stopper, group, saving = Stopper(), patient_group(), None
-    bad, stops, done = 0, 0, progress.step >= run.steps
+    bad_steps = stop = 0
+    done = progress.step >= run.steps
     if done:
         print_rank0(f"{run.out} is finished at step {progress.step}; --steps N goes on, --fresh "
                     "starts over")
-    while not (done or stops):
+    while not done and not stop:
         begin = time.perf_counter()
         lr = learning_rate(progress.step, run.steps, recipe)
-        loss, norm, stops = train_step(engine, optimizer, batches.step(progress.step), pretrain,
-                                       lr, recipe.clip, stopper.signal)
-        seconds, finite = time.perf_counter() - begin, math.isfinite(loss + norm)
-        bad = 0 if finite else bad + 1
+        loss, norm, stop = train_step(engine, optimizer, batches.step(progress.step), pretrain,
+                                      lr, recipe.clip, stopper.signal)
+        seconds = time.perf_counter() - begin
+        finite = math.isfinite(loss + norm)
+        bad_steps = 0 if finite else bad_steps + 1
         progress = Progress(progress.step + 1, progress.skipped + (not finite),
                             progress.useful_s + seconds * finite)
-        done, figures = progress.step == run.steps, {"loss": loss, "lr": lr, "grad_norm": norm}
+        done = progress.step == run.steps
+        figures = {"loss": loss, "lr": lr, "grad_norm": norm}
         if done or progress.step % eval_every == 0:
-            # A held-out token costs a third of one that is trained on: the last evaluation takes
-            # up to a thirtieth of the time, and those on the way together as much.
+            # A held-out token costs a third of one that is trained on. So a tenth of the tokens
+            # takes 3 % of the time: in the last evaluation, and in the ten before together.
             tenth = run.steps * run.rows * run.seq_len // 10
             limit = min(FINAL_EVAL_TOKENS, tenth) if done else min(EVAL_TOKENS, tenth // 10)
             figures["val_loss"], figures["val_bpb"] = evaluate(engine, batches, limit)
         if log:
             log.add_step(progress, seconds, figures)
-        if bad == BAD_STEPS:
-            raise ValueError(f"{bad} steps in a row had a loss or gradient that is not finite; the "
-                             f"last good state in {folder} is kept; try a lower --lr")
-        if done or stops or finite and progress.step % save_every == 0:
+        if bad_steps == BAD_STEPS:
+            raise ValueError(f"{BAD_STEPS} steps in a row had a loss or gradient that is not "
+                             f"finite; the last good state in {folder} is kept; try a lower --lr")
+        save = finite and progress.step % save_every == 0
+        if save or done or stop:
             replicas_agree(engine.parameters)
             saving = save_state(folder, tensors, asdict(progress), group, saving)
     if saving:
         saving.result()
-    if stops:
+    if stop:  # by a signal to this rank, or to another
         sys.exit(128 + (stopper.signal or signal.SIGTERM))
     stopper.close()
     together(partial(finish, run, progress, log))
 
 
 def finish(run: Run, progress: Progress, log: Log) -> None:
-    """The weights in Meta's layout, and the picture."""
+    """Exports the weights in Meta's format and draws the loss."""
     export_state(run.out / "state" / f"step-{progress.step:09d}", run.config, run.out)
     draw_loss(log.rows, run.out / "loss.svg", f"{run.size}, {run.config.n_params:,} parameters")
     elapsed = log.elapsed()
@@ -1541,7 +1613,7 @@ def finish(run: Run, progress: Progress, log: Log) -> None:
 
 
 def announce(run: Run, batches: Batches) -> None:
-    """Says what is trained, and on what."""
+    """Prints the settings of the run that matter most, and its texts."""
     _, assumed = SIZES[run.size][1].filled()
     if assumed:
         print_rank0(f"never published, so from Llama 2 unless given here: {', '.join(assumed)}")
@@ -1557,7 +1629,7 @@ def announce(run: Run, batches: Batches) -> None:
 
 
 def sample(run: Run, tokenizer: Tokenizer) -> None:
-    """Prints what the trained model writes, if this machine holds it whole."""
+    """Prints what the trained model writes, if the whole model fits into this device."""
     dtype = DTYPES[run.dtype]
     if run.config.n_params * dtype.itemsize < 0.8 * memory_there(run.device):
         model = load(run.out, run.device, dtype)
@@ -1571,8 +1643,8 @@ def sample(run: Run, tokenizer: Tokenizer) -> None:
 
 
 def parser() -> Parser:
+    """The command line. Options that are fields of Run have their names."""
     p = Parser(prog="train.py", description="Trains a Llama from text: tokenizer, weights, sample.")
-
     several = {"nargs": "+", "default": [], "action": "extend"}
 
     def number(group, flag: str, text: str, kind: type = int, **options) -> None:
@@ -1617,17 +1689,18 @@ def parser() -> Parser:
     number(g, "--save-every", "steps between states")
     number(g, "--bench", "no run: the speed of N steps")
     g = p.add_argument_group("many devices")
-    g.add_argument("--dp", choices=("none", "ddp", "fsdp", "hybrid"), help="ddp repeats the model, "
-                   "fsdp (default) splits it over all ranks, hybrid over those of a machine")
-    number(g, "--tp", "ranks of one machine that share each layer, and its tokens in between")
-    number(g, "--pp", "ranks that the layers are split over")
+    g.add_argument("--dp", choices=("none", "ddp", "fsdp", "hybrid"), default="fsdp",
+                   help="ddp repeats the model, fsdp (default) splits it over all ranks, hybrid "
+                   "over those of a machine")
+    number(g, "--tp", "ranks of one machine that share each layer and its tokens", default=1)
+    number(g, "--pp", "ranks that the layers are split over", default=1)
     number(g, "--nproc", "processes on this machine (default: its GPUs, else 1); one that dies is "
            "started again; not under torchrun")
     number(g, "--timeout", "a rank for which others wait X seconds hangs: all start again "
            "(default: %(default)s)", float, default=1800)
     g = p.add_argument_group("plan")
     g.add_argument("--plan", action="store_true", help="no run: what it would take")
-    number(g, "--gpus", "default: %(default)s", default=NODE)
+    number(g, "--gpus", "default: %(default)s", default=GPUS_PER_NODE)
     g.add_argument("--gpu", choices=(*GPUS, "cpu"), default="H100", help="default: %(default)s; "
                    "cpu: machines like this one")
     number(g, "--mfu", "of the whole step, as measured", float)
@@ -1635,10 +1708,11 @@ def parser() -> Parser:
     return p
 
 
-def train_rank(args, device: str, world: World, began: float, held: contextlib.ExitStack) -> None:
-    """What one process does. began: when it did, by time.perf_counter. held: see open_run."""
+def train_rank(args, device: str, world: World, began: float, locks: contextlib.ExitStack) -> None:
+    """One process of a run. began: when it started, by time.perf_counter. locks: see open_run."""
     run = resolve(args, device, world.size, world.local_size)
-    run = together(partial(fit, run) if args.bench else partial(open_run, run, held))
+    begin = partial(fit, run) if args.bench else partial(open_run, run, locks)
+    run = together(begin)  # rank 0 alone measures and prepares
     if run.roomy:
         keep_freed_memory()
     if args.bench:
@@ -1663,15 +1737,17 @@ def train_rank(args, device: str, world: World, began: float, held: contextlib.E
 
 
 def main(argv: list[str]) -> int | None:
+    """Plans, or trains in this process, or starts one process for each GPU."""
     began, device, args = time.perf_counter(), best_device(), parser().parse_args(argv)
     if args.json and not args.plan:
         raise ValueError("--json is for --plan; try it without")
     if args.plan:
-        run = resolve(args, device, args.gpus, min(args.gpus, NODE))
-        found = plan(run, args.gpu, args.mfu)
-        print(json.dumps(found) if args.json else plan_text(found))
+        run = resolve(args, device, args.gpus, min(args.gpus, GPUS_PER_NODE))
+        planned = plan(run, args.gpu, args.mfu)
+        print(json.dumps(planned) if args.json else plan_text(planned))
         return None
-    is_rank, gpus = "RANK" in os.environ, torch.cuda.device_count()  # of torchrun, or of `start`
+    is_rank = "RANK" in os.environ  # started by torchrun, or by `start`
+    gpus = torch.cuda.device_count()
     n = 1 if is_rank else args.nproc or max(1, gpus)
     if n > 1 and 0 < gpus < n:
         raise ValueError(f"--nproc {n} needs as many GPUs, and here are {gpus}; try --nproc {gpus}")
@@ -1679,18 +1755,18 @@ def main(argv: list[str]) -> int | None:
         raise ValueError("a run that torchrun starts again, because of a node that came or went, "
                          "would be lost; try without --fresh, or another --out")
     if device == "mps" and (is_rank or n > 1):
-        device = "cpu"  # which many processes can share
-    if n == 1:
-        if not is_rank:
-            leave_busy_cores()
-        with join(device, args.timeout) as world, contextlib.ExitStack() as held:
-            train_rank(args, device, world, began, held)
-        return None
-    with contextlib.ExitStack() as held:
-        # Mistakes are said, and the text is prepared, before there are ranks.
+        device = "cpu"  # several processes cannot share Apple's GPU
+    with contextlib.ExitStack() as locks:
+        if n == 1:
+            if not is_rank:
+                leave_busy_cores()
+            with join(device, args.timeout) as world:
+                train_rank(args, device, world, began, locks)
+            return None
+        # Mistakes are reported, and the text is prepared, once, before there are ranks.
         run = resolve(args, device, n, n)
         if not args.bench:
-            open_run(run, held)
+            open_run(run, locks)
         rest = [word for word in argv if word != "--fresh"]
         return start(n, [sys.executable, __file__, *rest], run.out / "state")
 
