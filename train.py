@@ -811,11 +811,13 @@ def join(device: str, timeout: float) -> Iterator[World]:
     try:
         yield world
         dist.destroy_process_group()
-    except Exception as error:
-        # A user's mistake raises on all ranks, and rank 0 prints it. Other errors may follow from
-        # another rank's death. These ranks wait to be killed by the launcher: one cause is printed.
-        if world.rank > 0 or not isinstance(error, (ValueError, OSError)):
+    except (ValueError, OSError):  # a user's mistake: all ranks raise it, rank 0 prints it
+        if world.rank > 0:
             time.sleep(5)
+        dist.destroy_process_group()  # gloo's threads may not outlive Python
+        raise
+    except Exception:  # perhaps another rank died; its launcher, which names it, then kills this one
+        time.sleep(5)
         raise
 
 
