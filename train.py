@@ -1570,7 +1570,7 @@ def train_run(run: Run, engine: Engine, batches: Batches, began: float, rank: in
     if done:
         print_rank0(f"{run.out} is finished at step {progress.step}; --steps N goes on, --fresh "
                     "starts over")
-    while not done and not stop:
+    while not done and not stop and bad_steps < BAD_STEPS:
         begin = time.perf_counter()
         lr = learning_rate(progress.step, run.steps, recipe)
         loss, norm, stop = train_step(engine, optimizer, batches.step(progress.step), pretrain,
@@ -1590,15 +1590,15 @@ def train_run(run: Run, engine: Engine, batches: Batches, began: float, rank: in
             figures["val_loss"], figures["val_bpb"] = evaluate(engine, batches, limit)
         if log:
             log.add_step(progress, seconds, figures)
-        if bad_steps == BAD_STEPS:
-            raise ValueError(f"{BAD_STEPS} steps in a row had a loss or gradient that is not "
-                             f"finite; the last good state in {folder} is kept; try a lower --lr")
         save = finite and progress.step % save_every == 0
         if save or done or stop:
             replicas_agree(engine.parameters)
             saving = save_state(folder, tensors, asdict(progress), group, saving)
     if saving:
         saving.result()
+    if bad_steps == BAD_STEPS:
+        raise ValueError(f"{BAD_STEPS} steps in a row had a loss or gradient that is not finite; "
+                         f"the last good state in {folder} is kept; try a lower --lr")
     if stop:  # by a signal to this rank, or to another
         sys.exit(128 + (stopper.signal or signal.SIGTERM))
     stopper.close()
