@@ -816,7 +816,7 @@ def join(device: str, timeout: float) -> Iterator[World]:
             time.sleep(5)
         dist.destroy_process_group()  # gloo's threads may not outlive Python
         raise
-    except Exception:  # perhaps another rank died; its launcher, which names it, then kills this one
+    except Exception:  # perhaps a rank died; its launcher, which names it, then kills this one too
         time.sleep(5)
         raise
 
