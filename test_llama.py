@@ -2638,7 +2638,8 @@ class TestHuggingFace:
                            AddedToken("wor", single_word=True, normalized=False),
                            AddedToken("<b>", lstrip=True, rstrip=True, normalized=False)])
         ours = self.load(tmp_path, theirs.to_str().encode())
-        for text in ("a <l> b", "a  <r>  b", "a wor b word swor wor", " <b>\n <b> x", "<r> <l> wor_"):
+        for text in ("a <l> b", "a  <r>  b", "a wor b word swor wor", " <b>\n <b> x",
+                     "<r> <l> wor_"):
             ids = theirs.encode(text, add_special_tokens=False).ids
             assert ours.encode(text) == ids, text
 
@@ -4219,9 +4220,11 @@ class TestRun:
         assert settings == {*train.MUST_MATCH, *free}
 
     def test_fresh(self, text, whole_run, tmp_path):
-        with pytest.raises(ValueError, match="there is no nowhere"):
-            train.main(["--data", "nowhere", "--out", str(whole_run), "--fresh"])
-        assert losses(whole_run)
+        (tmp_path / "few").write_text("a few words")
+        for data, why in (("nowhere", "there is no nowhere"), (tmp_path / "few", "too little text")):
+            with pytest.raises(ValueError, match=why):
+                train.main(["--data", str(data), "--out", str(whole_run), "--fresh"])
+            assert losses(whole_run) and generate.load(whole_run).config.dim == 32
         shutil.copytree(whole_run, tmp_path / "r")
         train.main([*run_options(text, tmp_path / "r"), "--fresh", "--steps", "2", "--lr", "0.01"])
         assert len(losses(tmp_path / "r")) == 2

@@ -53,9 +53,9 @@ from generate import (DTYPES, Sampling, Weight, best_device, check_compiler, kee
                       leave_busy_cores, load, sample_texts, shapes, write_meta)
 from llama import (ATTENTION, BACKWARD, SIZES, Llama, LlamaConfig, Recipe, TensorParallel,
                    local_shard, logit_rows)
-from tokenizer import (Parser, Tokenizer, command, cores, documents, files_of, load_tokenizer,
-                       positive, prepare, read_json, standard_library, survey, train_sentencepiece,
-                       training_text, write_aside, write_json)
+from tokenizer import (Parser, Survey, Tokenizer, command, cores, documents, files_of,
+                       load_tokenizer, positive, prepare, read_json, standard_library, survey,
+                       train_sentencepiece, training_text, write_aside, write_json)
 
 TABLE_1 = {"commoncrawl": 67.0, "c4": 15.0, "github": 4.5, "wikipedia": 4.5, "books": 4.5,
            "arxiv": 2.5, "stackexchange": 2.0}  # sampling proportions in percent (LLaMA, Table 1)
@@ -191,9 +191,9 @@ def data_sources(run: "Run") -> list[tuple[str, float | None, Callable]]:
     return sources or [("the standard library", None, standard_library)]
 
 
-def prepare_data(run: "Run") -> list[dict]:
-    """Makes the run's tokenizer and token shards; returns what run.json keeps of each source."""
-    surveyed, texts, size, sources = [], [], 0, []
+def survey_data(run: "Run") -> list[tuple[str, float | None, Callable, Survey]]:
+    """data_sources with what was counted in each; names what is no text."""
+    surveyed = []
     for path, weight, reader in data_sources(run):
         print_rank0(f"reading {path}")
         counted = survey(reader)
@@ -201,6 +201,13 @@ def prepare_data(run: "Run") -> list[dict]:
             heading = f"passed over {len(counted.skipped)}:"
             print_rank0("\n  ".join([heading, *counted.skipped[:20]]))
         surveyed.append((path, weight, reader, counted))
+    return surveyed
+
+
+def prepare_data(run: "Run", surveyed: list[tuple]) -> list[dict]:
+    """Makes the run's tokenizer and token shards; returns what run.json keeps of each source."""
+    texts, size, sources = [], 0, []
+    for path, weight, reader, counted in surveyed:
         texts.append(training_text(reader, counted.chosen))
         size += counted.size
     if run.tokenizer:
@@ -1362,14 +1369,14 @@ def sole_writer(folder: Path) -> Iterator[None]:
 def open_run(run: Run, locks: contextlib.ExitStack) -> Run:
     """Makes the run's folder and prepares its text, or resumes what the folder holds. The lock is
     left to `locks`, so that the caller keeps it until the run ends."""
-    file, old = run.out / "run.json", {}
+    file, old, surveyed = run.out / "run.json", {}, None
     if not file.exists() and run.out.exists() and set(os.listdir(run.out)) - {"lock"}:
         raise ValueError(f"{run.out} holds files that are no run's; try another --out")
     run.out.mkdir(parents=True, exist_ok=True)
     if "PARENT_PID" not in os.environ:  # else `start` has locked it
         locks.enter_context(sole_writer(run.out))
     if file.exists() and run.fresh:  # a folder without run.json is not ours to empty
-        data_sources(run)  # a mistake in --data, or too little memory, is found before
+        surveyed = survey_data(run)  # a mistake in --data, or too little memory, is found before
         fit(run)
         for folder in ("state", "tokens"):
             shutil.rmtree(run.out / folder, ignore_errors=True)
@@ -1387,7 +1394,7 @@ def open_run(run: Run, locks: contextlib.ExitStack) -> Run:
     run = fit(run)
     write_json(file, settings_of(run))
     if not run.sources:
-        run = replace(run, sources=prepare_data(run))
+        run = replace(run, sources=prepare_data(run, surveyed or survey_data(run)))
         write_json(file, settings_of(run))
     return run
 
