@@ -18,7 +18,7 @@ Axes, the same letters everywhere:
 import hashlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -521,9 +521,13 @@ def local_shard(weight: Tensor) -> Tensor:
     return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """y = x W^T (section 2.2: no bias), W (out, in) cast to the type that x is computed in."""
-    return F.linear(x, local_shard(weight).to(x.dtype))
+def linear(x: Tensor, W: Tensor, A: Tensor | None = None, B: Tensor | None = None) -> Tensor:
+    """y = x W^T (section 2.2: no bias), W (out, in) cast to the type that x is computed in. With
+    the A (r, in) and B (out, r) of LoRALinear, y = x W^T + (x A^T) B^T."""
+    y = F.linear(x, local_shard(W).to(x.dtype))
+    if A is None:
+        return y
+    return y + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
 
 class Linear(nn.Module):
@@ -533,8 +537,12 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(n_out, n_in))
 
+    def factors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """W, A, B as `linear` and LayerByHand take them."""
+        return local_shard(self.weight), None, None
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return linear(x, *self.factors())
 
 
 class RMSNorm(nn.Module):
@@ -561,6 +569,8 @@ class Attention(nn.Module):
         self.wk = Linear(config.dim, kv_dim)
         self.wv = Linear(config.dim, kv_dim)
         self.wo = Linear(q_dim, config.dim)
+        self.register_parameter("prompt", None)  # see attention_to_prompt
+        self.register_parameter("gate", None)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
         heads = (-1, self.head_dim)
@@ -568,7 +578,13 @@ class Attention(nn.Module):
         k = self.wk(x).unflatten(-1, heads)
         v = self.wv(x).unflatten(-1, heads)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        o, _ = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, T, E)
+        q = q.transpose(1, 2)  # (B, H, T, E)
+        o, _ = attend(q, k.transpose(1, 2), v.transpose(1, 2))
+        if self.prompt is not None:
+            prompt = self.prompt.to(x.dtype)[None]
+            k = self.wk(prompt).unflatten(-1, heads).transpose(1, 2)  # (1, K, P, E)
+            v = self.wv(prompt).unflatten(-1, heads).transpose(1, 2)
+            o = o + attention_to_prompt(q, k, v, self.gate)
         return self.wo(o.transpose(1, 2).flatten(2))
 
 
@@ -605,8 +621,9 @@ class Layer(nn.Module):
                 run: Callable | None = None) -> Tensor:
         """x (B, T, D) -> y (B, T, D); attend(q, k, v) -> o, lse is one of the attentions above.
         run is over_ranks or by_hand, below, which compute the same. The layer calls them, since
-        FSDP and torch.compile change what a call of the layer does."""
-        if run is not None:
+        FSDP and torch.compile change what a call of the layer does. A layer with a prompt leaves
+        its backward to torch."""
+        if run is not None and self.attention.prompt is None:
             return run(self, x, cos, sin, attend)
         h = x + self.attention(self.attention_norm(x), cos, sin, attend)
         return h + self.feed_forward(self.ffn_norm(h))
@@ -704,12 +721,42 @@ def over_ranks(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, attend: Callab
 
 def by_hand(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable,
             attend_backward: Callable, tp: TensorParallel) -> Tensor:
-    """The layer by LayerByHand, which takes its weights as plain tensors."""
+    """The layer by LayerByHand, which takes plain tensors: W, A and B of each matrix."""
     a, f = layer.attention, layer.feed_forward
-    weights = (layer.attention_norm.weight, a.wq.weight, a.wk.weight, a.wv.weight, a.wo.weight,
-               layer.ffn_norm.weight, f.w1.weight, f.w2.weight, f.w3.weight)
-    return LayerByHand.apply(x, cos, sin, attend, attend_backward, layer.ffn_norm.eps, tp,
-                             *map(local_shard, weights))
+    g_n, g_m = local_shard(layer.attention_norm.weight), local_shard(layer.ffn_norm.weight)
+    factors = []
+    for matrix in (a.wq, a.wk, a.wv, a.wo, f.w1, f.w2, f.w3):
+        factors += matrix.factors()
+    return LayerByHand.apply(x, cos, sin, attend, attend_backward, layer.ffn_norm.eps, tp, g_n, g_m,
+                             *factors)
+
+
+def by_threes(values: Sequence) -> list[Sequence]:
+    """by_threes("abcdef") == ["abc", "def"]: the W, A, B of each matrix."""
+    return [values[i:i + 3] for i in range(0, len(values), 3)]
+
+
+def input_gradient(dz: Tensor, W: Tensor, A: Tensor | None, B: Tensor | None) -> Tensor:
+    """du of z = u W^T + (u A^T) B^T: dz W + (dz B) A."""
+    du = dz @ W.to(dz.dtype)
+    return du if A is None else du + dz @ B.to(dz.dtype) @ A.to(dz.dtype)
+
+
+def weight_gradients(dz: Tensor, u: Tensor, matrix: tuple, wanted: tuple) -> list[Tensor | None]:
+    """dW, dA, dB of z = u W^T + (u A^T) B^T, None for those that are not wanted:
+
+        dW = dz^T u,   dA = (dz B)^T u,   dB = dz^T (u A^T)       summed over all tokens
+
+    dW takes as many operations as the product itself; dA and dB together r / in + r / out of that.
+    """
+    (W, A, B), (dz, u), grads = matrix, (dz.flatten(0, 1), u.flatten(0, 1)), [None, None, None]
+    if wanted[0]:
+        grads[0] = (dz.T @ u).to(W.dtype)
+    if wanted[1]:
+        grads[1] = ((dz @ B.to(dz.dtype)).T @ u).to(A.dtype)
+    if wanted[2]:
+        grads[2] = (dz.T @ (u @ A.T.to(u.dtype))).to(B.dtype)
+    return grads
 
 
 class LayerByHand(torch.autograd.Function):
@@ -751,59 +798,117 @@ class LayerByHand(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, cos, sin, attend, attend_backward, eps, tp, *weights):
-        g_n, wq, wk, wv, wo, g_m, w1, w2, w3 = weights
+    def forward(ctx, x, cos, sin, attend, attend_backward, eps, tp, g_n, g_m, *factors):
+        wq, wk, wv, wo, w1, w2, w3 = by_threes(factors)
         T, heads = len(cos), (-1, 2 * cos.shape[-1])
         n, r_n = rms_norm(x, g_n, eps)
         n = tp.gather(n, T)()
-        q = apply_rope(linear(n, wq).unflatten(-1, heads), cos, sin)  # (B, T, H, E)
-        k = apply_rope(linear(n, wk).unflatten(-1, heads), cos, sin)
-        v = linear(n, wv).unflatten(-1, heads)
+        q = apply_rope(linear(n, *wq).unflatten(-1, heads), cos, sin)  # (B, T, H, E)
+        k = apply_rope(linear(n, *wk).unflatten(-1, heads), cos, sin)
+        v = linear(n, *wv).unflatten(-1, heads)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, E)
         o, lse = attend(q, k, v)
-        h = x + tp.scatter_sum(linear(o.transpose(1, 2).flatten(2), wo), T)()
+        h = x + tp.scatter_sum(linear(o.transpose(1, 2).flatten(2), *wo), T)()
         m, r_m = rms_norm(h, g_m, eps)
         m = tp.gather(m, T)()
-        a, b = linear(m, w1), linear(m, w3)
-        ctx.save_for_backward(x, r_n, q, k, v, o, lse, h, r_m, a, b, cos, sin, *weights)
+        a, b = linear(m, *w1), linear(m, *w3)
+        ctx.save_for_backward(x, r_n, q, k, v, o, lse, h, r_m, a, b, cos, sin, g_n, g_m, *factors)
         ctx.attend_backward, ctx.tp = attend_backward, tp
-        return h + tp.scatter_sum(linear(swiglu(a, b), w2), T)()
+        return h + tp.scatter_sum(linear(swiglu(a, b), *w2), T)()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, r_n, q, k, v, o, lse, h, r_m, a, b, cos, sin, *weights = ctx.saved_tensors
-        g_n, wq, wk, wv, wo, g_m, w1, w2, w3 = weights
-        _, need_q, need_k, need_v, need_o, _, need_1, need_2, need_3 = ctx.needs_input_grad[-9:]
+        x, r_n, q, k, v, o, lse, h, r_m, a, b, cos, sin, g_n, g_m, *factors = ctx.saved_tensors
+        wq, wk, wv, wo, w1, w2, w3 = by_threes(factors)
+        need_q, need_k, need_v, need_o, need_1, need_2, need_3 = by_threes(ctx.needs_input_grad[9:])
         tp, T = ctx.tp, len(cos)
-
-        def by_input(dz: Tensor, w: Tensor) -> Tensor:
-            return dz @ w.to(dz.dtype)
-
-        def by_weight(dz: Tensor, u: Tensor, wanted: bool) -> Tensor | None:
-            return (dz.flatten(0, 1).T @ u.flatten(0, 1)).to(w1.dtype) if wanted else None
-
         wait_dy, wait_m = tp.gather(dy, T), tp.gather(rms_norm(h, g_m, None, r_m)[0], T)
         dy_whole = wait_dy()
-        da, db = swiglu_backward(by_input(dy_whole, w2), a, b)
-        wait_dm = tp.scatter_sum(by_input(da, w1) + by_input(db, w3), T)
-        dw2, m = by_weight(dy_whole, swiglu(a, b), need_2), wait_m()
-        dw1, dw3 = by_weight(da, m, need_1), by_weight(db, m, need_3)
+        da, db = swiglu_backward(input_gradient(dy_whole, *w2), a, b)
+        wait_dm = tp.scatter_sum(input_gradient(da, *w1) + input_gradient(db, *w3), T)
+        dw2, m = weight_gradients(dy_whole, swiglu(a, b), w2, need_2), wait_m()
+        dw1, dw3 = weight_gradients(da, m, w1, need_1), weight_gradients(db, m, w3, need_3)
         dh, dg_m = rms_norm_backward(wait_dm(), h, r_m, g_m)
         dh += dy
         wait_dh, wait_n = tp.gather(dh, T), tp.gather(rms_norm(x, g_n, None, r_n)[0], T)
         dh_whole = wait_dh()
-        do = by_input(dh_whole, wo).unflatten(-1, (-1, q.shape[-1])).transpose(1, 2)
+        do = input_gradient(dh_whole, *wo).unflatten(-1, (-1, q.shape[-1])).transpose(1, 2)
         dq, dk, dv = ctx.attend_backward(do, q, k, v, o, lse)
         dq = apply_rope(dq.transpose(1, 2), cos, -sin).flatten(2)
         dk = apply_rope(dk.transpose(1, 2), cos, -sin).flatten(2)
         dv = dv.transpose(1, 2).flatten(2)
-        wait_dn = tp.scatter_sum(by_input(dq, wq) + by_input(dk, wk) + by_input(dv, wv), T)
-        dwo, n = by_weight(dh_whole, o.transpose(1, 2).flatten(2), need_o), wait_n()
-        dwq, dwk, dwv = by_weight(dq, n, need_q), by_weight(dk, n, need_k), by_weight(dv, n, need_v)
+        dn = input_gradient(dq, *wq) + input_gradient(dk, *wk) + input_gradient(dv, *wv)
+        wait_dn = tp.scatter_sum(dn, T)
+        dwo = weight_gradients(dh_whole, o.transpose(1, 2).flatten(2), wo, need_o)
+        n = wait_n()
+        dwq, dwk = weight_gradients(dq, n, wq, need_q), weight_gradients(dk, n, wk, need_k)
+        dwv = weight_gradients(dv, n, wv, need_v)
         dx, dg_n = rms_norm_backward(wait_dn(), x, r_n, g_n)
         dx += dh
-        return (dx, *[None] * 6, dg_n, dwq, dwk, dwv, dwo, dg_m, dw1, dw2, dw3)
+        return (dx, *[None] * 6, dg_n, dg_m, *dwq, *dwk, *dwv, *dwo, *dw1, *dw2, *dw3)
+
+
+# ---------------------------------------------------------------------------------------------
+# Adapters: a few new weights that learn beside frozen ones
+
+MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+
+
+class LoRALinear(Linear):
+    """A frozen Linear with a change of low rank r that learns (Hu et al. 2021).
+
+        y = W x + (alpha / r) B A x,    A (r, in),  B (out, r)
+
+    B begins at zero, so that y is the frozen layer's at first. For D = 4096 and r = 8 the two have
+    65,536 numbers, W 16,777,216. alpha / r keeps the size of the change when r varies. The recipes'
+    dropout on x (0.05) is left out. merged: W + (alpha / r) B A is an ordinary W.
+    """
+
+    def __init__(self, n_in: int, n_out: int, rank: int, alpha: float):
+        super().__init__(n_in, n_out)
+        self.scale = alpha / rank
+        self.lora_a = nn.Parameter(torch.zeros(rank, n_in))
+        self.lora_b = nn.Parameter(torch.zeros(n_out, rank))
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight, self.lora_a, self.lora_b * self.scale
+
+
+def add_lora(model: "Llama", rank: int, alpha: float, names: Sequence[str] = MATRICES) -> None:
+    """Gives the named matrices of every layer a LoRA; only these learn then."""
+    model.requires_grad_(False)
+    for layer in model.layers:
+        for part in (layer.attention, layer.feed_forward):
+            for name, plain in list(part.named_children()):
+                if name in names:
+                    n_out, n_in = plain.weight.shape
+                    lora = LoRALinear(n_in, n_out, rank, alpha)
+                    lora.weight = plain.weight
+                    part.register_module(name, lora)
+
+
+def attention_to_prompt(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """What LLaMA-Adapter adds to the attention o of a layer (Zhang et al. 2023, equation 7).
+
+        o + tanh(g) softmax( q k^T / sqrt(E) ) v
+
+    k, v (1, K, P, E) are made by the layer's Wk and Wv from a prompt of P vectors that learn; they
+    are not rotated, and every token of q (B, H, T, E) sees all of them. The softmax is their own,
+    so that with the gate g (H,) at its beginning, zero, the layer is the frozen one, bit for bit.
+    """
+    scores = fp32(q @ per_query_head(k, q).mT) / math.sqrt(q.shape[-1])
+    weights = gate.tanh()[:, None, None] * scores.softmax(-1)
+    return weights.to(v.dtype) @ per_query_head(v, q)
+
+
+def add_adapter(model: "Llama", length: int, layers: int) -> None:
+    """Gives the last layers LLaMA-Adapter's prompts of `length` vectors, and a gate for each head;
+    only these learn then."""
+    model.requires_grad_(False)
+    for layer in model.layers[-layers:]:
+        layer.attention.prompt = nn.Parameter(torch.zeros(length, model.config.dim))
+        layer.attention.gate = nn.Parameter(torch.zeros(model.config.n_heads))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -886,6 +991,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
+        self.register_parameter("score", None)  # see add_score
 
     @classmethod
     def create(cls, config: LlamaConfig, seed: int, device="cpu", **options) -> "Llama":
@@ -901,6 +1007,9 @@ class Llama(nn.Module):
         """Fills the weights (Meta never published its own initial values; Radford et al. 2019):
 
             norms                                                      1
+            score, and what an adapter multiplies its change by        0
+            lora_a (Kaiming-uniform)                                   U(-1/sqrt(in), 1/sqrt(in))
+            prompts                                                    N(0, 1)
             wo, w2, which add to the residual stream in 2 L places     N(0, 0.02^2 / (2 L))
             all other matrices                                         N(0, 0.02^2)
 
@@ -909,6 +1018,9 @@ class Llama(nn.Module):
         """
         for name, p in self.named_parameters():
             shard = local_shard(p)
+            if name.endswith(("lora_b", "gate", "score")):
+                shard.zero_()
+                continue
             if p.dim() == 1:
                 shard.fill_(1.0)
                 continue
@@ -916,11 +1028,17 @@ class Llama(nn.Module):
             std = 0.02
             if name.endswith(("wo.weight", "w2.weight")):
                 std /= math.sqrt(2 * self.config.n_layers)
+            elif name.endswith("prompt"):
+                std = 1.0
             first_row, first_column = shard_offset(p)
             drawn = np.empty(shard.shape, np.float32)
             for row, values in enumerate(drawn, first_row):
                 random = np.random.Generator(np.random.Philox(key=key, counter=row << 64))
-                whole = random.standard_normal(p.shape[1], dtype=np.float32)
+                if name.endswith("lora_a"):
+                    whole = random.random(p.shape[1], dtype=np.float32) * 2 - 1
+                    std = 1 / math.sqrt(p.shape[1])
+                else:
+                    whole = random.standard_normal(p.shape[1], dtype=np.float32)
                 mine = whole[first_column:first_column + len(values)]
                 np.multiply(mine, np.float32(std), out=values)
             shard.copy_(torch.from_numpy(drawn))
@@ -1005,10 +1123,34 @@ class Llama(nn.Module):
         """
         return self.loss_of(self.hidden(tokens, boundaries=boundaries), targets, reduction)
 
+    def token_nll(self, tokens: Tensor, targets: Tensor, boundaries: Tensor | None = None
+                  ) -> Tensor:
+        """-log p of each target, (B, T) in fp32, 0 where it is negative, with its gradient: for
+        objectives that weigh tokens or texts against each other."""
+        h = self.hidden(tokens, boundaries=boundaries).flatten(0, -2)
+        nll = TokenNLL.apply(h, self.output_weight, targets.flatten(), self.tp)
+        return nll.view(targets.shape)
+
+    def rewards(self, tokens: Tensor, boundaries: Tensor | None = None) -> Tensor:
+        """(B, T) -> what the score head makes of each position, (B, T) in fp32 (Llama 2, section
+        3.2.2: the output projection is replaced by one row). The reward of a text is its last."""
+        h = fp32(self.hidden(tokens, boundaries=boundaries)).flatten(0, -2)
+        mine = h @ fp32(local_shard(self.score))
+        every = self.tp.gather(mine.detach(), 1)().flatten()  # of tensor parallel ranks
+        begin = self.tp.rank * len(mine)
+        return torch.cat((every[:begin], mine, every[begin + len(mine):])).view(tokens.shape)
+
     def loss_of(self, h: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """The loss from RMSNorm(h_L), (B, T, D) or, with tensor parallelism, (N/t, D)."""
         total = SumNLL.apply(h.flatten(0, -2), self.output_weight, targets.flatten(), self.tp)
         return total if reduction == "sum" else total / (targets >= 0).sum().clamp(min=1)
+
+
+def add_score(model: Llama) -> None:
+    """Gives the model a score head, and freezes the output projection, which it replaces."""
+    model.score = nn.Parameter(torch.zeros(model.config.dim))
+    if model.output is not None:
+        model.output.requires_grad_(False)
 
 
 def shard_offset(weight: Tensor) -> tuple[int, ...]:
@@ -1032,13 +1174,15 @@ def logit_rows(V: int, D: int) -> int:
 
 def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor,
                    wanted: tuple[bool, bool] = (False, False),
-                   tp: TensorParallel = TensorParallel()
+                   tp: TensorParallel = TensorParallel(), dnll: Tensor | None = None
                    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Cross entropy of the output projection, and in the same pass the gradient of its sum, chunk
     by chunk: the N x V logits are never all in memory.
 
         z = h W^T    p = softmax(z)    nll_i = -log p_i,target
-        dz = p - onehot(target)        dh = dz W     dW = dz^T h
+        dz = (p - onehot(target)) dnll                dh = dz W     dW = dz^T h
+
+    dnll (N,) is the gradient of what follows by each nll; None: 1, for the gradient of the sum.
 
     h (N, D), W (V, D), targets (N,) -> nll (N,) in fp32, and dh (N, D), dW (V, D) where wanted.
     Where a target is negative there is none: its nll and its dz are 0.
@@ -1052,6 +1196,7 @@ def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor,
     if tp.size > 1:
         mine = counted & (0 <= column) & (column < len(w))
     column = column.where(mine, 0)
+    scale = counted if dnll is None else (dnll[:, None] * counted).to(h.dtype)
     nll = torch.empty(len(h), dtype=fp32(h[:0]).dtype, device=h.device)
     dh = torch.empty_like(h) if wanted[0] else None
     dw = None
@@ -1065,9 +1210,9 @@ def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor,
             continue
         dz = p.scatter_add_(1, column[chunk], -mine[chunk].to(p.dtype)).to(h.dtype)
         if wanted[0]:
-            dh[chunk] = (dz @ w).mul_(counted[chunk])
+            dh[chunk] = (dz @ w).mul_(scale[chunk])
         if wanted[1]:
-            part = dz.T @ (h[chunk] * counted[chunk])
+            part = dz.T @ (h[chunk] * scale[chunk])
             dw = part if dw is None else fp32(dw).add_(part)  # one chunk alone needs no sum
     if wanted[0]:
         dh = tp.scatter_sum(dh[None], 0)().view(-1, dh.shape[-1])
@@ -1105,4 +1250,21 @@ class SumNLL(torch.autograd.Function):
         dh, dw = ctx.saved_tensors
         dh = None if dh is None else dh.mul_(dloss)
         dw = None if dw is None else dw.mul_(dloss)
+        return dh, dw, None, None
+
+
+class TokenNLL(torch.autograd.Function):
+    """nll of next_token_nll, whose gradient is computed when it is known how much each token counts:
+    the logits are computed twice, and never kept."""
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, tp):
+        ctx.save_for_backward(h, weight, targets)
+        ctx.tp = tp
+        return next_token_nll(h, weight, targets, tp=tp)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dnll):
+        _, dh, dw = next_token_nll(*ctx.saved_tensors, ctx.needs_input_grad[:2], ctx.tp, dnll)
         return dh, dw, None, None
