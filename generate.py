@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llama import (SIZES, Attention, FeedForward, KVCache, Layer, Llama, LlamaConfig, apply_rope,
-                   logit_rows, rope_frequencies, rope_table, swiglu)
+from llama import (SIZES, Attention, FeedForward, KVCache, Layer, Llama, LlamaConfig, add_adapter,
+                   add_lora, apply_rope, logit_rows, rope_frequencies, rope_table, swiglu)
 from tokenizer import (Parser, StreamDecoder, Tokenizer, command, documents, find_tokenizer,
                        huggingface_files, load_tokenizer, one_line_errors, positive, read_json,
                        tokenizer_from_gguf, write_aside, write_json)
@@ -659,6 +659,103 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return config, {name: found[name] for name in wanted}
 
 
+def with_rows(weight: Weight, rows: int) -> Weight:
+    """An embedding or output projection with more rows, each the mean of the old ones."""
+    def decode(*parts: Tensor) -> Tensor:
+        old = weight.decode(*parts).float()
+        return torch.cat((old, old.mean(0).expand(rows - len(old), -1)))
+    return weight._replace(shape=(rows, weight.shape[1]), decode=decode)
+
+
+PEFT_ONLY = {"peft_type": ("LORA",), "bias": (None, "none"), "use_dora": (None, False),
+             "use_rslora": (None, False), "fan_in_fan_out": (None, False),
+             "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
+             "modules_to_save": (None, [])}
+
+
+def adapter_names(config: LlamaConfig) -> dict[str, str]:
+    """{name in an adapter's file: ours}: peft's names of a LoRA, our own of LLaMA-Adapter."""
+    names = {}
+    for theirs, ours in meta_names(config, HF).items():
+        module, own = theirs.removesuffix("weight"), ours.removesuffix("weight")
+        names[f"base_model.model.{module}lora_A.weight"] = f"{own}lora_a"
+        names[f"base_model.model.{module}lora_B.weight"] = f"{own}lora_b"
+    for i in range(config.n_layers):
+        for name in (f"layers.{i}.attention.prompt", f"layers.{i}.attention.gate"):
+            names[name] = name
+    return names
+
+
+def read_adapter(folder: str | Path, config: LlamaConfig) -> tuple[dict, dict[str, Weight]]:
+    """(adapter_config.json, weights by our names) of a LoRA that peft or train.py wrote, or a
+    LLaMA-Adapter of train.py, for a model of this config."""
+    folder, weights = Path(folder), {}
+    with one_line_errors(folder):
+        settings = read_json((folder / "adapter_config.json").read_bytes())
+        if settings.get("peft_type") != "ADAPTION_PROMPT":
+            refuse_unless(settings, PEFT_ONLY)
+        names = adapter_names(config)
+        wanted = adapter_shapes(config, settings)
+        table = weights_of(read_safetensors(folder / "adapter_model.safetensors"))
+        for theirs, weight in table.items():
+            name = names.get(theirs, theirs)
+            if wanted.get(name) != weight.shape:
+                raise ValueError(f"{theirs:.99} is {weight.shape}, and the model asks for "
+                                 f"{wanted.get(name, 'no such tensor')}: it is an adapter of "
+                                 "another model; try the one that it was made for")
+            if name.endswith(("wq.lora_b", "wk.lora_b")):
+                weight = weight.permuted_for_rope(2, config.head_dim // 2)
+            weights[name] = weight
+        if missing := wanted.keys() - weights.keys():
+            raise ValueError(f"{min(missing)} is missing; try to fetch it again")
+    return settings, weights
+
+
+def adapter_shapes(config: LlamaConfig, settings: dict) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of an adapter, by our names."""
+    with torch.device("meta"):
+        model = Llama(config)
+        if settings["peft_type"] == "LORA":
+            ours = {NAMES[name][HF].rpartition(".")[2]: name.rpartition(".")[2] for name in NAMES}
+            targets = [ours[name] for name in settings["target_modules"]]
+            add_lora(model, settings["r"], settings["lora_alpha"], targets)
+        else:
+            add_adapter(model, settings["adapter_len"], settings["adapter_layers"])
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def write_adapter(config: LlamaConfig, settings: dict, tensors: dict[str, Tensor], folder: Path
+                  ) -> None:
+    """Writes a LoRA as peft does, or a LLaMA-Adapter, from its tensors by our names."""
+    table = {}
+    for theirs, ours in adapter_names(config).items():
+        if ours in tensors:
+            x = tensors[ours]
+            table[theirs] = Weight(tuple(x.shape), x.dtype, (x,))
+            if ours.endswith(("wq.lora_b", "wk.lora_b")):
+                table[theirs] = table[theirs].permuted_for_rope(config.head_dim // 2, 2)
+    write_aside(folder / "adapter_model.safetensors", lambda file: write_safetensors(file, table))
+    write_json(folder / "adapter_config.json", settings)
+
+
+def merge_lora(weights: dict[str, Weight], lora: dict[str, Weight], scale: float
+               ) -> dict[str, Weight]:
+    """W + (alpha / r) B A in place of each W that has a LoRA; scale is alpha / r."""
+    def merged(plain: Weight, A: Weight, B: Weight) -> Weight:
+        def decode(*parts: Tensor) -> Tensor:
+            change = scale * B.read(dtype=torch.float32) @ A.read(dtype=torch.float32)
+            return plain.decode(*parts).reshape(plain.shape).float() + change
+        return plain._replace(decode=decode)
+
+    weights = dict(weights)
+    for name, A in lora.items():
+        if name.endswith("lora_a"):
+            own = name.removesuffix("lora_a")
+            B = lora[f"{own}lora_b"]
+            weights[f"{own}weight"] = merged(weights[f"{own}weight"], A, B)
+    return weights
+
+
 def fill(model: Llama, weights: dict[str, Weight], device, dtype: torch.dtype
          ) -> Iterator[tuple[str, nn.Module]]:
     """Reads a model that is on meta block by block, and yields the name and module of each: the
@@ -874,22 +971,37 @@ def check_compiler() -> None:
 
 @torch.no_grad()
 def open_model(path: Path, dtype: torch.dtype | None = None, quantize: str | None = None,
-               compiled: bool = False) -> Llama:
+               compiled: bool = False, adapter: str | None = None) -> Llama:
     """The model in any checkpoint, ready to generate on the best device. dtype is what is computed
     in; None is the file's, but bf16 with `quantize`. Each matrix becomes a Product as soon as its
-    layer is read: a model that is quantised never needs the memory of the whole."""
+    layer is read: a model that is quantised never needs the memory of the whole. adapter: the
+    folder of one to put on top; a LoRA is merged."""
     config, weights = open_checkpoint(path)
+    prompts = {}
+    if adapter:
+        settings, found = read_adapter(adapter, config)
+        if settings["peft_type"] == "LORA":
+            weights = merge_lora(weights, found, settings["lora_alpha"] / settings["r"])
+        else:
+            prompts = found
+        if prompts and compiled:
+            raise ValueError("--compile wants equal layers, and the first have no prompts; try "
+                             "without it")
     dtype = dtype or (torch.bfloat16 if quantize else weights["tok_embeddings.weight"].dtype)
     kind = Llama
     if compiled:
         check_compiler()
         kind = CompiledLlama
     with torch.device("meta"):
-        model = kind(config, backward="autograd", dtype=dtype).requires_grad_(False)
+        model = kind(config, backward="autograd", dtype=dtype)
+        if prompts:
+            add_adapter(model, settings["adapter_len"], settings["adapter_layers"])
+    model.requires_grad_(False)
     lay_out = partial(product, quantize=quantize, compiled=compiled)
-    for name, block in fill(model, weights, best_device(), dtype):
+    for name, block in fill(model, weights | prompts, best_device(), dtype):
         if isinstance(block, Layer):
-            block.attention = FusedAttention(block.attention, config, lay_out)
+            if block.attention.prompt is None:
+                block.attention = FusedAttention(block.attention, config, lay_out)
             block.feed_forward = FusedFeedForward(block.feed_forward, lay_out)
         elif name == "output":
             model.output = product(block.weight, quantize)
@@ -1210,19 +1322,29 @@ class Chat(NamedTuple):
     name: str
     message: str = "{text}"  # a text of the user or, where there is a {role}, of the system
     answer: str = ""         # what an answer follows
-    end: str = ""            # what follows an answer
+    said: str = "{text}"     # an answer
+    end: str = ""            # what follows an answer; {eos} is the tokenizer's
     system: str = ""         # the system's text if the user gives none
     dates: str = ""          # what stands before the system's text in any case
     strip: bool = True       # are spaces around a text left out?
     bos: bool = False        # does BOS begin it?
 
 
+ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately "
+          "completes the request.\n\n### Instruction:\n{text}\n\n### Response:")
+PLAIN = partial(Chat, end="{eos}", strip=False)  # BOS as the tokenizer has it
 CHATS = {
-    "llama2": Chat("llama2", "<s>[INST] {text} [/INST]", end="</s>"),
+    "alpaca": PLAIN("alpaca", ALPACA),
+    "alpaca-lora": PLAIN("alpaca-lora", f"{ALPACA}\n"),
+    "chatdoctor": PLAIN("chatdoctor", ALPACA),
+    # Chinese-LLaMA-Alpaca encodes an answer apart, so that it begins with a second space.
+    "chinese-alpaca": PLAIN("chinese-alpaca", f"{ALPACA} ", said=" {text}"),
+    "belle": PLAIN("belle", "Human: \n{text}\n\nAssistant: \n"),
+    "llama2": Chat("llama2", "<s>[INST] {text} [/INST]", said=" {text} ", end="</s>"),
     "llama3": Chat("llama3", "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>",
-                   "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", bos=True),
+                   "<|start_header_id|>assistant<|end_header_id|>\n\n", end="<|eot_id|>", bos=True),
     "chatml": Chat("chatml", "<|im_start|>{role}\n{text}<|im_end|>\n", "<|im_start|>assistant\n",
-                   "<|im_end|>\n")}
+                   end="<|im_end|>\n")}
 LLAMA2_MARKS = ("<<SYS>>", "<</SYS>>", "[INST]", "[/INST]")  # these are no special tokens
 
 
@@ -1233,6 +1355,8 @@ def chat_format(tokenizer: Tokenizer, given: str | None = None) -> Chat:
     if given is None and template is None:
         return Chat("none")
     chat = CHATS.get(given)
+    if chat and not chat.strip:
+        chat = chat._replace(end=tokenizer.names[tokenizer.eos_id], bos=tokenizer.adds_bos)
     if given is None:
         for name, mark in (("llama2", "<<SYS>>"), ("llama3", "<|start_header_id|>"),
                            ("chatml", "<|im_start|>")):
@@ -1290,8 +1414,10 @@ def turn(tokenizer: Tokenizer, chat: Chat, text: str, system: str = "", first: b
                 raise ValueError(f"{mark} is a mark of this chat format; try a text without it")
         if system:
             text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{text}"
-    elif system:
+    elif system and "{role}" in chat.message:
         ids += render(tokenizer, chat.message, "system", system)
+    elif system:
+        text = f"{system}\n{text}"
     if chat.strip:
         text = text.strip()
     ids += render(tokenizer, chat.message, "user", text)
@@ -1453,6 +1579,7 @@ def parser() -> Parser:
     add("--compile", action="store_true", help="faster tokens of a single text after up to a "
         "minute of compiling, less the second time; small models gain most")
     add("--tokenizer", metavar="PATH", help="default: the one beside the checkpoint")
+    add("--adapter", metavar="DIR", help="a LoRA of peft or train.py, or a LLaMA-Adapter, on top")
     return p
 
 
@@ -1477,7 +1604,7 @@ def main(argv: list[str]) -> None:
         return export(checkpoint, *args.export, args.tokenizer)
     leave_busy_cores()
     start = time.perf_counter()
-    model = open_model(checkpoint, DTYPES[args.dtype], args.quantize, args.compile)
+    model = open_model(checkpoint, DTYPES[args.dtype], args.quantize, args.compile, args.adapter)
     load_s = time.perf_counter() - start
     keep_freed_memory()  # only now: what loading freed has gone back to the system
     if args.bench:

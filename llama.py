@@ -1254,7 +1254,7 @@ class SumNLL(torch.autograd.Function):
 
 
 class TokenNLL(torch.autograd.Function):
-    """nll of next_token_nll, whose gradient is computed when it is known how much each token counts:
+    """nll of next_token_nll, whose gradient is computed once it is known how much a token counts:
     the logits are computed twice, and never kept."""
 
     @staticmethod
