@@ -18,7 +18,7 @@ Axes, the same letters everywhere:
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -1003,8 +1003,8 @@ class Llama(nn.Module):
         return model
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Fills the weights (Meta never published its own initial values; Radford et al. 2019):
+    def init_weights(self, seed: int, known: Container[str] = ()) -> None:
+        """Fills the weights whose names are not `known` (Meta never published its own initial values; Radford et al. 2019):
 
             norms                                                      1
             score, and what an adapter multiplies its change by        0
@@ -1018,6 +1018,8 @@ class Llama(nn.Module):
         """
         for name, p in self.named_parameters():
             shard = local_shard(p)
+            if name in known:
+                continue
             if name.endswith(("lora_b", "gate", "score")):
                 shard.zero_()
                 continue

@@ -49,13 +49,18 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing import (DefaultLogsSpecs, SignalException,
                                                        start_processes)
 
-from generate import (DTYPES, Sampling, Weight, best_device, check_compiler, keep_freed_memory,
-                      leave_busy_cores, load, sample_texts, shapes, write_meta)
-from llama import (ATTENTION, BACKWARD, SIZES, Llama, LlamaConfig, Recipe, TensorParallel,
-                   local_shard, logit_rows)
+from generate import (ALPACA, CHATS, DTYPES, Chat, Sample, Sampling, Weight, best_device,
+                      chat_format, check_compiler, grow, keep_freed_memory, leave_busy_cores,
+                      load, locate, merge_lora, open_checkpoint, open_model, render, sample_texts,
+                      shapes, tokenizer_beside, turn, with_rows, write_adapter, write_meta,
+                      write_safetensors)
+from llama import (ATTENTION, BACKWARD, MATRICES, SIZES, Llama, LlamaConfig, Recipe,
+                   TensorParallel, add_adapter, add_lora, add_score, local_shard, logit_rows,
+                   shard_offset)
 from tokenizer import (Parser, Survey, Tokenizer, command, cores, documents, files_of,
-                       load_tokenizer, positive, prepare, read_json, standard_library, survey,
-                       train_sentencepiece, training_text, write_aside, write_json)
+                       json_rows, load_tokenizer, positive, prepare, read_json, sha1,
+                       standard_library, survey, train_sentencepiece, training_text, write_aside,
+                       write_json)
 
 TABLE_1 = {"commoncrawl": 67.0, "c4": 15.0, "github": 4.5, "wikipedia": 4.5, "books": 4.5,
            "arxiv": 2.5, "stackexchange": 2.0}  # sampling proportions in percent (LLaMA, Table 1)
@@ -108,9 +113,13 @@ class Batches:
         rows = [self.sequence(step * self.rows + i) for i in range(self.rows)]
         return next_tokens(torch.from_numpy(np.stack(rows).astype(np.int64)), self.bos_id)
 
-    def held_out(self, limit: int) -> tuple[Tensor, float]:
-        """About `limit` held-out tokens, as many of each source: windows (n, T + 1), evenly spread
-        over the text, short ones padded with -1; and the bytes of text of their targets."""
+    def facts(self, step: int) -> dict:
+        """What log.jsonl says of a step's batch."""
+        return {}
+
+    def held_out(self, limit: int) -> tuple[list[dict[str, Tensor]], float]:
+        """Batches of about `limit` held-out tokens, as many of each source: windows evenly spread
+        over the text, short ones padded; and the bytes of text of their targets."""
         windows, text_bytes = [], 0.0
         for source, tokens in zip(self.sources, self.val):
             stride = -(-len(tokens) * len(self.val) // limit)  # one window of so many
@@ -118,7 +127,10 @@ class Batches:
                 window = torch.from_numpy(tokens[begin:begin + self.seq_len + 1].astype(np.int64))
                 text_bytes += (len(window) - 1) * source["val_bytes"] / len(tokens)
                 windows.append(F.pad(window, (0, self.seq_len + 1 - len(window)), value=-1))
-        return torch.stack(windows), text_bytes
+        batches = []
+        for rows in torch.stack(windows).split(self.rows):
+            batches.append(next_tokens(rows, self.bos_id))
+        return batches, text_bytes
 
     def epochs(self, k: int, steps: int) -> float:
         """How often a run of that many steps reads source k."""
@@ -150,9 +162,219 @@ def document_starts(batch: dict[str, Tensor]) -> Tensor | None:
     starts one too. None where attention may cross from one document into the next."""
     if "begins" not in batch:
         return None
-    starts = F.pad(batch["begins"].flatten(), (0, 1), value=True)
+    starts = F.pad(batch["begins"].flatten() > 0, (0, 1), value=True)
     starts[::batch["begins"].shape[1]] = True
     return starts.nonzero()[:, 0].int()
+
+
+class Examples:
+    """Batches of examples: conversations, or pairs of them, each with its own targets. Several are
+    packed into a row, where attention does not cross from one into the next. An epoch's order, and
+    so sequence number g, is a function of (seed, epoch) and the examples alone."""
+
+    def __init__(self, folder: Path, seq_len: int, rows: int, seed: int):
+        self.seq_len, self.rows, self.seed = seq_len, rows, seed
+        with np.load(folder / "examples.npz", allow_pickle=False) as file:
+            arrays = dict(file)
+        self.offsets, self.held = arrays.pop("offsets"), arrays.pop("held")
+        self.numbers, self.arrays = arrays.pop("rows"), arrays
+        self.plan = functools.cache(self.plan)
+
+    def plan(self, epoch: int | None) -> list[list[int]]:
+        """The examples in each row of an epoch; of the held-out ones for None."""
+        chosen = np.flatnonzero(self.held == (epoch is None))
+        if epoch is not None:
+            chosen = np.random.default_rng([self.seed, epoch]).permutation(chosen)
+        return pack(self.offsets[1:] - self.offsets[:-1], chosen.tolist(), self.seq_len)
+
+    def sequence(self, number: int) -> list[int]:
+        """The examples in row number g, counted over all epochs."""
+        epoch = 0
+        while number >= len(self.plan(epoch)):
+            number -= len(self.plan(epoch))
+            epoch += 1
+        return self.plan(epoch)[number]
+
+    def batch(self, rows: list[list[int]]) -> dict[str, Tensor]:
+        """The tensors (N, T) of rows of examples, padded at their ends."""
+        batch = {}
+        for name, values in self.arrays.items():
+            padding = -1 if name == "targets" else 0
+            whole = np.full((len(rows), self.seq_len), padding, values.dtype)
+            for row, examples in zip(whole, rows):
+                parts = [values[self.offsets[i]:self.offsets[i + 1]] for i in examples]
+                part = np.concatenate(parts)
+                row[:len(part)] = part
+            batch[name] = torch.from_numpy(whole)
+        return batch
+
+    def rows_of(self, step: int) -> list[list[int]]:
+        return [self.sequence(step * self.rows + i) for i in range(self.rows)]
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        return self.batch(self.rows_of(step))
+
+    def facts(self, step: int) -> dict:
+        examples = list(itertools.chain(*self.rows_of(step)))
+        lengths = self.offsets[1:] - self.offsets[:-1]
+        numbers = self.numbers[examples].tolist()
+        return {"rows": numbers, "real_tokens": int(lengths[examples].sum())}
+
+    def held_out(self, limit: int) -> tuple[list[dict[str, Tensor]], None]:
+        rows = self.plan(None)[:max(1, limit // self.seq_len)]
+        starts = range(0, len(rows), self.rows)
+        return [self.batch(rows[i:i + self.rows]) for i in starts], None
+
+
+def pack(lengths: np.ndarray, order: list[int], size: int) -> list[list[int]]:
+    """Puts examples, in this order, each into the first of the last 64 rows with room for it. With
+    lengths 6, 5, 4 and size 10: [[0, 2], [1]]."""
+    rows, room = [], []
+    for i in order:
+        need = int(lengths[i])
+        first = max(0, len(rows) - 64)
+        k = next((k for k in range(first, len(rows)) if room[k] >= need), len(rows))
+        if k == len(rows):
+            rows.append([])
+            room.append(size)
+        rows[k].append(i)
+        room[k] -= need
+    return rows
+
+
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+         "system": "system"}  # as the messages of several formats name them
+MARGINS = {"none": (0, 0, 0, 0), "small": (1, 2 / 3, 1 / 3, 0), "large": (3, 2, 1, 0)}
+RATINGS = ("significantly", "better", "slightly", "negligibly")  # Llama 2, Table 27
+
+
+def message(value: dict | str) -> tuple[str, str]:
+    """(role, text) of a message {"role", "content"} or {"from", "value"}, or of an answer alone."""
+    if isinstance(value, str):
+        return "assistant", value
+    text = value.get("content", value.get("value"))
+    if not isinstance(text, str):
+        raise ValueError("a message has no text")
+    return ROLES[value.get("role", value.get("from"))], text
+
+
+def conversation(row: dict, chat: Chat) -> tuple[Chat, list[tuple[str, str]]]:
+    """The (role, text) of each message of a row of data: Alpaca's {"instruction", "input",
+    "output"}, or "messages" or "conversations"; and the chat's form, which for Alpaca depends on
+    whether there is an input."""
+    if "instruction" not in row:
+        return chat, [message(value) for value in row.get("messages") or row["conversations"]]
+    text = row["instruction"]
+    if row.get("input") and chat.message.rstrip() == ALPACA and chat.name != "chinese-alpaca":
+        with_input = "task, paired with an input that provides further context."
+        chat = chat._replace(message=chat.message.replace("task.", with_input, 1))
+        text = f"{text}\n\n### Input:\n{row['input']}"
+    elif row.get("input"):
+        text = f"{text}\n{row['input']}"
+    messages = [("user", text)]
+    if "output" in row:
+        messages.append(("assistant", row["output"]))
+    return chat, messages
+
+
+def encode_conversation(tokenizer: Tokenizer, chat: Chat, messages: list[tuple[str, str]],
+                        last_only: bool = False, learn_end: bool = True
+                        ) -> tuple[list[int], list[bool]]:
+    """The ids of a conversation, and which of them are learned: the assistant's answers, and the
+    token that ends each (learn_end). last_only: of the last answer alone. Prompts and answers are
+    encoded apart, so that no token is of both."""
+    ids, learned, system = [], [], ""
+    end = render(tokenizer, chat.end, "", "")
+    for i, (role, text) in enumerate(messages):
+        if role == "system":
+            system = text
+        elif role == "user":
+            new = turn(tokenizer, chat, text, system, first=not ids)
+            if ids:
+                new = new[len(end):]  # `turn` begins with the end of the answer before
+            ids += new
+            learned += [False] * len(new)
+        else:
+            if chat.strip:
+                text = text.strip()
+            new = tokenizer.encode(chat.said.format(text=text), continues=True)
+            wanted = not last_only or i == len(messages) - 1
+            ids += new + end
+            learned += [wanted] * len(new) + [wanted and learn_end] + [False] * (len(end) - 1)
+    return ids, learned
+
+
+def example_of(row: dict, tokenizer: Tokenizer, chat: Chat, run: "Run") -> dict[str, np.ndarray]:
+    """The arrays of one example, from a row of data: "tokens", "targets" (-1: none) and "begins" (1
+    at the first token); of a pair both texts, chosen and rejected, one behind the other. ValueError
+    for a row that the objective cannot learn from."""
+    chat, messages = conversation(row, chat)
+    if "ghost" in row:  # what was put before every question while the answers were sampled
+        messages[0] = "user", f"{row['ghost']}\n{messages[0][1]}"
+    texts, margin = [messages], 0.0
+    if run.objective != "sft":
+        chosen, rejected = message(row["chosen"]), message(row["rejected"])
+        if chosen == rejected:
+            raise ValueError("its two answers are equal")
+        texts = [[*messages, chosen], [*messages, rejected]]
+        margin = MARGINS[run.margin][RATINGS.index(row.get("rating", "negligibly"))]
+    arrays = {"tokens": [], "targets": [], "begins": [], "margin": []}
+    for k, text in enumerate(texts):
+        if text[-1][0] != "assistant":
+            raise ValueError("it has no answer")
+        ids, learned = encode_conversation(tokenizer, chat, text, run.ghost or len(texts) > 1,
+                                           run.objective != "dpo")
+        if sum(learned) > run.config.max_seq_len:
+            raise ValueError(f"its answer of {sum(learned)} tokens is longer than the context")
+        ids = ids[:run.seq_len // len(texts)]
+        targets = [id if wanted else -1 for id, wanted in zip(ids, learned)][1:] + [-1]
+        if max(targets) < 0:
+            raise ValueError(f"nothing of its answer is within {len(ids)} tokens")
+        if run.objective == "reward":
+            targets = [-1] * (len(ids) - 1) + [1 - k]
+        arrays["tokens"] += ids
+        arrays["targets"] += targets
+        arrays["begins"] += [1] + [0] * (len(ids) - 1)
+        arrays["margin"] += [0.0] * (len(ids) - 1) + [margin * (k == 0)]
+    kinds = {"tokens": np.int64, "targets": np.int64, "begins": np.int8, "margin": np.float32}
+    return {name: np.array(values, kinds[name]) for name, values in arrays.items()}
+
+
+def prepare_examples(run: "Run") -> list[dict]:
+    """Makes the run's tokenizer and examples; returns what run.json keeps of the data. Held out are
+    rows whose SHA-1 is 0 mod 20, at least one."""
+    tokenizer = tokenizer_of(run)
+    chat, examples, held, numbers, row_count = chat_format(tokenizer, run.template), [], [], [], 0
+    for path, _ in run.data:
+        print_rank0(f"reading {path}")
+        for row in json_rows(Path(path), Path(path).suffix.lower() == ".json"):
+            try:
+                examples.append(example_of(row, tokenizer, chat, run))
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                reason = str(error)
+                if not isinstance(error, ValueError):
+                    reason = f"no row of a known form ({type(error).__name__}: {reason})"
+                raise ValueError(f"row {row_count} of the data, {json.dumps(row)[:60]}: {reason}; "
+                                 "try to mend or remove it, or a larger --seq-len") from None
+            held.append(sha1(json.dumps(row, sort_keys=True)))
+            numbers.append(row_count)
+            row_count += 1
+    if len(examples) < 2:
+        raise ValueError(f"{len(examples)} rows are too few; try --data with .json or .jsonl files")
+    chosen = min(held) if all(number % 20 for number in held) else None
+    held = [number % 20 == 0 or number == chosen for number in held]
+    arrays = {name: np.concatenate([example[name] for example in examples])
+              for name in examples[0]}
+    lengths = [len(example["tokens"]) for example in examples]
+    (run.out / "tokens").mkdir(exist_ok=True)
+    write_aside(run.out / "tokens/examples.npz", lambda file: np.savez(
+        file, held=held, rows=numbers, offsets=[0, *itertools.accumulate(lengths)], **arrays))
+    tokenizer.save(run.out / "tokenizer.model")
+    packed = Examples(run.out / "tokens", run.seq_len, run.rows, run.seed).plan(0)
+    learned = int((arrays["targets"] >= 0).sum())
+    print_rank0(f"{len(examples)} examples in {len(packed)} rows of {run.seq_len} tokens, "
+                f"{sum(held)} held out, {learned:,} tokens learned")
+    return [{"path": path, "packed_rows": len(packed)} for path, _ in run.data]
 
 
 def data_argument(text: str) -> tuple[str, float | None]:
@@ -204,15 +426,23 @@ def survey_data(run: "Run") -> list[tuple[str, float | None, Callable, Survey]]:
     return surveyed
 
 
+def tokenizer_of(run: "Run") -> Tokenizer | None:
+    """The tokenizer that is given, or that of the checkpoint that the run begins from."""
+    if run.tokenizer:
+        return load_tokenizer(run.tokenizer)
+    if run.start:
+        return tokenizer_beside(locate(run.start), run.config.vocab_size)
+    return None
+
+
 def prepare_data(run: "Run", surveyed: list[tuple]) -> list[dict]:
     """Makes the run's tokenizer and token shards; returns what run.json keeps of each source."""
     texts, size, sources = [], 0, []
     for path, weight, reader, counted in surveyed:
         texts.append(training_text(reader, counted.chosen))
         size += counted.size
-    if run.tokenizer:
-        tokenizer = load_tokenizer(run.tokenizer)
-    else:
+    tokenizer = tokenizer_of(run)
+    if tokenizer is None:
         print_rank0(f"training a tokenizer of {run.config.vocab_size} tokens")
         tokenizer = train_sentencepiece(itertools.chain(*texts), run.config.vocab_size, size)
     for path, weight, reader, counted in surveyed:
@@ -249,6 +479,31 @@ def make_optimizer(parameters: dict[str, Tensor], recipe: Recipe) -> torch.optim
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
+
+
+# Fine-tuning where nothing else is said: Llama 2-Chat's (Llama 2, section 3.1).
+TUNING = Recipe(2e-5, 16384, None, warmup=0.03, eps=1e-5)
+# What others fine-tuned LLaMA with, as options. Their batches are of examples; here a step has as
+# many tokens as the batch has, at about 128 tokens an example (Alpaca's).
+FULL = {"objective": "sft", "warmup": 0.03, "weight_decay": 0.0}
+LORA = FULL | {"tune": "lora", "batch_tokens": 16384}
+RECIPES = {
+    "alpaca": FULL | {"template": "alpaca", "lr": 2e-5, "epochs": 3.0, "batch_tokens": 16384,
+                      "seq_len": 512},
+    "alpaca-lora": LORA | {"template": "alpaca-lora", "lr": 3e-4, "epochs": 3.0, "seq_len": 256,
+                           "warmup": 100, "lora_targets": ["wq", "wv"]},
+    "llama-adapter": FULL | {"template": "alpaca", "lr": 9e-3, "epochs": 5.0, "seq_len": 512,
+                             "batch_tokens": 8192, "tune": "adapter", "weight_decay": 0.02,
+                             "warmup": 0.4},
+    "chinese-alpaca": LORA | {"template": "chinese-alpaca", "lr": 1e-4, "seq_len": 512,
+                              "lora_alpha": 32.0},
+    "belle": FULL | {"template": "belle", "lr": 5e-6, "epochs": 3.0, "batch_tokens": 4096,
+                     "seq_len": 2048},
+    "chatdoctor": FULL | {"template": "chatdoctor", "lr": 2e-6, "epochs": 1.0, "seq_len": 512,
+                          "batch_tokens": 16384},
+    "llama2-chat": FULL | {"lr": 2e-5, "epochs": 2.0, "weight_decay": 0.1, "seq_len": 4096,
+                           "batch_tokens": 64 * 4096},
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -449,8 +704,11 @@ def rank_memory(run: "Run", rows: int, place: int) -> dict[str, int]:
         buffers += (size + 4) * (whole_layers + outside)
     elif layout.dp > 1:  # all weights
         buffers += size * (whole_layers + outside) + 4 * max(layer, outside)
-    return {"weights": 4 * held, "gradients": 4 * held,
-            "AdamW": 8 * held + 4 * tensors,  # two moments; a count of steps for each tensor
+    learned = int(held * run.learned)
+    frozen = held - min(held, learned)
+    return {"weights": 4 * (held - frozen) + (size if layout.size == 1 else 4) * frozen,
+            "gradients": 4 * learned,
+            "AdamW": 8 * learned + 4 * tensors,  # two moments; a count of steps for each tensor
             "activations": activations, "logits": logits, "buffers": buffers}
 
 
@@ -747,18 +1005,43 @@ def cause_of(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
 
 
-def export_state(state: Path, config: LlamaConfig, folder: Path) -> None:
-    """Writes the weights of a state (step-N) in Meta's format; reads one tensor at a time."""
-    reader, weights = SafeReader(state), {}
+def export_state(state: Path, run: "Run") -> None:
+    """Writes the weights of a state (step-N), and those that did not learn, in Meta's format; reads
+    one tensor at a time. A LoRA is merged; an adapter or a score head is written beside it too."""
+    reader, learned = SafeReader(state), {}
 
     def read(name: str, shape: tuple[int, ...]) -> Tensor:
         tensors = {f"model.{name}": torch.empty(shape)}
         dcp.load(tensors, storage_reader=reader, no_dist=True)
         return tensors[f"model.{name}"]
 
-    for name, shape in shapes(config).items():
-        weights[name] = Weight(shape, torch.float32, (), partial(read, name, shape))
-    write_meta(config, weights, folder)
+    for name, entry in reader.metadata.state_dict_metadata.items():
+        if name.startswith("model."):
+            name, shape = name.removeprefix("model."), tuple(entry.size)
+            learned[name] = Weight(shape, torch.float32, (), partial(read, name, shape))
+    weights = start_weights(run) | {name: learned[name] for name in shapes(run.config)
+                                    if name in learned}
+    if run.tune == "lora":
+        weights = merge_lora(weights, learned, run.lora_alpha / run.lora_rank)
+    write_meta(run.config, weights, run.out)
+    if run.tune in ("lora", "adapter"):
+        own = {name: w.read() for name, w in learned.items() if name not in weights}
+        write_adapter(run.config, adapter_settings(run), own, run.out)
+    if "score" in learned:
+        score = {"score": learned["score"]}
+        write_aside(run.out / "score.safetensors", lambda file: write_safetensors(file, score))
+
+
+def adapter_settings(run: "Run") -> dict:
+    """What adapter_config.json says, in peft's words."""
+    if run.tune == "adapter":
+        layers = min(run.adapter_layers, run.config.n_layers)
+        return {"peft_type": "ADAPTION_PROMPT", "adapter_len": run.adapter_length,
+                "adapter_layers": layers, "base_model_name_or_path": run.start}
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": run.lora_rank,
+            "lora_alpha": run.lora_alpha, "lora_dropout": 0.0, "bias": "none",
+            "target_modules": [PEFT_TARGETS[name] for name in run.lora_targets],
+            "base_model_name_or_path": run.start}
 
 
 def state_tensors(parameters: dict[str, Tensor], optimizer) -> dict[str, Tensor]:
@@ -971,14 +1254,91 @@ class Stopper:
 # ---------------------------------------------------------------------------------------------
 # Many devices (LLaMA, section 2.4; Llama 3, section 3.3.2)
 
-# An objective returns the SUM of a micro-batch's losses. The engine divides it by the number of
-# targets in the whole step, so the loss does not depend on how rows are split into micro-batches.
-Objective = Callable[[Llama, dict[str, Tensor]], Tensor]
+
+class Objective(NamedTuple):
+    """What is learned. The engine divides the sums of all micro-batches by the count of the whole
+    step, so that the loss does not depend on how rows are split."""
+    loss: Callable[[Llama, dict[str, Tensor]], Tensor]  # the SUM over a micro-batch
+    count: Callable[[dict[str, Tensor]], int]           # of what the loss is the mean
+    hits: Callable | None = None                        # how many pairs are ordered rightly
 
 
-def pretrain(model: Llama, batch: dict[str, Tensor]) -> Tensor:
-    """The objective of section 2: negative log-likelihood of the next token, in nats."""
+def n_targets(batch: dict[str, Tensor]) -> int:
+    return int((batch["targets"] >= 0).sum())
+
+
+def n_pairs(batch: dict[str, Tensor]) -> int:
+    return int((batch["begins"] > 0).sum()) // 2
+
+
+def next_token_loss(model: Llama, batch: dict[str, Tensor]) -> Tensor:
+    """Section 2, and SFT, where answers alone have targets: negative log-likelihood of the next
+    token, in nats."""
     return model.loss(batch["tokens"], batch["targets"], document_starts(batch), reduction="sum")
+
+
+def text_sums(x: Tensor, begins: Tensor) -> Tensor:
+    """Sums of x (N, T) over each text, of which begins (N, T) marks the first token: (texts,)."""
+    begins = begins.flatten() > 0
+    text = (begins.cumsum(0) - 1).clamp(min=0)
+    sums = x.new_zeros(int(begins.sum()))
+    return sums.index_add(0, text, x.flatten()) if len(sums) else sums
+
+
+def pair_rewards(model: Llama, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The reward model's r of the chosen and the rejected text of each pair, two of (pairs,). It is
+    read at the last token of each text, where the target is 1 (chosen) or 0."""
+    rewards = model.rewards(batch["tokens"], document_starts(batch))
+    return rewards[batch["targets"] == 1], rewards[batch["targets"] == 0]
+
+
+def reward_loss(model: Llama, batch: dict[str, Tensor]) -> Tensor:
+    """Llama 2, equation 2: -log sigmoid(r_c - r_r - m), the margin m by how much better the chosen
+    text was rated."""
+    chosen, rejected = pair_rewards(model, batch)
+    return -F.logsigmoid(chosen - rejected - batch["margin"][batch["targets"] == 1]).sum()
+
+
+def reward_hits(model: Llama, batch: dict[str, Tensor]) -> Tensor:
+    chosen, rejected = pair_rewards(model, batch)
+    return (chosen > rejected).sum()
+
+
+def implicit_rewards(model: Llama, batch: dict[str, Tensor], beta: float) -> tuple[Tensor, Tensor]:
+    """DPO's rewards (Rafailov et al. 2023), beta (log pi(y|x) - log pi_ref(y|x)), of the chosen and
+    of the rejected text of each pair, two of (pairs,), summed over the answer's tokens; and -log pi
+    of the chosen ones, as means over their tokens."""
+    nll = model.token_nll(batch["tokens"], batch["targets"], document_starts(batch))
+    nll = text_sums(nll, batch["begins"])
+    reference = batch["reference"][batch["begins"] > 0]
+    n = text_sums((batch["targets"] >= 0).float(), batch["begins"])
+    rewards = beta * (-nll - reference)
+    return rewards[0::2], rewards[1::2], nll[0::2] / n[0::2]
+
+
+def dpo_loss(model: Llama, batch: dict[str, Tensor], beta: float, nll: float) -> Tensor:
+    """-log sigmoid(r_c - r_r) with the implicit rewards, and Llama 3's term, nll times the negative
+    log-likelihood of the chosen answer (section 4.1.4: 0.2), a mean over its tokens."""
+    chosen, rejected, nll_chosen = implicit_rewards(model, batch, beta)
+    return (nll * nll_chosen - F.logsigmoid(chosen - rejected)).sum()
+
+
+def dpo_hits(model: Llama, batch: dict[str, Tensor], beta: float) -> Tensor:
+    chosen, rejected, _ = implicit_rewards(model, batch, beta)
+    return (chosen > rejected).sum()
+
+
+def objective_of(run: "Run") -> Objective:
+    """The objective that a run learns."""
+    if run.objective == "reward":
+        return Objective(reward_loss, n_pairs, reward_hits)
+    if run.objective == "dpo":
+        return Objective(partial(dpo_loss, beta=run.beta, nll=run.nll), n_pairs,
+                         partial(dpo_hits, beta=run.beta))
+    return PRETRAIN
+
+
+PRETRAIN = Objective(next_token_loss, n_targets)
 
 
 class Stage(Llama):
@@ -1000,13 +1360,13 @@ class Stage(Llama):
         if not self.last:
             self.norm = self.output = None
 
-    def compute(self, objective: Objective, batch: dict[str, Tensor]) -> Tensor:
-        """objective(self, batch): a method, for share_state to hook its gathering of weights to."""
-        return objective(self, batch)
+    def compute(self, work: Callable, batch: dict[str, Tensor]) -> Tensor:
+        """work(self, batch): a method, for share_state to hook its gathering of weights to."""
+        return work(self, batch)
 
     def forward(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """The stage's part of `pretrain`, called by torch's pipeline. x: the tokens on the first
-        stage, elsewhere h of the stage before. Returns h, on the last stage the loss."""
+        """The stage's part of next_token_loss, called by torch's pipeline. x: the tokens on the
+        first stage, elsewhere h of the stage before. Returns h, on the last stage the loss."""
         h = self.embed(x) if self.first else x
         h = self.run_layers(h, batch["targets"].shape[1], document_starts(batch))
         if not self.last:
@@ -1049,6 +1409,17 @@ def share_state(stage: Stage, layout: Layout, mesh) -> None:
     register_fsdp_forward_method(stage, "compute")
 
 
+def start_weights(run: "Run") -> dict[str, Weight]:
+    """The weights of the checkpoint that the run begins from, with rows for a larger vocabulary."""
+    if not run.start:
+        return {}
+    _, weights = open_checkpoint(run.start)
+    for name in ("tok_embeddings.weight", "output.weight"):
+        if name in weights and weights[name].shape[0] < run.config.vocab_size:
+            weights[name] = with_rows(weights[name], run.config.vocab_size)
+    return weights
+
+
 class Engine:
     """This rank's part of the model, and the forward and backward of its part of a batch."""
 
@@ -1072,6 +1443,7 @@ class Engine:
         with torch.device("meta"):
             self.stage = Stage(run.config, self.pp_rank, layout.pp, attention=run.attention,
                                backward=run.backward, dtype=dtype, tp=tp)
+            prepare_tuning(self.stage, run)
         for layer in self.stage.layers:
             if run.compile and layer is not None:
                 layer.compile()
@@ -1080,10 +1452,28 @@ class Engine:
         if layout.dp > 1:
             share_state(self.stage, layout, self.mesh)
         self.stage.to_empty(device=run.device)
-        self.stage.init_weights(run.seed)
         # FSDP replaces the stage's parameters while they are gathered; these are the shards.
-        self.parameters = dict(self.stage.named_parameters())
+        self.parameters = {}
+        for name, p in self.stage.named_parameters():
+            if p.requires_grad:
+                self.parameters[name] = p
+            elif layout.size == 1 and dtype:
+                p.data = p.data.to(dtype)  # what does not learn needs no more digits
+        self.begin(run)
         self.schedules = {}  # number of micro-batches -> the pipeline's schedule
+
+    @torch.no_grad()
+    def begin(self, run: "Run") -> None:
+        """Fills the weights: those of the checkpoint that the run begins from, the others anew."""
+        weights = start_weights(run)
+        self.stage.init_weights(run.seed, weights)
+        for name, p in self.stage.named_parameters():
+            if name in weights:
+                shard = local_shard(p)
+                whole = weights[name].read(dtype=p.dtype)
+                mine = tuple(slice(begin, begin + size)
+                             for begin, size in zip(shard_offset(p), shard.shape))
+                shard.copy_(whole[mine])
 
     def rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The rows of a batch that this rank computes. The batch is padded with rows without
@@ -1101,9 +1491,9 @@ class Engine:
 
     def loss(self, batch: dict[str, Tensor], objective: Objective, train: bool) -> float:
         """This rank's share of a batch's loss; the sum of all ranks' shares is the mean over all
-        targets >= 0. train: adds the gradient to .grad. A pipeline's objective is `pretrain`."""
+        what the objective counts. train: adds the gradient to .grad. A pipeline's is PRETRAIN."""
         rows = self.rows(batch)
-        count = max(1, int((batch["targets"] >= 0).sum()))
+        count = max(1, objective.count(batch))
         scale = self.layout.dp / count  # because FSDP averages gradients over data-parallel ranks
         stance = contextlib.nullcontext()
         if self.compiled and not train:  # evaluations have more shapes than are worth compiling
@@ -1118,7 +1508,7 @@ class Engine:
                     micro_batch = {name: x[i:i + self.micro_batch] for name, x in rows.items()}
                     if self.layout.replicas > 1:  # all-reduce gradients once a step
                         self.stage.set_requires_all_reduce(i == starts[-1])
-                    loss = self.stage.compute(objective, micro_batch)
+                    loss = self.stage.compute(objective.loss, micro_batch)
                     if train:
                         (loss * scale).backward()
                     total += loss.item()
@@ -1127,9 +1517,9 @@ class Engine:
         return total / (count * self.layout.tp)  # every tensor parallel rank has the same total
 
     def run_pipeline(self, rows: dict[str, Tensor], scale: float, train: bool) -> float:
-        """The sum of `pretrain` over the rows, on the last stage; 0 on others. In 1F1B (Narayanan
-        et al. 2021) a micro-batch's backward follows its forward at once, so that a rank keeps the
-        activations of at most pp micro-batches."""
+        """The sum of next_token_loss over the rows, on the last stage; 0 on others. In 1F1B
+        (Narayanan et al. 2021) a micro-batch's backward follows its forward at once, so that a rank
+        keeps the activations of at most pp micro-batches."""
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B
         count = len(rows["targets"]) // self.micro_batch
         if count not in self.schedules:
@@ -1208,17 +1598,50 @@ def train_step(engine: Engine, optimizer, batch: dict[str, Tensor], objective: O
     return loss, norm, flags
 
 
-def evaluate(engine: Engine, batches: Batches, limit: int) -> tuple[float, float]:
-    """The held-out loss on about `limit` tokens: (nats a token, bits per byte)."""
-    windows, text_bytes = batches.held_out(limit)
-    share, tokens = 0.0, 0
-    for rows in windows.split(batches.rows):
-        batch = next_tokens(rows, batches.bos_id)
-        count = int((batch["targets"] >= 0).sum())
-        share += count * engine.loss(batch, pretrain, train=False)
-        tokens += count
-    nll, = engine.add_up(share)
-    return nll / tokens, nll / math.log(2) / text_bytes
+def evaluate(engine: Engine, batches: Batches | Examples, objective: Objective, limit: int
+             ) -> dict[str, float]:
+    """Figures of about `limit` held-out tokens: the loss; of text bits per byte, of pairs the share
+    that is ordered rightly."""
+    held_out, text_bytes = batches.held_out(limit)
+    share, hits, counted = 0.0, 0.0, 0
+    for batch in held_out:
+        count = objective.count(batch)
+        share += count * engine.loss(batch, objective, train=False)
+        if objective.hits:
+            right = objective._replace(loss=objective.hits)
+            hits += count * engine.loss(batch, right, train=False)
+        counted += count
+    total, hits = engine.add_up(share, hits)
+    figures = {"val_loss": total / counted}
+    if text_bytes:
+        figures["val_bpb"] = total / math.log(2) / text_bytes
+    if objective.hits:
+        figures["val_accuracy"] = hits / counted
+    return figures
+
+
+def add_reference(run: "Run", engine: Engine, examples: Examples) -> None:
+    """Gives every pair's texts log pi_ref, computed once with the weights that the run begins from,
+    or those of --reference, and kept in a file."""
+    path = run.out / "tokens/reference.npy"
+    if not together(path.exists):
+        if run.reference:
+            engine = Engine(replace(run, start=run.reference, tune="all"))
+        found = np.zeros(len(examples.arrays["tokens"]), np.float32)
+        starts = np.flatnonzero(examples.arrays["begins"])
+        print_rank0(f"computing the reference's log-probabilities of {len(starts)} texts")
+        for i in range(len(examples.numbers)):
+            first, last = examples.offsets[i], examples.offsets[i + 1]
+            batch = {name: x.to(run.device) for name, x in examples.batch([[i]]).items()}
+
+            def logprobs(model: Llama, batch: dict[str, Tensor]) -> Tensor:
+                nll = model.token_nll(batch["tokens"], batch["targets"], document_starts(batch))
+                return -text_sums(nll, batch["begins"])
+            with torch.no_grad():
+                values = engine.stage.compute(logprobs, batch)
+            found[starts[(first <= starts) & (starts < last)]] = values.cpu().numpy()
+        together(lambda: write_aside(path, lambda file: np.save(file, found)))
+    examples.arrays["reference"] = np.load(path, allow_pickle=False)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1229,8 +1652,22 @@ def evaluate(engine: Engine, batches: Batches, limit: int) -> tuple[float, float
 class Run:
     """Every setting of a run. run.json holds them all, config and recipe by field."""
     size: str
+    start: str | None            # --from: the checkpoint to begin from
     config: LlamaConfig
     recipe: Recipe               # with every field filled
+    objective: str
+    template: str | None         # None: the tokenizer's own
+    tune: str                    # what learns
+    lora_rank: int
+    lora_alpha: float
+    lora_targets: list[str]
+    adapter_length: int
+    adapter_layers: int
+    reference: str | None        # None: the model that the run begins from
+    beta: float
+    nll: float
+    margin: str
+    ghost: bool
     data: list[tuple[str, float | None]]  # path, weight
     mixture: list[str] | None
     tokenizer: str | None        # None: one is trained
@@ -1244,12 +1681,14 @@ class Run:
     fresh: bool
     minutes: float | None        # None: --steps or the recipe sets the steps
     steps: int | None            # None until the speed is measured, with minutes
+    epochs: float                # of examples, where neither steps nor minutes are given
     eval_every: int | None       # None: a tenth of the steps, at most 1000
     save_every: int | None       # None: as eval_every
     layout: Layout
     device: str
     local_size: int              # processes on this machine
     micro_batch: int | None      # None until `fit` finds what the memory holds
+    learned: float = 1.0         # part of the parameters that learns
     roomy: bool = False          # see `fit`
     threads: int | None = None   # torch's; None where several processes share the cores
     sources: list[dict] | None = None  # from prepare_data; None until the token shards are made
@@ -1262,8 +1701,13 @@ class Run:
 
 
 # Settings that change the result: a resumed run must have the same.
-MUST_MATCH = ("size", *LlamaConfig.__dataclass_fields__, *Recipe.__dataclass_fields__, "data",
-              "mixture", "tokenizer", "seq_len", "seed", "dtype", "attention", "backward",
+PEFT_TARGETS = dict(zip(MATRICES, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
+                                   "down_proj", "up_proj")))
+
+MUST_MATCH = ("size", "start", *LlamaConfig.__dataclass_fields__, *Recipe.__dataclass_fields__,
+              "objective", "template", "tune", "lora_rank", "lora_alpha", "lora_targets",
+              "adapter_length", "adapter_layers", "reference", "beta", "nll", "margin", "ghost",
+              "data", "mixture", "tokenizer", "seq_len", "seed", "dtype", "attention", "backward",
               "compile")
 
 
@@ -1274,17 +1718,21 @@ def setting(text: str) -> tuple[str, object]:
 
 
 def shape_of(args) -> tuple[LlamaConfig, Recipe]:
-    """The config and recipe of --size, with the changes that other options ask for."""
+    """The config and recipe of --size, or the config of --from with TUNING, with the changes that
+    other options ask for."""
     if args.size not in SIZES:
         raise ValueError(f"there is no size {args.size!r}; try one of {', '.join(SIZES)}")
     config, recipe = SIZES[args.size]
+    if args.start:
+        config, recipe = open_checkpoint(args.start)[0], TUNING
     changes = asdict(config) | dict(args.set)
     if args.vocab_size:
         changes["vocab_size"] = args.vocab_size
     if args.tokenizer:
-        changes["vocab_size"] = load_tokenizer(args.tokenizer).vocab_size
+        wanted = load_tokenizer(args.tokenizer).vocab_size
+        changes["vocab_size"] = max(wanted, config.vocab_size) if args.start else wanted
     recipe, _ = recipe.filled()
-    for name in ("lr", "warmup", "batch_tokens", "document_mask"):
+    for name in ("lr", "warmup", "batch_tokens", "document_mask", "weight_decay"):
         if getattr(args, name) is not None:
             recipe = replace(recipe, **{name: getattr(args, name)})
     return LlamaConfig.from_dict(changes), recipe
@@ -1292,11 +1740,12 @@ def shape_of(args) -> tuple[LlamaConfig, Recipe]:
 
 def resolve(args, device: str, world_size: int, local_size: int) -> Run:
     """All settings of a run, from the command line; ValueError for what cannot be."""
+    check_objective(args)
     config, recipe = shape_of(args)
     longest = min(config.max_seq_len, recipe.batch_tokens)
     settings = {name: value for name, value in vars(args).items()
                 if name in Run.__dataclass_fields__}
-    seq_len = args.seq_len or longest
+    seq_len = args.seq_len or min(longest, 512 if args.start else longest)
     if seq_len > longest:
         raise ValueError(f"--seq-len {seq_len} is over the context, {config.max_seq_len}, or the "
                          f"batch, {recipe.batch_tokens}; try --set max_seq_len=N")
@@ -1308,16 +1757,56 @@ def resolve(args, device: str, world_size: int, local_size: int) -> Run:
                          "compile anew for every document; try --no-document-mask, or without it")
     layout = arrange(config, recipe.batch_tokens // seq_len, seq_len, world_size, local_size,
                      args.dp, args.tp, args.pp)
-    if not args.steps and not args.minutes:
+    if args.start:
+        settings["size"] = Path(args.start).name
+    elif not args.steps and not args.minutes:
         if args.size == "tiny":
             settings["minutes"] = TINY_MINUTES
         else:
             settings["steps"] = math.ceil(recipe.train_tokens / recipe.batch_tokens)
     if world_size == 1:
         settings["threads"] = torch.get_num_threads()
-    settings["out"] = Path(args.out or f"runs/{args.size}")
-    return Run(**settings | {"config": config, "recipe": recipe, "seq_len": seq_len,
-                             "layout": layout, "device": device, "local_size": local_size})
+    settings["out"] = Path(args.out or f"runs/{settings['size']}-{args.objective}"
+                           if args.start else args.out or f"runs/{args.size}")
+    run = Run(**settings | {"config": config, "recipe": recipe, "seq_len": seq_len,
+                            "layout": layout, "device": device, "local_size": local_size})
+    with torch.device("meta"):
+        model = Llama(config)
+        prepare_tuning(model, run)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return replace(run, learned=learned / config.n_params)
+
+
+def check_objective(args) -> None:
+    """ValueError for options of fine-tuning that do not go together."""
+    if args.objective != "pretrain" or args.tune != "all":
+        if not args.start:
+            raise ValueError(f"--objective {args.objective} and --tune {args.tune} need a model to "
+                             "begin from; try --from CHECKPOINT")
+        if args.pp > 1 or args.tp > 1 and args.tune != "all":
+            raise ValueError("adapters run with --dp ddp or fsdp, other fine-tuning with --tp too; try "
+                             "without --pp, or --tune all")
+    if args.objective == "pretrain":
+        return
+    if not args.data or any(weight for _, weight in args.data):
+        raise ValueError("fine-tuning needs rows; try --data FILE.json, without a weight")
+    if args.minutes:
+        raise ValueError("fine-tuning counts epochs; try --epochs or --steps")
+
+
+def prepare_tuning(model: Llama, run: Run) -> None:
+    """Adds what the run's objective and --tune ask for, and freezes what does not learn."""
+    if run.tune == "lora":
+        add_lora(model, run.lora_rank, run.lora_alpha, run.lora_targets)
+    elif run.tune == "adapter":
+        add_adapter(model, run.adapter_length, min(run.adapter_layers, run.config.n_layers))
+    elif run.tune == "embeddings":
+        model.requires_grad_(False)
+        for part in (model.tok_embeddings, model.output):
+            if part is not None:
+                part.requires_grad_(True)
+    if run.objective == "reward":
+        add_score(model)
 
 
 def settings_of(run: Run) -> dict:
@@ -1348,6 +1837,13 @@ def resume(run: Run, old: dict) -> Run:
     return replace(run, **kept)
 
 
+def steps_of_epochs(run: Run) -> int:
+    """Steps that read the data --epochs times."""
+    rows = sum(source["train_tokens"] for source in run.sources) / run.seq_len if (
+        run.objective == "pretrain") else run.sources[0]["packed_rows"]
+    return max(1, round(run.epochs * rows / run.rows))
+
+
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
     """Locks a run's folder; ValueError if another process holds the lock. The system unlocks it
@@ -1376,7 +1872,8 @@ def open_run(run: Run, locks: contextlib.ExitStack) -> Run:
     if "PARENT_PID" not in os.environ:  # else `start` has locked it
         locks.enter_context(sole_writer(run.out))
     if file.exists() and run.fresh:  # a folder without run.json is not ours to empty
-        surveyed = survey_data(run)  # a mistake in --data, or too little memory, is found before
+        if run.objective == "pretrain":  # a mistake in --data is found before
+            surveyed = survey_data(run)
         fit(run)
         for folder in ("state", "tokens"):
             shutil.rmtree(run.out / folder, ignore_errors=True)
@@ -1394,8 +1891,14 @@ def open_run(run: Run, locks: contextlib.ExitStack) -> Run:
     run = fit(run)
     write_json(file, settings_of(run))
     if not run.sources:
-        run = replace(run, sources=prepare_data(run, surveyed or survey_data(run)))
-        write_json(file, settings_of(run))
+        if run.objective == "pretrain":
+            sources = prepare_data(run, surveyed or survey_data(run))
+        else:
+            sources = prepare_examples(run)
+        run = replace(run, sources=sources)
+    if run.steps is None and run.start and not run.minutes:
+        run = replace(run, steps=steps_of_epochs(run))
+    write_json(file, settings_of(run))
     return run
 
 
@@ -1418,7 +1921,7 @@ def timed_steps(run: Run, engine: Engine, count: int) -> tuple[float, float]:
         tokens = torch.randint(run.config.vocab_size, shape, generator=random)
         batch = next_tokens(tokens, 1 if recipe.document_mask else None)
         begin = time.perf_counter()
-        loss, _, _ = train_step(engine, optimizer, batch, pretrain, recipe.lr, recipe.clip)
+        loss, _, _ = train_step(engine, optimizer, batch, PRETRAIN, recipe.lr, recipe.clip)
         times.append(time.perf_counter() - begin)
     total, = engine.add_up(statistics.median(times[2:]))
     return total / run.layout.size, loss
@@ -1446,7 +1949,7 @@ def steps_in_time(run: Run, engine: Engine, began: float) -> int:
     step_s, _ = timed_steps(run, engine, 5)
     count = max(5, int(1.2 * run.minutes / step_s))  # measured again in a fiftieth of the time
     step_s, _ = timed_steps(run, engine, count)
-    engine.stage.init_weights(run.seed)
+    engine.begin(run)
     passed, = engine.add_up(time.perf_counter() - began)
     left = 60 * run.minutes - passed / run.layout.size - 5
     return max(10, int(left / (1.12 * step_s)))
@@ -1468,7 +1971,7 @@ class Log:
         when this process started, by time.perf_counter."""
         self.run, self.path = run, run.out / "log.jsonl"
         self.rows, self.times = [], []  # of log.jsonl; seconds of this process's steps
-        self.shown_at, self.held_out = 0.0, math.nan  # time.monotonic; bits per byte
+        self.shown_at, self.held_out = 0.0, "-"  # time.monotonic; the newest evaluation
         self.peak = matmul_flops(run.device, DTYPES[run.dtype])
         params = sum(local_shard(p).numel() for p in engine.parameters.values())
         self.fixed = {"world": run.layout.size, "rank_params": params,
@@ -1497,22 +2000,28 @@ class Log:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def add_step(self, progress: Progress, seconds: float, figures: dict) -> None:
-        """Logs and shows a step that took so many seconds; figures: its loss, lr and so on."""
+    def add_step(self, progress: Progress, seconds: float, figures: dict, facts: dict) -> None:
+        """Logs and shows a step that took so many seconds; figures: its loss, lr and so on; facts:
+        of its batch."""
         run, step, elapsed = self.run, progress.step, self.elapsed()
         finite = {}
         for name, value in figures.items():  # JSON has no infinity
             finite[name] = value if math.isfinite(value) else None
         tokens = run.rows * run.seq_len
         mfu = utilisation(run, tokens / seconds, self.peak)
-        self.add({"step": step, "tokens": step * tokens, **finite, "mfu": mfu, **self.fixed,
+        self.add({"step": step, "tokens": step * tokens, **finite, **facts, **self.fixed, "mfu": mfu,
                   "tokens_per_s": round(tokens / seconds, 1), "skipped": progress.skipped,
                   "elapsed_s": elapsed, "useful": round(progress.useful_s / elapsed, 3)})
         self.times.append(seconds)
-        self.held_out = figures.get("val_bpb", self.held_out)
+        if "val_bpb" in figures:
+            self.held_out = f"{figures['val_bpb']:.3f} bits/byte"
+        elif "val_accuracy" in figures:
+            self.held_out = f"{figures['val_loss']:.3f} ({figures['val_accuracy']:.0%} right)"
+        elif "val_loss" in figures:
+            self.held_out = f"{figures['val_loss']:.3f}"
         left = (run.steps - step) * statistics.median(self.times[-50:])
         self.show(f"step {step}/{run.steps}  loss {figures['loss']:.3f}  held out "
-                  f"{self.held_out:.3f} bits/byte  {tokens / seconds:,.0f} tokens/s  MFU "
+                  f"{self.held_out}  {tokens / seconds:,.0f} tokens/s  MFU "
                   f"{mfu or math.nan:.0%}  {left // 60:.0f}m{left % 60:02.0f}s left  "
                   f"{progress.skipped} skipped", step == run.steps)
 
@@ -1562,9 +2071,13 @@ def draw_loss(rows: list[dict], path: Path, title: str) -> None:
     write_aside(path, lambda file: file.write(text.encode()))
 
 
-def train_run(run: Run, engine: Engine, batches: Batches, began: float, rank: int) -> None:
+def train_run(run: Run, engine: Engine, batches: Batches | Examples, began: float, rank: int
+              ) -> None:
     """Trains from the newest good state to the last step, and then exports the weights."""
-    recipe = replace(run.recipe, warmup=min(run.recipe.warmup, run.steps // 10))
+    warmup, objective = run.recipe.warmup, objective_of(run)
+    if warmup < 1:  # a fraction of the steps
+        warmup = int(warmup * run.steps)
+    recipe = replace(run.recipe, warmup=min(warmup, run.steps // 10))
     eval_every = run.eval_every or max(1, min(1000, run.steps // 10))
     save_every, folder = run.save_every or eval_every, run.out / "state"
     optimizer = make_optimizer(engine.parameters, recipe)
@@ -1580,7 +2093,7 @@ def train_run(run: Run, engine: Engine, batches: Batches, began: float, rank: in
     while not done and not stop and bad_steps < BAD_STEPS:
         begin = time.perf_counter()
         lr = learning_rate(progress.step, run.steps, recipe)
-        loss, norm, stop = train_step(engine, optimizer, batches.step(progress.step), pretrain,
+        loss, norm, stop = train_step(engine, optimizer, batches.step(progress.step), objective,
                                       lr, recipe.clip, stopper.signal)
         seconds = time.perf_counter() - begin
         finite = math.isfinite(loss + norm)
@@ -1594,9 +2107,9 @@ def train_run(run: Run, engine: Engine, batches: Batches, began: float, rank: in
             # takes 3 % of the time: in the last evaluation, and in the ten before together.
             tenth = run.steps * run.rows * run.seq_len // 10
             limit = min(FINAL_EVAL_TOKENS, tenth) if done else min(EVAL_TOKENS, tenth // 10)
-            figures["val_loss"], figures["val_bpb"] = evaluate(engine, batches, limit)
+            figures |= evaluate(engine, batches, objective, limit)
         if log:
-            log.add_step(progress, seconds, figures)
+            log.add_step(progress, seconds, figures, batches.facts(progress.step - 1))
         save = finite and progress.step % save_every == 0
         if save or done or stop:
             replicas_agree(engine.parameters)
@@ -1614,22 +2127,26 @@ def train_run(run: Run, engine: Engine, batches: Batches, began: float, rank: in
 
 def finish(run: Run, progress: Progress, log: Log) -> None:
     """Exports the weights in Meta's format and draws the loss."""
-    export_state(run.out / "state" / f"step-{progress.step:09d}", run.config, run.out)
+    export_state(run.out / "state" / f"step-{progress.step:09d}", run)
     draw_loss(log.rows, run.out / "loss.svg", f"{run.size}, {run.config.n_params:,} parameters")
     elapsed = log.elapsed()
     print_rank0(f"{progress.useful_s / elapsed:.0%} of {elapsed / 60:.1f} minutes went into "
                 "training steps that were kept")
 
 
-def announce(run: Run, batches: Batches) -> None:
+def announce(run: Run, batches: Batches | Examples) -> None:
     """Prints the settings of the run that matter most, and its texts."""
-    _, assumed = SIZES[run.size][1].filled()
+    assumed = [] if run.start else SIZES[run.size][1].filled()[1]
     if assumed:
         print_rank0(f"never published, so from Llama 2 unless given here: {', '.join(assumed)}")
     print_rank0(f"{run.size}: {run.config.n_params:,} parameters, {run.steps} steps of {run.rows} "
                 f"x {run.seq_len} tokens in micro-batches of {run.micro_batch}, {run.dtype}, on "
                 f"{run.layout.size} x {run.device} ({run.layout})")
+    if run.start:
+        print_rank0(f"begins from {run.start}; {run.learned:.2%} of the parameters learn")
     for k, source in enumerate(run.sources):
+        if run.objective != "pretrain":
+            continue
         if source.get("changed") not in (None, latest_change(source["path"])):
             print_rank0(f"warning: {source['path']} changed since it was cut into tokens, and is "
                         "read as it was; try --fresh, or --out DIR, for the new text")
@@ -1641,10 +2158,27 @@ def sample(run: Run, tokenizer: Tokenizer) -> None:
     """Prints what the trained model writes, if the whole model fits into this device."""
     dtype = DTYPES[run.dtype]
     if run.config.n_params * dtype.itemsize < 0.8 * memory_there(run.device):
+        if run.objective != "pretrain":
+            return sample_answer(run, tokenizer)
         model = load(run.out, run.device, dtype)
         prompt = "" if run.data or run.mixture else "class"  # the default text is Python
         text = sample_texts(model, tokenizer, [prompt], 120, Sampling(seed=run.seed))[0].text
         print(f"--- a sample of {run.out}\n{prompt}{text}")
+
+
+def sample_answer(run: Run, tokenizer: Tokenizer) -> None:
+    """Prints the model's answer to the first question of the data, in the form of the template."""
+    if run.objective == "reward":
+        return
+    path = Path(run.data[0][0])
+    row = next(json_rows(path, path.suffix.lower() == ".json"))
+    chat, messages = conversation(row, chat_format(tokenizer, run.template))
+    question = next(text for role, text in messages if role == "user")
+    adapter = run.out if run.tune == "adapter" else None
+    model = open_model(run.out, DTYPES[run.dtype], adapter=adapter)
+    answer = Sample(tokenizer, "-", turn(tokenizer, chat, question), 0)
+    grow([answer], model, 120, Sampling(seed=run.seed))
+    print(f"--- a sample of {run.out}\n> {question}\n{answer.text}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1672,6 +2206,28 @@ def parser() -> Parser:
                    help="compile the layers: 10 to 30 seconds, then a tenth to a fifth faster")
     g.add_argument("--document-mask", action=argparse.BooleanOptionalAction,
                    help="no attention across documents; default: from Llama 3 on")
+    g = p.add_argument_group("fine-tuning")
+    g.add_argument("--from", dest="start", metavar="CHECKPOINT", help="begin from any checkpoint: "
+                   "its shape, weights and tokenizer (a larger --tokenizer adds rows)")
+    g.add_argument("--recipe", choices=RECIPES, help="another's settings; options change them")
+    g.add_argument("--objective", choices=("pretrain", "sft", "reward", "dpo"), default="pretrain",
+                   help="sft: answers; reward, dpo: pairs of answers, chosen and rejected")
+    g.add_argument("--template", choices=CHATS, help="how rows are written; default: the model's")
+    g.add_argument("--tune", choices=("all", "lora", "adapter", "embeddings"), default="all",
+                   help="what learns")
+    number(g, "--lora-rank", "default: %(default)s", default=8)
+    number(g, "--lora-alpha", "default: %(default)s", float, default=16.0)
+    g.add_argument("--lora-targets", type=lambda text: text.split(","), default=list(MATRICES),
+                   metavar="NAMES", help=f"default: {','.join(MATRICES)}")
+    number(g, "--adapter-length", "vectors of a prompt (default: %(default)s)", default=10)
+    number(g, "--adapter-layers", "the last ones (default: %(default)s)", default=30)
+    number(g, "--epochs", "of the data", float, default=1.0)
+    g.add_argument("--reference", metavar="CHECKPOINT", help="of dpo; default: the one of --from")
+    number(g, "--beta", "of dpo (default: %(default)s)", float, default=0.1)
+    g.add_argument("--nll", type=float, default=0.2, metavar="X",
+                   help="of dpo: weight of the chosen answers' likelihood (default: %(default)s)")
+    g.add_argument("--margin", choices=MARGINS, default="none", help="of reward, by the rating")
+    g.add_argument("--ghost", action="store_true", help="sft on the last answer of each row alone")
     g = p.add_argument_group("text")
     g.add_argument("--data", **several, type=data_argument, metavar="PATH[=WEIGHT]",
                    help="files and folders; .jsonl by \"text\"; default: Python's own library")
@@ -1687,7 +2243,8 @@ def parser() -> Parser:
     number(g, "--micro-batch", "sequences computed at once; fewer: less memory, the same result")
     number(g, "--seq-len", "default: the size's context")
     number(g, "--lr", "lower it if the loss is not finite", float)
-    number(g, "--warmup", "steps; a tenth of the run at most")
+    number(g, "--warmup", "steps, or a part of them; a tenth of the run at most", float)
+    g.add_argument("--weight-decay", type=float, metavar="X")
     g.add_argument("--seed", type=int, default=0, metavar="N")
     g.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto",
                    help="to compute in; weights stay fp32; auto: the faster one here, as measured")
@@ -1733,8 +2290,13 @@ def train_rank(args, device: str, world: World, began: float, locks: contextlib.
         torch.set_num_threads(run.threads)
     tokenizer = load_tokenizer(run.out / "tokenizer.model")
     bos_id = tokenizer.bos_id if run.recipe.document_mask else None
-    batches = Batches(run.out / "tokens", run.sources, run.seq_len, run.rows, run.seed, bos_id)
+    if run.objective == "pretrain":
+        batches = Batches(run.out / "tokens", run.sources, run.seq_len, run.rows, run.seed, bos_id)
+    else:
+        batches = Examples(run.out / "tokens", run.seq_len, run.rows, run.seed)
     engine = Engine(run)
+    if run.objective == "dpo":
+        add_reference(run, engine, batches)
     if run.steps is None:
         run = replace(run, steps=steps_in_time(run, engine, began))
         together(partial(write_json, run.out / "run.json", settings_of(run)))
@@ -1747,7 +2309,11 @@ def train_rank(args, device: str, world: World, began: float, locks: contextlib.
 
 def main(argv: list[str]) -> int | None:
     """Plans, or trains in this process, or starts one process for each GPU."""
-    began, device, args = time.perf_counter(), best_device(), parser().parse_args(argv)
+    began, device, options = time.perf_counter(), best_device(), parser()
+    args = options.parse_args(argv)
+    if args.recipe:
+        options.set_defaults(**RECIPES[args.recipe])
+        args = options.parse_args(argv)
     if args.json and not args.plan:
         raise ValueError("--json is for --plan; try it without")
     if args.plan:
