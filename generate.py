@@ -724,14 +724,13 @@ def adapter_shapes(config: LlamaConfig, settings: dict) -> dict[str, tuple[int, 
     return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
 
 
-def write_adapter(config: LlamaConfig, settings: dict, tensors: dict[str, Tensor], folder: Path
+def write_adapter(config: LlamaConfig, settings: dict, weights: dict[str, Weight], folder: Path
                   ) -> None:
-    """Writes a LoRA as peft does, or a LLaMA-Adapter, from its tensors by our names."""
+    """Writes a LoRA as peft does, or a LLaMA-Adapter; weights by our names, others are left out."""
     table = {}
     for theirs, ours in adapter_names(config).items():
-        if ours in tensors:
-            x = tensors[ours]
-            table[theirs] = Weight(tuple(x.shape), x.dtype, (x,))
+        if ours in weights:
+            table[theirs] = weights[ours]
             if ours.endswith(("wq.lora_b", "wk.lora_b")):
                 table[theirs] = table[theirs].permuted_for_rope(config.head_dim // 2, 2)
     write_aside(folder / "adapter_model.safetensors", lambda file: write_safetensors(file, table))

@@ -1004,7 +1004,8 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, known: Container[str] = ()) -> None:
-        """Fills the weights whose names are not `known` (Meta never published its own initial values; Radford et al. 2019):
+        """Fills the weights, but not those that are `known` by name (Meta never published its own
+        initial values; Radford et al. 2019):
 
             norms                                                      1
             score, and what an adapter multiplies its change by        0

@@ -1025,8 +1025,7 @@ def export_state(state: Path, run: "Run") -> None:
         weights = merge_lora(weights, learned, run.lora_alpha / run.lora_rank)
     write_meta(run.config, weights, run.out)
     if run.tune in ("lora", "adapter"):
-        own = {name: w.read() for name, w in learned.items() if name not in weights}
-        write_adapter(run.config, adapter_settings(run), own, run.out)
+        write_adapter(run.config, adapter_settings(run), learned, run.out)
     if "score" in learned:
         score = {"score": learned["score"]}
         write_aside(run.out / "score.safetensors", lambda file: write_safetensors(file, score))
@@ -1784,8 +1783,8 @@ def check_objective(args) -> None:
             raise ValueError(f"--objective {args.objective} and --tune {args.tune} need a model to "
                              "begin from; try --from CHECKPOINT")
         if args.pp > 1 or args.tp > 1 and args.tune != "all":
-            raise ValueError("adapters run with --dp ddp or fsdp, other fine-tuning with --tp too; try "
-                             "without --pp, or --tune all")
+            raise ValueError("adapters run with --dp ddp or fsdp, other fine-tuning with --tp too; "
+                             "try it without --pp, or --tune all")
     if args.objective == "pretrain":
         return
     if not args.data or any(weight for _, weight in args.data):
@@ -1907,8 +1906,9 @@ def open_run(run: Run, locks: contextlib.ExitStack) -> Run:
 
 
 def utilisation(run: Run, tokens_per_s: float, peak: float | None) -> float | None:
-    """MFU: the model's FLOP/s / the peak FLOP/s of all devices; None where that is unknown."""
-    flops = tokens_per_s * flops_per_token(run.config, run.seq_len)
+    """MFU: the model's FLOP/s / the peak FLOP/s of all devices; None where that is unknown. Of the
+    three products of a weight, forward and two of the backward, a frozen one needs two."""
+    flops = tokens_per_s * flops_per_token(run.config, run.seq_len) * (2 + run.learned) / 3
     return peak and flops / (peak * run.layout.size)
 
 
@@ -2009,9 +2009,10 @@ class Log:
             finite[name] = value if math.isfinite(value) else None
         tokens = run.rows * run.seq_len
         mfu = utilisation(run, tokens / seconds, self.peak)
-        self.add({"step": step, "tokens": step * tokens, **finite, **facts, **self.fixed, "mfu": mfu,
-                  "tokens_per_s": round(tokens / seconds, 1), "skipped": progress.skipped,
-                  "elapsed_s": elapsed, "useful": round(progress.useful_s / elapsed, 3)})
+        self.add({"step": step, "tokens": step * tokens, **finite, **facts, **self.fixed,
+                  "mfu": mfu, "tokens_per_s": round(tokens / seconds, 1),
+                  "skipped": progress.skipped, "elapsed_s": elapsed,
+                  "useful": round(progress.useful_s / elapsed, 3)})
         self.times.append(seconds)
         if "val_bpb" in figures:
             self.held_out = f"{figures['val_bpb']:.3f} bits/byte"
