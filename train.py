@@ -304,10 +304,12 @@ def encode_conversation(tokenizer: Tokenizer, chat: Chat, messages: list[tuple[s
     return ids, learned
 
 
-def example_of(row: dict, tokenizer: Tokenizer, chat: Chat, run: "Run") -> dict[str, np.ndarray]:
+def example_of(row: dict, tokenizer: Tokenizer, chat: Chat, run: "Run"
+               ) -> dict[str, np.ndarray] | None:
     """The arrays of one example, from a row of data: "tokens", "targets" (-1: none) and "begins" (1
-    at the first token); of a pair both texts, chosen and rejected, one behind the other. ValueError
-    for a row that the objective cannot learn from."""
+    at the first token); of a pair both texts, chosen and rejected, one behind the other. Cut at the
+    end to --seq-len, for both; None if no answer is left. ValueError for a row that the objective
+    cannot learn from."""
     chat, messages = conversation(row, chat)
     if "ghost" in row:  # what was put before every question while the answers were sampled
         messages[0] = "user", f"{row['ghost']}\n{messages[0][1]}"
@@ -329,7 +331,7 @@ def example_of(row: dict, tokenizer: Tokenizer, chat: Chat, run: "Run") -> dict[
         ids = ids[:run.seq_len // len(texts)]
         targets = [id if wanted else -1 for id, wanted in zip(ids, learned)][1:] + [-1]
         if max(targets) < 0:
-            raise ValueError(f"nothing of its answer is within {len(ids)} tokens")
+            return None
         if run.objective == "reward":
             targets = [-1] * (len(ids) - 1) + [1 - k]
         arrays["tokens"] += ids
@@ -344,21 +346,25 @@ def prepare_examples(run: "Run") -> list[dict]:
     """Makes the run's tokenizer and examples; returns what run.json keeps of the data. Held out are
     rows whose SHA-1 is 0 mod 20, at least one."""
     tokenizer = tokenizer_of(run)
-    chat, examples, held, numbers, row_count = chat_format(tokenizer, run.template), [], [], [], 0
+    chat, examples, held, numbers, count = chat_format(tokenizer, run.template), [], [], [], 0
     for path, _ in run.data:
         print_rank0(f"reading {path}")
         for row in json_rows(Path(path), Path(path).suffix.lower() == ".json"):
             try:
-                examples.append(example_of(row, tokenizer, chat, run))
+                example = example_of(row, tokenizer, chat, run)
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 reason = str(error)
                 if not isinstance(error, ValueError):
                     reason = f"no row of a known form ({type(error).__name__}: {reason})"
-                raise ValueError(f"row {row_count} of the data, {json.dumps(row)[:60]}: {reason}; "
-                                 "try to mend or remove it, or a larger --seq-len") from None
-            held.append(sha1(json.dumps(row, sort_keys=True)))
-            numbers.append(row_count)
-            row_count += 1
+                raise ValueError(f"row {count} of the data, {json.dumps(row)[:60]}: {reason}; try "
+                                 "to mend or remove it") from None
+            if example:
+                examples.append(example)
+                held.append(sha1(json.dumps(row, sort_keys=True)))
+                numbers.append(count)
+            count += 1
+    if count > len(examples):
+        print_rank0(f"passed over {count - len(examples)} rows whose questions fill --seq-len")
     if len(examples) < 2:
         raise ValueError(f"{len(examples)} rows are too few; try --data with .json or .jsonl files")
     chosen = min(held) if all(number % 20 for number in held) else None
