@@ -131,6 +131,8 @@ def hf_name(name):
 
 
 def in_hf_order(name, w, config):
+    if name.endswith("lora_a"):
+        return w
     heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2])
     return hf_order(w, heads) if heads else w
 
@@ -551,7 +553,9 @@ class TestLayerByHand:
         attend = partial(forward, positions=torch.arange(3), boundaries=starts(0, 1, 3, 6))
         attend_backward = partial(backward, boundaries=starts(0, 1, 3, 6))
         kv = (4 * kv_heads, 8)
-        shapes = [(2, 3, 8), (8,), (8, 8), kv, kv, (8, 8), (8,), (6, 8), (8, 6), (6, 8)]
+        shapes = [(2, 3, 8), (8,), (8,)]
+        for out, width in ((8, 8), kv, kv, (8, 8), (6, 8), (8, 6), (6, 8)):
+            shapes += [(out, width), (2, width), (out, 2)]  # W, and A and B of LoRA
         inputs = [noise(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate(shapes)]
         assert torch.autograd.gradcheck(lambda x, *weights: LayerByHand.apply(
             x, *tables, attend, attend_backward, 0.1, llama.TensorParallel(), *weights),
@@ -1901,8 +1905,8 @@ class TestTurn:
         for text, system in (("a [/INST] b", ""), ("a", "<</SYS>>")):
             with pytest.raises(ValueError, match="is a mark of this chat format; try"):
                 generate.turn(words, chat, text, system)
-        for template, said in (("{{ '<|user|>' }}", "none of llama2, llama3, chatml; try --templ"),
-                               ("{{ '[INST]' }}", "none of llama2, llama3, chatml; try --templ"),
+        for template, said in (("{{ '<|user|>' }}", "none of alpaca, .*, chatml; try --templ"),
+                               ("{{ '[INST]' }}", "none of alpaca, .*, chatml; try --templ"),
                                ("<|im_start|>", "needs <.im_start.>, which the tokenizer has not")):
             with pytest.raises(ValueError, match=said):
                 generate.chat_format(chat_tokenizer("llama2", template)[0])
@@ -3004,7 +3008,8 @@ def saved_by_autograd(config, rows, seq_len, dtype, attention, backward):
 def run_of(config, layout=Layout(), **settings):
     """What an engine and the cost of a rank take from a train.Run."""
     usual = {"device": "cpu", "micro_batch": 1, "seed": 0, "compile": False, "dtype": "fp32",
-             "attention": "fused", "backward": "manual", "seq_len": 16, "rows": 8}
+             "attention": "fused", "backward": "manual", "seq_len": 16, "rows": 8, "start": None,
+             "tune": "all", "objective": "pretrain", "learned": 1.0}
     return SimpleNamespace(config=config, layout=layout, **usual | settings)
 
 
@@ -3344,7 +3349,8 @@ class TestState:
     def test_export_is_the_model(self, tmp_path, tied):
         model = random_model(replace(SMALL, tie_embeddings=tied))
         save_now(tmp_path / "state", tensors_of(model.named_parameters()), 1)
-        train.export_state(tmp_path / "state" / "step-000000001", model.config, tmp_path)
+        run = run_of(model.config, out=tmp_path)
+        train.export_state(tmp_path / "state" / "step-000000001", run)
         found = torch.load(tmp_path / "consolidated.00.pth")
         assert list(found) == [name for name, _ in model.named_parameters()]
         loaded = train.load(tmp_path)
@@ -3369,7 +3375,7 @@ class TestState:
             used.append(anonymous() - before)
         monkeypatch.setattr(owner, "write_tensor", measured)
         before = anonymous()
-        train.export_state(tmp_path / "step-000000001", config, tmp_path / "out")
+        train.export_state(tmp_path / "step-000000001", run_of(config, out=tmp_path / "out"))
         assert len(used) == 24 * 9 + 3 and max(used) < 4 * config.n_params / 5
 
 
@@ -3707,11 +3713,12 @@ class TestBatches:
                 train.Batches(tmp_path, [other], 16, 4, 0)
 
     def test_held_out_windows(self, tmp_path):
-        windows, size = batches_of(tmp_path, [900]).held_out(10**6)
-        targets = windows[:, 1:].flatten()
-        assert windows.shape == (7, 17) and size == pytest.approx(300)  # 3 bytes a token
-        assert targets.tolist() == [*range(1, 101), *[-1] * 12]  # each token once
-        assert len(batches_of(tmp_path, [900]).held_out(60)[0]) == 4
+        held_out, size = batches_of(tmp_path, [900]).held_out(10**6)
+        targets = torch.cat([batch["targets"] for batch in held_out])
+        assert targets.shape == (7, 16) and size == pytest.approx(300)  # 3 bytes a token
+        assert targets.flatten().tolist() == [*range(1, 101), *[-1] * 12]  # each token once
+        few, = batches_of(tmp_path, [900]).held_out(60)[0]
+        assert len(few["targets"]) == 4
 
     def test_documents(self, tmp_path):
         batch = train.next_tokens(torch.tensor([[5, 1, 6, 7, 1], [6, 6, 1, 1, -1]]), 1)
@@ -3761,7 +3768,7 @@ def engine_of(model, micro_batch=4):
 
 
 class TestTrainStep:
-    def step(self, engine, clip=1e9, lr=0.1, objective=train.pretrain):
+    def step(self, engine, clip=1e9, lr=0.1, objective=train.PRETRAIN):
         """A step, and the gradients that AdamW got, by name."""
         recipe = Recipe(0.1, 1, 1, eps=1e-8, weight_decay=0.0)
         optimizer, seen = train.make_optimizer(engine.parameters, recipe), {}
@@ -3775,7 +3782,7 @@ class TestTrainStep:
         engine.stage.requires_grad_(False)
         engine.stage.output.requires_grad_(True)
         optimizer = train.make_optimizer(engine.parameters, SIZES["tiny"][1])
-        train.train_step(engine, optimizer, train.next_tokens(tokens(2, 9)), train.pretrain, 1, 1)
+        train.train_step(engine, optimizer, train.next_tokens(tokens(2, 9)), train.PRETRAIN, 1, 1)
         before = random_model(SMALL).state_dict()
         changed = [name for name, p in engine.parameters.items() if not p.equal(before[name])]
         assert changed == ["output.weight"]
@@ -3800,7 +3807,8 @@ class TestTrainStep:
         def squares(model, batch):
             return model.logits(model.hidden(batch["tokens"])).square().mean(-1).sum()
         model = random_model(SMALL)
-        (loss, norm, _), _ = self.step(engine_of(model), objective=squares)
+        objective = train.Objective(squares, train.n_targets)
+        (loss, norm, _), _ = self.step(engine_of(model), objective=objective)
         wanted = squares(model, train.next_tokens(tokens(6, 21))) / 120
         wanted.backward()
         assert loss == pytest.approx(wanted.item(), rel=1e-5)
@@ -3813,14 +3821,15 @@ class TestEvaluate:
         sources, model, nll = shards(tmp_path, [900]), random_model(SMALL), 0
         (np.arange(101) % 97).astype("<u2").tofile(tmp_path / "0.val.bin")
         batches = train.Batches(tmp_path, sources, 16, 4, 0, bos_id)
-        loss, bpb = train.evaluate(engine_of(model), batches, 10**6)
+        found = train.evaluate(engine_of(model), batches, train.PRETRAIN, 10**6)
         text = torch.arange(101) % 97
         for x, y in zip(text[:-1].split(16), text[1:].split(16)):
             begin = [at for at, token in enumerate(x) if at == 0 or token == bos_id]
             logits = model(x[None], boundaries=starts(*begin, len(x)))
             nll += F.cross_entropy(logits[0], y, reduction="sum").item()
-        assert loss == pytest.approx(nll / 100, rel=1e-5)
-        assert bpb == pytest.approx(nll / math.log(2) / 300, rel=1e-5)  # 3 bytes a token
+        assert found["val_loss"] == pytest.approx(nll / 100, rel=1e-5)
+        wanted = nll / math.log(2) / 300  # 3 bytes a token
+        assert found["val_bpb"] == pytest.approx(wanted, rel=1e-5)
 
 
 def case(steps, bos_id=None, backward="manual", dtype="fp32", tied=False, n_layers=2,
@@ -3878,7 +3887,7 @@ def as_rank(case):
     grow(named.values())
     optimizer = train.make_optimizer(named, Recipe(1.0, 1, 1, eps=1e-8))
     with Calls() as calls:
-        engine.loss(batches[1], train.pretrain, train=True)
+        engine.loss(batches[1], train.PRETRAIN, train=True)
     found["calls"] = collections.Counter()
     for name in ("allreduce_", "_allgather_base_", "_reduce_scatter_base_", "broadcast_"):
         for args in calls.args.get(f"{name}.default", ()):
@@ -3887,9 +3896,9 @@ def as_rank(case):
     held = named.values(), engine.gradients(), tree_leaves(list(optimizer.state.values()))
     found["bytes"] = [sum(llama.local_shard(x).nbytes for x in tensors) for tensors in held]
     optimizer.zero_grad()
-    step = partial(train.train_step, engine, optimizer, objective=train.pretrain, lr=3e-3, clip=1.0)
+    step = partial(train.train_step, engine, optimizer, objective=train.PRETRAIN, lr=3e-3, clip=1.0)
     found["steps"] = [step(batch, flag=i) for i, batch in enumerate(batches[:case.steps])]
-    found["held out"], = engine.add_up(engine.loss(batches[2], train.pretrain, train=False))
+    found["held out"], = engine.add_up(engine.loss(batches[2], train.PRETRAIN, train=False))
     before = [whole(p) for p in named.values()]
     engine.complete = partial(spoil, engine, engine.complete)
     loss, norm, _ = step(batches[0])
@@ -3954,6 +3963,7 @@ def find_all(rank, size, folder):
             torch.save(as_rank(of_case), f"{folder}/{name} {rank}.pt")
     if size == 2:
         torch.save(exchanged(rank), f"{folder}/exchanged {rank}.pt")
+        torch.save([fine_tuned(*case) for case in FINE_TUNED], f"{folder}/fine-tuned {rank}.pt")
     dist.destroy_process_group()
 
 
@@ -4129,13 +4139,13 @@ def before_steps(fault, set_attribute=partial(setattr, train)):
 
 def poison(monkeypatch, bad):
     """The n-th micro-batch that is trained on has a loss that is not a number if bad(n)."""
-    calls, pretrain = [], train.pretrain
+    calls = []
 
     def poisoned(model, batch):
         calls.append(torch.is_grad_enabled())
         broken = calls[-1] and bad(sum(calls))
-        return pretrain(model, batch) * (math.nan if broken else 1)
-    monkeypatch.setattr(train, "pretrain", poisoned)
+        return train.next_token_loss(model, batch) * (math.nan if broken else 1)
+    monkeypatch.setattr(train, "PRETRAIN", train.Objective(poisoned, train.n_targets))
 
 
 def rank_killed(at, number, *options):
@@ -4214,7 +4224,8 @@ class TestRun:
     def test_every_setting_must_match_or_may_differ(self):
         """None is forgotten: what changes the result is compared."""
         free = {"out", "fresh", "minutes", "steps", "eval_every", "save_every", "layout", "device",
-                "local_size", "threads", "code", "micro_batch", "roomy", "sources"}
+                "local_size", "threads", "code", "micro_batch", "roomy", "sources", "epochs",
+                "learned"}
         parts = {*LlamaConfig.__dataclass_fields__, *Recipe.__dataclass_fields__}
         settings = {*train.Run.__dataclass_fields__, *parts} - {"config", "recipe"}
         assert settings == {*train.MUST_MATCH, *free}
@@ -4339,8 +4350,11 @@ def rank_runs_of(case, out, *words):
 
 def not_a_number(rank):
     """Rank 1 has a loss that is not a number at step 10: a fault for before_steps."""
-    pretrain, factor = train.pretrain, [1]
-    train.pretrain = lambda model, batch: pretrain(model, batch) * factor[0]
+    factor = [1]
+
+    def poisoned(model, batch):
+        return train.next_token_loss(model, batch) * factor[0]
+    train.PRETRAIN = train.Objective(poisoned, train.n_targets)
 
     def fault(step, engine):
         factor[0] = math.nan if rank == 1 and step == 10 else 1
@@ -4637,6 +4651,502 @@ class TestMistakes:
     def test_prompt_longer_than_the_context(self, whole_run):
         with pytest.raises(ValueError, match="no room in the context of 64"):
             generate.main([str(whole_run), "--prompt", "word " * 100])
+
+
+# ---------------------------------------------------------------------------------------------
+# Fine-tuning
+
+
+def lora_model(config=SMALL, rank=4, alpha=8.0, names=llama.MATRICES, **options):
+    """A model whose LoRA changes something: B is not zero."""
+    model = random_model(config, **options)
+    llama.add_lora(model, rank, alpha, names)
+    state = model.state_dict()
+    model.init_weights(3, {name for name in state if "lora" not in name})
+    for i, (name, p) in enumerate(model.named_parameters()):
+        if name.endswith("lora_b"):
+            p.data.copy_(noise(*p.shape, seed=i) / 10)
+    return model
+
+
+class TestLoRA:
+    @pytest.mark.parametrize("backward", llama.BACKWARD)
+    @pytest.mark.parametrize("names", [llama.MATRICES, ("wq", "wv")])
+    def test_equals_peft(self, names, backward):
+        peft = pytest.importorskip("peft")
+        ours, plain = lora_model(names=names, backward=backward), oracle_of(random_model(SMALL))
+        oracle = peft.get_peft_model(plain, peft.LoraConfig(
+            r=4, lora_alpha=8, target_modules=[train.PEFT_TARGETS[name] for name in names]))
+        table = {theirs: name for theirs, name in generate.adapter_names(SMALL).items()}
+        theirs = dict(oracle.named_parameters())
+        pairs = []
+        for theirs_name, name in table.items():
+            p = dict(ours.named_parameters()).get(name)
+            if p is not None:
+                pairs.append((name, p, theirs[theirs_name.replace(".weight", ".default.weight")]))
+        for name, p, other in pairs:
+            other.data.copy_(in_hf_order(name, p.data, SMALL))
+        x, y = tokens(2, 19), tokens(2, 19, seed=1)
+        logits = oracle(x).logits
+        close(ours(x), logits)
+        F.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
+        ours.loss(x, y).backward()
+        assert len(pairs) == 2 * 3 * len(names)
+        for name, p, other in pairs:
+            close(in_hf_order(name, p.grad, SMALL), other.grad, atol=1e-6)
+        assert all(p.grad is None for name, p in ours.named_parameters() if "lora" not in name)
+
+    def test_begins_as_the_frozen_model(self):
+        model = random_model(SMALL)
+        before = model(tokens(2, 9))
+        llama.add_lora(model, 4, 8)
+        model.init_weights(3, {name for name in model.state_dict() if "lora" not in name})
+        assert torch.equal(model(tokens(2, 9)), before)
+        a = model.layers[1].feed_forward.w2.lora_a.detach()  # Kaiming-uniform: U(-1/10, 1/10)
+        assert 0.09 < a.abs().max() <= 0.1 and abs(a.std() - 0.1 / math.sqrt(3)) < 0.005
+
+    def test_no_gradient_of_a_frozen_matrix_is_computed(self):
+        def flops(model):
+            with FlopCounterMode(display=False) as counter:
+                model.loss(tokens(2, 19), tokens(2, 19, seed=1)).backward()
+            return counter.get_total_flops()
+        whole, lora = flops(random_model(SMALL)), flops(lora_model(rank=1))
+        matrices = sum(p.numel() for p in random_model(SMALL).parameters() if p.dim() == 2)
+        spared = 2 * 38 * (matrices - 97 * 48)  # the embedding has no product
+        extra = 3 * 3 * 2 * 38 * (4 * 2 * 48 + 2 * 24 - 48 + 3 * 148 - 24)
+        assert whole - spared < lora < whole - spared + 1.2 * extra
+
+    def test_saved_loads_in_peft_and_merged_is_the_same(self, tmp_path):
+        peft = pytest.importorskip("peft")
+        ours, x = lora_model(), tokens(2, 19)
+        weights = {name: generate.Weight(tuple(p.shape), p.dtype, (), lambda p=p: p.detach())
+                   for name, p in ours.named_parameters()}
+        run = run_of(SMALL, tune="lora", lora_rank=4, lora_alpha=8.0, start="base",
+                     lora_targets=list(llama.MATRICES))
+        generate.write_adapter(SMALL, train.adapter_settings(run), weights, tmp_path)
+        oracle = peft.PeftModel.from_pretrained(oracle_of(random_model(SMALL)), tmp_path)
+        close(ours(x), oracle(x).logits)
+        save_meta(tmp_path / "base", random_model(SMALL))
+        merged = generate.open_model(tmp_path / "base", adapter=tmp_path)
+        close(merged(x), ours(x))
+        oracle.save_pretrained(tmp_path / "again")
+        again = generate.open_model(tmp_path / "base", adapter=tmp_path / "again")
+        close(again(x), ours(x))
+        save_meta(tmp_path / "other", random_model(replace(SMALL, dim=96)))
+        with pytest.raises(ValueError, match="an adapter of another model; try the one"):
+            generate.open_model(tmp_path / "other", adapter=tmp_path)
+
+
+class TestAdapter:
+    def test_equals_its_authors(self):
+        file = SHARED / "oracle/llama_adapter.npz"
+        if not file.exists():
+            pytest.skip("no oracle here")
+        arrays = {name: torch.from_numpy(x) for name, x in np.load(file).items()}
+        config = LlamaConfig(32, 1, 4, 4, 8, 8, 8)
+        attention = llama.Attention(config)
+        for name in ("wq", "wk", "wv", "wo"):
+            getattr(attention, name).weight.data = arrays[name].float()
+        cos, sin = llama.rope_table(config, torch.arange(5))
+        attend = partial(llama.attention_fused, positions=torch.arange(5))
+        x = arrays["x"].float()
+        close(attention(x, cos, sin, attend), arrays["y_without"], atol=1e-4)
+        attention.prompt = torch.nn.Parameter(arrays["adapter"][0].float())
+        attention.gate = torch.nn.Parameter(arrays["gate"].flatten().float())
+        close(attention(x, cos, sin, attend), arrays["y_with"], atol=2e-3)
+
+    @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+    def test_gates_at_zero_change_no_bit(self, dtype):
+        model = random_model(SMALL, dtype=dtype)
+        before = model(tokens(2, 9))
+        llama.add_adapter(model, 5, 2)
+        model.init_weights(3, {name for name in model.state_dict() if "attention.wq" in name})
+        fresh = random_model(SMALL, dtype=dtype)
+        model.load_state_dict(fresh.state_dict(), strict=False)
+        assert torch.equal(model(tokens(2, 9)), before)
+        assert model.layers[0].attention.prompt is None
+        assert abs(model.layers[2].attention.prompt.std() - 1) < 0.1
+
+    def test_equation_and_gradient(self):
+        q, k, v = noise(2, 4, 3, 6), noise(1, 2, 5, 6, seed=1), noise(1, 2, 5, 6, seed=2)
+        gate = noise(4, seed=3)
+        inputs = [x.double().requires_grad_() for x in (q, k, v, gate)]
+        assert torch.autograd.gradcheck(llama.attention_to_prompt, inputs)
+        wanted = F.scaled_dot_product_attention(q, k.expand(2, -1, -1, -1),
+                                                v.expand(2, -1, -1, -1), enable_gqa=True)
+        close(llama.attention_to_prompt(q, k, v, gate), wanted * gate.tanh()[:, None, None])
+
+    def test_saved_and_generated_with(self, tmp_path):
+        model = random_model(SMALL)
+        save_meta(tmp_path / "base", model)
+        llama.add_adapter(model, 5, 2)
+        for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
+            p.data.copy_(noise(*p.shape, seed=i))
+        weights = {name: generate.Weight(tuple(p.shape), p.dtype, (), lambda p=p: p.detach())
+                   for name, p in model.named_parameters()}
+        run = run_of(SMALL, tune="adapter", adapter_length=5, adapter_layers=2, start="base")
+        generate.write_adapter(SMALL, train.adapter_settings(run), weights, tmp_path)
+        loaded = generate.open_model(tmp_path / "base", adapter=tmp_path)
+        close(loaded(tokens(2, 9)), model(tokens(2, 9)))
+        with pytest.raises(ValueError, match="--compile wants equal layers"):
+            generate.open_model(tmp_path / "base", compiled=True, adapter=tmp_path)
+
+
+class TestTokenNLL:
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_equals_autograd(self, tied, monkeypatch):
+        monkeypatch.setattr(llama, "logit_rows", lambda V, D: 7)  # several chunks
+        model, x = random_model(replace(SMALL, tie_embeddings=tied)), tokens(2, 19)
+        y, dnll = tokens(2, 19, seed=1), noise(2, 19, seed=2)
+        y[0, 3:9] = -1
+        found = model.token_nll(x, y)
+        (found * dnll).sum().backward()
+        mine = [p.grad for p in model.parameters()]
+        oracle = random_model(model.config, backward="autograd")
+        wanted = F.cross_entropy(oracle(x).flatten(0, 1), y.flatten(), reduction="none",
+                                 ignore_index=-1).view(2, 19)
+        (wanted * dnll).sum().backward()
+        close(found, wanted)
+        for a, p in zip(mine, oracle.parameters()):
+            close(a, p.grad, atol=1e-4)
+
+
+def texts_batch(values, reference=0.0):
+    """A batch of texts of one token each, chosen and rejected in turns, with DPO's references."""
+    n = len(values)
+    batch = {"tokens": torch.zeros(n, 1, dtype=torch.long), "begins": torch.ones(n, 1),
+             "targets": torch.zeros(n, 1, dtype=torch.long)}
+    batch["reference"] = torch.as_tensor(reference).expand(n)[:, None]
+    model = SimpleNamespace(token_nll=lambda *args: -torch.as_tensor(values)[:, None],
+                            rewards=lambda *args: torch.as_tensor(values)[:, None])
+    return model, batch
+
+
+class TestDPO:
+    def test_equals_its_authors(self):
+        file = SHARED / "oracle/dpo.json"
+        if not file.exists():
+            pytest.skip("no oracle here")
+        oracle = json.loads(file.read_text())
+        pairs = zip(oracle["policy_chosen"], oracle["policy_rejected"])
+        references = zip(oracle["ref_chosen"], oracle["ref_rejected"])
+        model, batch = texts_batch([x for pair in pairs for x in pair],
+                                   [x for pair in references for x in pair])
+        for case in oracle["cases"]:
+            if set(case["kw"]) == {"beta"}:
+                beta = case["kw"]["beta"]
+                chosen, rejected, _ = train.implicit_rewards(model, batch, beta)
+                close(chosen, torch.tensor(case["chosen_rewards"]))
+                close(rejected, torch.tensor(case["rejected_rewards"]))
+                loss = train.dpo_loss(model, batch, beta, 0.0)
+                assert loss.item() == pytest.approx(sum(case["losses"]), rel=1e-5)
+                right = sum(a > b for a, b in zip(case["chosen_rewards"], case["rejected_rewards"]))
+                assert train.dpo_hits(model, batch, beta) == right
+
+    def test_likelihood_of_the_chosen(self):
+        model, batch = texts_batch([-3.0, -1.0, -5.0, -2.0])
+        more = train.dpo_loss(model, batch, 0.1, 0.2) - train.dpo_loss(model, batch, 0.1, 0.0)
+        assert more.item() == pytest.approx(0.2 * (3 + 5))
+
+    def test_sums_and_gradient(self):
+        """Sums over answers of several tokens, of two pairs in one row, against log-softmax."""
+        batch = pair_batch()
+        model, oracle = random_model(SMALL), random_model(SMALL, backward="autograd")
+        train.dpo_loss(model, batch, 0.3, 0.2).backward()
+        total = 0
+        for row in range(2):
+            edges = [*batch["begins"][row].nonzero().flatten().tolist(), 16]
+            logp, mean = [], []
+            for a, b in zip(edges, edges[1:]):
+                x, y = batch["tokens"][row, a:b], batch["targets"][row, a:b]
+                each = -F.cross_entropy(oracle(x[None])[0], y, reduction="none", ignore_index=-1)
+                logp.append(each.sum() - batch["reference"][row, a])
+                mean.append(-each.sum() / (y >= 0).sum())
+            total = total - F.logsigmoid(0.3 * (logp[0] - logp[1])) + 0.2 * mean[0]
+        total.backward()
+        for a, b in zip(model.parameters(), oracle.parameters()):
+            close(a.grad, b.grad)
+
+
+def pair_batch():
+    """Two rows of 16 tokens, each a pair of texts, with everything that objectives ask for."""
+    batch = {"tokens": tokens(2, 16), "targets": torch.full((2, 16), -1),
+             "begins": torch.zeros(2, 16, dtype=torch.int8), "margin": torch.zeros(2, 16),
+             "reference": torch.zeros(2, 16)}
+    for row, middle in enumerate((7, 10)):
+        batch["begins"][row, [0, middle]] = 1
+        batch["reference"][row, [0, middle]] = torch.tensor([-1.0, -2.0])
+        for a, b in ((2, middle - 1), (middle + 3, 15)):
+            batch["targets"][row, a:b] = batch["tokens"][row, a + 1:b + 1]
+    return batch
+
+
+def reward_batch():
+    batch = pair_batch()
+    batch["targets"].fill_(-1)
+    for row, middle in enumerate((7, 10)):
+        batch["targets"][row, middle - 1], batch["targets"][row, 14] = 1, 0
+        batch["margin"][row, middle - 1] = row / 3
+    return batch
+
+
+class TestReward:
+    def test_loss_and_hits(self):
+        batch, model = reward_batch(), random_model(SMALL)
+        llama.add_score(model)
+        model.score.data.copy_(noise(48))
+        loss = train.reward_loss(model, batch)
+        loss.backward()
+        oracle, total, right = random_model(SMALL, backward="autograd"), 0, 0
+        score = noise(48).requires_grad_()
+        for row, middle in enumerate((7, 10)):
+            h = [oracle.hidden(batch["tokens"][row:row + 1, a:b])[0, -1]
+                 for a, b in ((0, middle), (middle, 15))]
+            chosen, rejected = (x @ score for x in h)
+            total = total - torch.log(torch.sigmoid(chosen - rejected - row / 3))
+            right += int(chosen > rejected)
+        total.backward()
+        assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+        close(model.score.grad, score.grad)
+        for p, q in zip(model.layers.parameters(), oracle.layers.parameters()):
+            close(p.grad, q.grad)
+        assert train.reward_hits(model, batch) == right and model.output.weight.grad is None
+
+    def test_margins(self):
+        assert train.MARGINS["small"] == (1, 2 / 3, 1 / 3, 0)  # Llama 2, Table 27
+        assert train.MARGINS["large"] == (3, 2, 1, 0)
+
+
+FINE_TUNED = [("sft", "all", {"tp": 2}), ("reward", "all", {"tp": 2}), ("dpo", "all", {"tp": 2})]
+for _layout in ({"replicas": 2}, {"shards": 2}):
+    for _objective in ("sft", "reward", "dpo"):
+        FINE_TUNED.append((_objective, "all", _layout))
+    FINE_TUNED += [("sft", "lora", _layout), ("sft", "adapter", _layout)]
+
+
+def fine_tuned(objective, tune, layout):
+    """Losses of three steps."""
+    config = replace(SMALL, n_kv_heads=4, vocab_size=98)
+    run = run_of(config, Layout(**layout), objective=objective, tune=tune, lora_rank=4,
+                 lora_alpha=8.0, lora_targets=list(llama.MATRICES), adapter_length=3,
+                 adapter_layers=2, beta=0.1, nll=0.2)
+    engine, losses = train.Engine(run), []
+    batch = reward_batch() if objective == "reward" else pair_batch()
+    optimizer = train.make_optimizer(engine.parameters, Recipe(1.0, 1, 1, eps=1e-8))
+    for _ in range(3):
+        loss, norm, _ = train.train_step(engine, optimizer, batch, train.objective_of(run), 0.01, 1)
+        losses += [loss, norm]
+    return losses
+
+
+class TestFineTunedLayouts:
+    @pytest.mark.parametrize("number", range(len(FINE_TUNED)))
+    def test_losses_are_those_of_one_process(self, number, found_by):
+        objective, tune, _ = FINE_TUNED[number]
+        wanted = fine_tuned(objective, tune, {})
+        assert wanted[4] < wanted[0]
+        for found in found_by["fine-tuned"]:
+            assert found[number] == pytest.approx(wanted, rel=1e-5)
+
+
+ROWS = [{"instruction": "Name a man.", "input": "", "output": "of x"},
+        {"instruction": "Add", "input": "1 and 2", "output": "3"},
+        {"messages": [{"role": "system", "content": "Be brief."},
+                      {"role": "user", "content": "a man?"},
+                      {"role": "assistant", "content": "It is 42!"},
+                      {"role": "user", "content": "in of x"},
+                      {"role": "assistant", "content": "wife"}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "man"}]}]
+PAIR = {"conversations": [{"from": "human", "value": "a man?"}],
+        "chosen": {"from": "gpt", "value": "of x"}, "rejected": {"from": "gpt", "value": "wife in"}}
+
+
+def sft_run(**settings):
+    usual = {"objective": "sft", "margin": "none", "ghost": False, "seq_len": 128}
+    return run_of(SMALL, **usual | settings)
+
+
+class TestExamples:
+    @pytest.mark.parametrize("template", ["alpaca", "alpaca-lora", "chatdoctor", "chinese-alpaca",
+                                          "belle", "llama2"])
+    def test_exactly_the_answers_are_learned(self, words, template):
+        chat = generate.chat_format(words, template)
+        for row in ROWS:
+            found = train.example_of(row, words, chat, sft_run(seq_len=500))
+            said = [m[1] for m in train.conversation(row, chat)[1] if m[0] == "assistant"]
+            learned = found["targets"][found["targets"] >= 0].tolist()
+            texts = [""]
+            for i in learned:
+                if i == words.eos_id:
+                    texts.append("")
+                else:
+                    texts[-1] += words.token_bytes(i).decode()
+            assert [text.strip() for text in texts] == [*said, ""]
+            moved = found["tokens"][1:][found["targets"][:-1] >= 0].tolist()
+            assert moved == learned and found["targets"][-1] == -1
+            assert found["begins"].tolist() == [1] + [0] * (len(found["tokens"]) - 1)
+
+    def test_published_forms(self, words):
+        """The exact texts of Stanford Alpaca, alpaca-lora, Chinese-LLaMA-Alpaca and BELLE."""
+        head = "Below is an instruction that describes a task"
+        tail = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+        context = ", paired with an input that provides further context. "
+        forms = {"alpaca": f"{head}{context}{tail}Add\n\n### Input:\n1 and 2\n\n### Response:",
+                 "chinese-alpaca": f"{head}. {tail}Add\n1 and 2\n\n### Response: ",
+                 "belle": "Human: \nAdd\n1 and 2\n\nAssistant: \n"}
+        forms["alpaca-lora"] = forms["alpaca"] + "\n"
+        for template, prompt in forms.items():
+            chat = generate.chat_format(words, template)
+            found = train.example_of(ROWS[1], words, chat, sft_run(seq_len=500))["tokens"].tolist()
+            ids = words.encode(prompt, bos=True)
+            assert found[:len(ids)] == ids, template
+        chat = generate.chat_format(words, "alpaca")
+        found = train.example_of(ROWS[0], words, chat, sft_run(seq_len=500))["tokens"].tolist()
+        ids = words.encode(f"{head}. {tail}Name a man.\n\n### Response:", bos=True)
+        assert found[:len(ids)] == ids
+
+    @pytest.mark.parametrize("kind, template", [("llama3", LLAMA3_CHAT), ("chatml", CHATML),
+                                                ("llama2", LLAMA2_CHAT)])
+    def test_conversations_equal_transformers(self, kind, template, chat_tokenizer):
+        ours, oracle = chat_tokenizer(kind, template)
+        row = ROWS[2]
+        found = train.example_of(row, ours, generate.chat_format(ours), sft_run(seq_len=500))
+        wanted = oracle.apply_chat_template(row["messages"], chat_template=template, tokenize=True,
+                                            return_dict=False)
+        assert found["tokens"].tolist() == wanted
+        ghost = train.example_of({**row, "ghost": "Act."}, ours, generate.chat_format(ours),
+                                 sft_run(seq_len=500, ghost=True))
+        last = found["targets"][found["targets"] >= 0][-int((ghost["targets"] >= 0).sum()):]
+        assert ghost["targets"][ghost["targets"] >= 0].tolist() == last.tolist()
+
+    def test_pairs(self, words):
+        chat = generate.chat_format(words, "alpaca")
+        found = train.example_of(PAIR, words, chat, sft_run(objective="dpo", seq_len=500))
+        middle, = found["begins"].nonzero()[0][1:]
+        for part, text in ((slice(None, middle), "of x"), (slice(middle, None), "wife in")):
+            ids = found["targets"][part]
+            assert ids[ids >= 0].tolist() == words.encode(text, continues=True)  # no end
+        rated = {**PAIR, "rating": "slightly"}
+        found = train.example_of(rated, words, chat, sft_run(objective="reward", margin="large",
+                                                             seq_len=500))
+        assert found["targets"][middle] == 1 and found["targets"][-1] == 0  # with the end
+        assert (found["targets"] >= 0).sum() == 2
+        assert found["margin"][middle] == 1 and np.count_nonzero(found["margin"]) == 1
+
+    def test_packed(self, tmp_path):
+        assert train.pack(np.array([6, 5, 4]), [0, 1, 2], 10) == [[0, 2], [1]]
+        np.savez(tmp_path / "examples.npz", tokens=np.arange(1, 16), targets=np.arange(1, 16),
+                 begins=np.array([1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0], np.int8),
+                 held=[False, False, False], rows=[0, 1, 5], offsets=[0, 6, 11, 15])
+        examples = train.Examples(tmp_path, 10, 1, 0)
+        batches = [examples.step(i) for i in range(40)]
+        for i in range(0, 40, 2):  # an epoch has two rows
+            facts = [examples.facts(i + k) for k in range(2)]
+            assert sorted(facts[0]["rows"] + facts[1]["rows"]) == [0, 1, 5]
+            assert facts[0]["real_tokens"] + facts[1]["real_tokens"] == 15
+        assert len({str(examples.facts(i)) for i in range(40)}) > 3  # other orders
+        row = next(b for i, b in enumerate(batches) if examples.facts(i)["rows"] == [0, 5])
+        assert row["tokens"].tolist() == [[1, 2, 3, 4, 5, 6, 12, 13, 14, 15]]
+        assert train.document_starts(row).tolist() == [0, 6, 10]
+        row = next(b for i, b in enumerate(batches) if examples.facts(i)["rows"] == [1])
+        assert row["targets"].tolist() == [[7, 8, 9, 10, 11] + 5 * [-1]]
+
+    @pytest.mark.parametrize("row, said", [
+        ({"instruction": "a"}, "it has no answer"), ({"text": "a"}, "no row of a known form"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "it has no answer"),
+        ({"instruction": "a", "output": "of x " * 99}, "longer than the context"),
+        ({"messages": [{"role": "user", "content": 3}]}, "a message has no text")])
+    def test_bad_rows_are_named(self, row, said, words, tmp_path):
+        (tmp_path / "rows.json").write_text(json.dumps([ROWS[0], row]))
+        words.save(tmp_path / "tokenizer.model")
+        run = sft_run(tokenizer=str(tmp_path), template="alpaca", out=tmp_path,
+                      data=[(str(tmp_path / "rows.json"), None)])
+        with pytest.raises(ValueError, match=f"row 1 of the data, .*{said}.*; try"):
+            train.prepare_examples(run)
+        with pytest.raises(ValueError, match="two answers are equal"):
+            train.example_of({**PAIR, "rejected": PAIR["chosen"]}, words,
+                             generate.chat_format(words, "alpaca"), sft_run(objective="dpo"))
+
+
+class TestFineTuning:
+    def options(self, tiny, data, out, *more):
+        usual = "--template belle --dtype fp32 --seq-len 96 --batch-tokens 192 --lr 0.01"
+        return ["--from", str(tiny), "--data", str(data), *usual.split(), "--out", str(out), *more]
+
+    @pytest.fixture
+    def rows(self, tmp_path):
+        """Twenty questions and their answers."""
+        file = tmp_path / "rows.json"
+        file.write_text(json.dumps([{"instruction": f"man {i}", "output": f"of x {i} wife"}
+                                    for i in range(20)]))
+        return file
+
+    @pytest.mark.parametrize("tune", ["all", "lora", "adapter", "embeddings"])
+    def test_learns_and_goes_on_bit_for_bit(self, tiny, rows, tmp_path, tune, capsys):
+        out = tmp_path / "a"
+        options = self.options(tiny, rows, out, "--objective", "sft", "--tune", tune,
+                               "--steps", "8", "--save-every", "4")
+        train.main(options)
+        log, first, before = log_of(out), losses(out), generate.load(tiny).state_dict()
+        assert log[-1]["loss"] < log[0]["loss"] and log[0]["rows"] and log[-1]["val_loss"]
+        assert "> man 0" in capsys.readouterr().out
+        after = generate.load(out).state_dict()
+        changed = {name for name in after if not torch.equal(after[name], before[name])}
+        assert bool(changed) == (tune != "adapter")  # which stands beside the weights
+        assert tune != "embeddings" or changed == {"tok_embeddings.weight", "output.weight"}
+        assert (out / "adapter_config.json").exists() == (tune in ("lora", "adapter"))
+        shutil.rmtree(out / "state/step-000000008")
+        (out / "consolidated.00.pth").unlink()
+        train.main(options)
+        assert losses(out) == first and log_of(out)[4]["event"] == "resume"
+        for name, weight in generate.load(out).state_dict().items():
+            assert torch.equal(weight, after[name])
+
+    @pytest.mark.parametrize("objective", ["reward", "dpo"])
+    def test_pairs(self, tiny, tmp_path, objective):
+        rows = [{**PAIR, "conversations": [{"from": "human", "value": f"man {i}"}]}
+                for i in range(20)]
+        (tmp_path / "pairs.json").write_text(json.dumps(rows))
+        train.main([*self.options(tiny, tmp_path / "pairs.json", tmp_path / "a", "--objective",
+                                  objective), "--steps", "8"])
+        log = log_of(tmp_path / "a")
+        assert log[-1]["loss"] < log[0]["loss"] and log[-1]["val_accuracy"] == 1
+        assert (tmp_path / "a/score.safetensors").exists() == (objective == "reward")
+        assert objective == "reward" or log[0]["loss"] == pytest.approx(
+            math.log(2) + 0.2 * 6, abs=1)
+
+    def test_larger_vocabulary(self, tiny, text, tmp_path):
+        """Chinese-LLaMA's first stage: new rows are the mean of the old ones."""
+        file = tmp_path / "more.txt"
+        file.write_text(PROSE * 40)
+        tokenizer.train_sentencepiece([PROSE * 9], 420).save(tmp_path / "larger.model")
+        options = self.options(tiny, file, tmp_path / "a", "--tune", "embeddings")
+        del options[options.index("--template"):][:2]
+        train.main([*options, "--tokenizer", str(tmp_path / "larger.model"), "--steps", "1",
+                    "--lr", "1e-30"])
+        old, new = generate.load(tiny), generate.load(tmp_path / "a")
+        for name in ("tok_embeddings.weight", "output.weight"):
+            a, b = old.state_dict()[name], new.state_dict()[name]
+            assert b.shape == (420, 64) and torch.equal(b[:400], a)
+            close(b[400:], a.mean(0).expand(20, -1))
+
+    @pytest.mark.parametrize("more, said", [
+        (["--objective", "sft"], "need a model to begin from; try --from"),
+        (["--from", "TINY", "--objective", "sft"], "fine-tuning needs rows; try --data"),
+        (["--from", "TINY", "--objective", "sft", "--tune", "lora", "--tp", "2"], "adapters run"),
+        (["--from", "TINY", "--objective", "dpo", "--data", "x", "--minutes", "1"], "epochs"),
+        (["--from", "nowhere"], "nowhere")])
+    def test_mistakes(self, more, said, tiny, tmp_path):
+        more = [str(tiny) if word == "TINY" else word for word in more]
+        with pytest.raises((ValueError, OSError), match=said):
+            train.main([*more, "--out", str(tmp_path / "r")])
+        assert not (tmp_path / "r").exists()
+
+    def test_recipes_are_options(self, tiny, rows, tmp_path):
+        for name, recipe in train.RECIPES.items():
+            options = train.parser()
+            assert recipe.keys() <= vars(options.parse_args([])).keys(), name
+            assert recipe.get("template", "llama2") in generate.CHATS
 
 
 class TestReadme:
