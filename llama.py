@@ -1126,22 +1126,19 @@ class Llama(nn.Module):
         """
         return self.loss_of(self.hidden(tokens, boundaries=boundaries), targets, reduction)
 
-    def token_nll(self, tokens: Tensor, targets: Tensor, boundaries: Tensor | None = None
-                  ) -> Tensor:
-        """-log p of each target, (B, T) in fp32, 0 where it is negative, with its gradient: for
-        objectives that weigh tokens or texts against each other."""
-        h = self.hidden(tokens, boundaries=boundaries).flatten(0, -2)
-        nll = TokenNLL.apply(h, self.output_weight, targets.flatten(), self.tp)
+    def nll_of(self, h: Tensor, targets: Tensor) -> Tensor:
+        """-log p of each target from hidden(tokens): (B, T) in fp32, 0 where it is negative, with
+        its gradient; for objectives that weigh tokens or texts against each other."""
+        nll = TokenNLL.apply(h.flatten(0, -2), self.output_weight, targets.flatten(), self.tp)
         return nll.view(targets.shape)
 
-    def rewards(self, tokens: Tensor, boundaries: Tensor | None = None) -> Tensor:
-        """(B, T) -> what the score head makes of each position, (B, T) in fp32 (Llama 2, section
-        3.2.2: the output projection is replaced by one row). The reward of a text is its last."""
-        h = fp32(self.hidden(tokens, boundaries=boundaries)).flatten(0, -2)
-        mine = h @ fp32(local_shard(self.score))
+    def rewards_of(self, h: Tensor, shape: Sequence[int]) -> Tensor:
+        """What the score head makes of hidden(tokens), in the shape (B, T) of the tokens, in fp32
+        (Llama 2, section 3.2.2: it replaces the output projection). A text's reward is its last."""
+        mine = fp32(h).flatten(0, -2) @ fp32(local_shard(self.score))
         every = self.tp.gather(mine.detach(), 1)().flatten()  # of tensor parallel ranks
         begin = self.tp.rank * len(mine)
-        return torch.cat((every[:begin], mine, every[begin + len(mine):])).view(tokens.shape)
+        return torch.cat((every[:begin], mine, every[begin + len(mine):])).view(shape)
 
     def loss_of(self, h: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """The loss from RMSNorm(h_L), (B, T, D) or, with tensor parallelism, (N/t, D)."""
@@ -1149,10 +1146,11 @@ class Llama(nn.Module):
         return total if reduction == "sum" else total / (targets >= 0).sum().clamp(min=1)
 
 
-def add_score(model: Llama) -> None:
-    """Gives the model a score head, and freezes the output projection, which it replaces."""
+def add_score(model: Llama, freeze_output: bool = True) -> None:
+    """Gives the model a score head. Of a reward model it replaces the output projection, which is
+    frozen then; of PPO it is the value, beside it."""
     model.score = nn.Parameter(torch.zeros(model.config.dim))
-    if model.output is not None:
+    if freeze_output and model.output is not None:
         model.output.requires_grad_(False)
 
 

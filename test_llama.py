@@ -4799,7 +4799,7 @@ class TestTokenNLL:
         model, x = random_model(replace(SMALL, tie_embeddings=tied)), tokens(2, 19)
         y, dnll = tokens(2, 19, seed=1), noise(2, 19, seed=2)
         y[0, 3:9] = -1
-        found = model.token_nll(x, y)
+        found = model.nll_of(model.hidden(x), y)
         (found * dnll).sum().backward()
         mine = [p.grad for p in model.parameters()]
         oracle = random_model(model.config, backward="autograd")
@@ -4817,8 +4817,8 @@ def texts_batch(values, reference=0.0):
     batch = {"tokens": torch.zeros(n, 1, dtype=torch.long), "begins": torch.ones(n, 1),
              "targets": torch.zeros(n, 1, dtype=torch.long)}
     batch["reference"] = torch.as_tensor(reference).expand(n)[:, None]
-    model = SimpleNamespace(token_nll=lambda *args: -torch.as_tensor(values)[:, None],
-                            rewards=lambda *args: torch.as_tensor(values)[:, None])
+    model = SimpleNamespace(hidden=lambda *args, **options: None,
+                            nll_of=lambda *args: -torch.as_tensor(values)[:, None])
     return model, batch
 
 
@@ -4888,6 +4888,54 @@ def reward_batch():
         batch["targets"][row, middle - 1], batch["targets"][row, 14] = 1, 0
         batch["margin"][row, middle - 1] = row / 3
     return batch
+
+
+class TestPPO:
+    """trl's, through the numbers of ../shared/oracle."""
+
+    @pytest.fixture
+    def oracle(self):
+        file = SHARED / "oracle/ppo.json"
+        if not file.exists():
+            pytest.skip("no oracle here")
+        found = json.loads(file.read_text())
+        for name, values in found.items():
+            if isinstance(values, list):
+                found[name] = torch.tensor(values)
+        return found
+
+    def test_rewards_advantages_and_returns(self, oracle):
+        mask, values = oracle["mask"], oracle["values"]
+        rewards = train.token_rewards(oracle["scores"], oracle["logprobs"],
+                                      oracle["ref_logprobs"], mask, 0.2)
+        close(rewards, oracle["rewards"] * mask)
+        A, returns = train.advantages(rewards, values, mask)
+        plain = oracle["advantages"]["plain"]
+        close(A * mask, torch.tensor(plain["advantages"]) * mask)
+        close(returns * mask, torch.tensor(plain["returns"]) * mask)
+
+    def test_whiten(self, oracle):
+        example = oracle["whiten_example"]
+        x, mask = torch.tensor(example["x"]), torch.tensor(example["mask"])
+        close(train.whiten(x, mask) * mask, torch.tensor(example["shifted"]) * mask)
+        close(train.whiten(x, mask, shift=False) * mask, torch.tensor(example["unshifted"]) * mask)
+
+    def test_losses(self, oracle):
+        mask = oracle["mask"]
+        plain = {name: torch.tensor(x) for name, x in oracle["advantages"]["plain"].items()}
+        batch = {"old_logp": oracle["logprobs"], "old_values": plain["values"],
+                 "advantages": plain["advantages"], "returns": plain["returns"]}
+        policy, value = train.ppo_losses(oracle["new_logprobs"], oracle["new_values"], batch)
+        found = (policy * mask).sum() / mask.sum()
+        assert found.item() == pytest.approx(oracle["policy_loss"], rel=1e-5)
+        found = 0.1 * (value * mask).sum() / mask.sum()
+        assert found.item() == pytest.approx(oracle["value_loss_times_vf_coef"], rel=1e-5)
+
+    def test_gradient(self):
+        batch = {name: noise(2, 3, seed=i).double() for i, name in enumerate(
+            ("old_logp", "old_values", "advantages", "returns"))}
+        inputs = [noise(2, 3, seed=i).double().requires_grad_() for i in (7, 8)]
+        assert torch.autograd.gradcheck(lambda *x: train.ppo_losses(*x, batch), inputs)
 
 
 class TestReward:
@@ -4966,6 +5014,74 @@ PAIR = {"conversations": [{"from": "human", "value": "a man?"}],
 def sft_run(**settings):
     usual = {"objective": "sft", "margin": "none", "ghost": False, "seq_len": 128}
     return run_of(SMALL, **usual | settings)
+
+
+class TestBestOf:
+    def test_rows_for_sft(self, tiny, words, tmp_path, capsys):
+        (tmp_path / "asked").write_text("a man?\nof x\n")
+        options = [str(tiny), "--prompts", str(tmp_path / "asked"), "--best-of", "5", "--reward",
+                   "wc -w", "--max-new-tokens", "30", "--template", "belle", "--ghost", "Act."]
+        generate.main(options)
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        for row, question in zip(rows, ("a man?", "of x"), strict=True):
+            assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
+            assert row["messages"][0]["content"] == question and row["ghost"] == "Act."
+            assert row["reward"] == len(row["messages"][1]["content"].split()) == row["best"][-1]
+            assert row["best"] == sorted(row["best"]) and row["mean"] <= row["reward"]
+        with pytest.raises(ValueError, match="--prompts needs --reward; try"):
+            generate.main(options[:5])
+
+    def test_reward_models(self, tiny, tmp_path):
+        """The last score of the question and its answer; two by Llama 2's rule."""
+        for name, scale in (("help", 1.0), ("safe", 40.0)):
+            shutil.copytree(tiny, tmp_path / name)
+            (tmp_path / name / "run.json").write_text('{"template": "belle"}')
+            score = {"score": generate.Weight((64,), torch.float32, (), lambda k=scale: k * noise(64))}
+            with open(tmp_path / name / "score.safetensors", "wb") as file:
+                generate.write_safetensors(file, score)
+        helpful, safe, both = (generate.reward_source(names) for names in (
+            [str(tmp_path / "help")], [str(tmp_path / "safe")],
+            [str(tmp_path / "help"), str(tmp_path / "safe")]))
+        model, words = generate.load(tiny), tokenizer.load_tokenizer(tiny)
+        chosen = set()
+        for answer in ("of x", "wife", "in 12", "man"):
+            ids = words.encode(f"Human: \na man?\n\nAssistant: \n{answer}", bos=True, eos=True)
+            wanted = (model.hidden(torch.tensor([ids]))[0, -1] @ noise(64)).item()
+            assert helpful("a man?", answer) == pytest.approx(wanted, rel=1e-4)
+            refused = 1 / (1 + math.exp(-40 * wanted)) < 0.15
+            chosen.add(refused)
+            assert both("a man?", answer) == (safe if refused else helpful)("a man?", answer)
+        assert chosen == {True, False}
+
+
+class TestAverage:
+    def test_mean_of_weights(self, tmp_path):
+        models = [random_model(SMALL, seed=i) for i in range(3)]
+        for i, model in enumerate(models):
+            save_meta(tmp_path / str(i), model)
+        generate.main([f"{tmp_path}/0", "--average", f"{tmp_path}/1", f"{tmp_path}/2", "--export",
+                       "meta", f"{tmp_path}/mean"])
+        found = generate.load(tmp_path / "mean").state_dict()
+        for name, *weights in zip(found, *(model.parameters() for model in models)):
+            close(found[name], sum(weights) / 3)
+        save_meta(tmp_path / "other", random_model(replace(SMALL, n_layers=2)))
+        with pytest.raises(ValueError, match="is of another shape"):
+            generate.average([f"{tmp_path}/0", f"{tmp_path}/other"])
+
+
+class TestGuard:
+    def test_probability_of_unsafe(self, tmp_path, words, capsys):
+        config = replace(SMALL, dim=64, vocab_size=400, max_seq_len=2048)
+        save_meta(tmp_path, random_model(config))
+        words.save(tmp_path / "tokenizer.model")
+        generate.main([str(tmp_path), "--guard", "a man?", "of x"])
+        found = json.loads(capsys.readouterr().out)["unsafe"]
+        prompt = generate.GUARD.format(role="Agent", conversation="User: a man?\n\nAgent: of x")
+        assert "unsafe content in 'Agent' messages in conversations according our" in prompt
+        assert prompt.count("\nS") == 11 and prompt.endswith("categories. [/INST]")
+        logits = generate.load(tmp_path)(torch.tensor([words.encode(prompt, bos=True)]))[0, -1]
+        token = words.encode("unsafe", continues=True)[0]
+        assert found == pytest.approx(logits.softmax(-1)[token].item(), rel=1e-4)
 
 
 class TestExamples:
@@ -5117,6 +5233,22 @@ class TestFineTuning:
         assert objective == "reward" or log[0]["loss"] == pytest.approx(
             math.log(2) + 0.2 * 6, abs=1)
 
+    def test_ppo(self, tiny, rows, tmp_path):
+        """Towards short answers: the reward is a command that counts words."""
+        command = ["--objective", "ppo", "--reward", "sh -c 'echo -$(wc -w)'", "--beta", "0.01"]
+        options = self.options(tiny, rows, tmp_path / "a", *command, "--batch-tokens", "1536",
+                               "--lr", "0.003", "--save-every", "6")
+        train.main([*options, "--steps", "12"])
+        log, first = log_of(tmp_path / "a"), losses(tmp_path / "a")
+        reward = [row["reward"] for row in log]
+        assert sum(reward[-3:]) > sum(reward[:3]) + 3
+        assert abs(log[0]["kl"]) < 0.01 < log[-1]["kl"] < 300
+        shutil.rmtree(tmp_path / "a/state/step-000000012")
+        train.main([*options, "--steps", "12"])
+        assert losses(tmp_path / "a") == first
+        with pytest.raises(ValueError, match="ended with status 1 and said 'nothing', not one"):
+            train.main([*options[:-6], "--out", str(tmp_path / "b"), "--reward", "false"])
+
     def test_larger_vocabulary(self, tiny, text, tmp_path):
         """Chinese-LLaMA's first stage: new rows are the mean of the old ones."""
         tokenizer.train_sentencepiece([Path(ast.__file__).read_text()], 420).save(
@@ -5136,6 +5268,7 @@ class TestFineTuning:
         (["--from", "TINY", "--objective", "sft"], "fine-tuning needs rows; try --data"),
         (["--from", "TINY", "--objective", "sft", "--tune", "lora", "--tp", "2"], "adapters run"),
         (["--from", "TINY", "--objective", "dpo", "--data", "x", "--minutes", "1"], "epochs"),
+        (["--from", "TINY", "--objective", "ppo", "--data", "x"], "ppo needs --reward"),
         (["--from", "nowhere"], "nowhere")])
     def test_mistakes(self, more, said, tiny, tmp_path):
         more = [str(tiny) if word == "TINY" else word for word in more]

@@ -51,7 +51,8 @@ from torch.distributed.elastic.multiprocessing import (DefaultLogsSpecs, SignalE
 
 from generate import (ALPACA, CHATS, DTYPES, Chat, Sample, Sampling, Weight, best_device,
                       chat_format, check_compiler, grow, keep_freed_memory, leave_busy_cores,
-                      load, locate, merge_lora, open_checkpoint, open_model, render, sample_texts,
+                      load, locate, merge_lora, open_checkpoint, open_model, render,
+                      reward_source, sample_texts,
                       shapes, tokenizer_beside, turn, with_rows, write_adapter, write_meta,
                       write_safetensors)
 from llama import (ATTENTION, BACKWARD, MATRICES, SIZES, Llama, LlamaConfig, Recipe,
@@ -1293,7 +1294,8 @@ def text_sums(x: Tensor, begins: Tensor) -> Tensor:
 def pair_rewards(model: Llama, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The reward model's r of the chosen and the rejected text of each pair, two of (pairs,). It is
     read at the last token of each text, where the target is 1 (chosen) or 0."""
-    rewards = model.rewards(batch["tokens"], document_starts(batch))
+    h = model.hidden(batch["tokens"], boundaries=document_starts(batch))
+    rewards = model.rewards_of(h, batch["tokens"].shape)
     return rewards[batch["targets"] == 1], rewards[batch["targets"] == 0]
 
 
@@ -1309,12 +1311,17 @@ def reward_hits(model: Llama, batch: dict[str, Tensor]) -> Tensor:
     return (chosen > rejected).sum()
 
 
+def answer_nll(model: Llama, batch: dict[str, Tensor]) -> Tensor:
+    """-log pi of each target, (N, T)."""
+    h = model.hidden(batch["tokens"], boundaries=document_starts(batch))
+    return model.nll_of(h, batch["targets"])
+
+
 def implicit_rewards(model: Llama, batch: dict[str, Tensor], beta: float) -> tuple[Tensor, Tensor]:
     """DPO's rewards (Rafailov et al. 2023), beta (log pi(y|x) - log pi_ref(y|x)), of the chosen and
     of the rejected text of each pair, two of (pairs,), summed over the answer's tokens; and -log pi
     of the chosen ones, as means over their tokens."""
-    nll = model.token_nll(batch["tokens"], batch["targets"], document_starts(batch))
-    nll = text_sums(nll, batch["begins"])
+    nll = text_sums(answer_nll(model, batch), batch["begins"])
     reference = batch["reference"][batch["begins"] > 0]
     n = text_sums((batch["targets"] >= 0).float(), batch["begins"])
     rewards = beta * (-nll - reference)
@@ -1333,6 +1340,129 @@ def dpo_hits(model: Llama, batch: dict[str, Tensor], beta: float) -> Tensor:
     return (chosen > rejected).sum()
 
 
+def whiten(x: Tensor, mask: Tensor, shift: bool = True) -> Tensor:
+    """x (n, T) with variance 1, and without `shift` its own mean, over the places of the mask."""
+    n = mask.sum()
+    mean = (x * mask).sum() / n
+    variance = ((x - mean).square() * mask).sum() / (n - 1).clamp(min=1)
+    white = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return white if shift else white + mean
+
+
+def token_rewards(scores: Tensor, logp: Tensor, reference: Tensor, mask: Tensor, beta: float
+                  ) -> Tensor:
+    """The reward of each token of an answer, (n, T): -beta (log pi - log pi_ref), whose mean is the
+    KL divergence, and at the last one the answer's score (n,). mask: which are tokens of it."""
+    rewards = -beta * (logp - reference) * mask
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    return rewards.index_put((torch.arange(len(scores)), last), scores, accumulate=True)
+
+
+def advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+               ) -> tuple[Tensor, Tensor]:
+    """Generalised advantages (Schulman et al. 2016) and returns, two of (n, T), from the last token
+    of each answer to its first:
+
+        d_t = r_t + gamma V_(t+1) - V_t     A_t = d_t + gamma lam A_(t+1)     R_t = A_t + V_t
+    """
+    values, A = values * mask, torch.zeros_like(values)
+    after, V_after = torch.zeros(len(values)), torch.zeros(len(values))
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * V_after - values[:, t]
+        after = delta + gamma * lam * after
+        A[:, t], V_after = after, values[:, t]
+    return whiten(A, mask), A + values
+
+
+def ppo_losses(logp: Tensor, values: Tensor, batch: dict[str, Tensor], clip: float = 0.2
+               ) -> tuple[Tensor, Tensor]:
+    """The clipped losses of policy and value (Schulman et al. 2017), each like logp:
+
+        -min( rho A, clip(rho, 1 - c, 1 + c) A ),   rho = pi / pi_old
+        max( (V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2 ) / 2
+    """
+    rho, A = (logp - batch["old_logp"]).exp(), batch["advantages"]
+    policy = -torch.minimum(rho * A, rho.clamp(1 - clip, 1 + clip) * A)
+    near = values.clamp(batch["old_values"] - clip, batch["old_values"] + clip)
+    value = torch.maximum((values - batch["returns"]).square(), (near - batch["returns"]).square())
+    return policy, value / 2
+
+
+def policy_and_values(model: Llama, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """log pi of each target and the score head's value before it, two of (N, T)."""
+    h = model.hidden(batch["tokens"])
+    return -model.nll_of(h, batch["targets"]), model.rewards_of(h, batch["tokens"].shape)
+
+
+def ppo_loss(model: Llama, batch: dict[str, Tensor]) -> Tensor:
+    """Policy loss + 0.1 value loss over the answers' tokens."""
+    policy, value = ppo_losses(*policy_and_values(model, batch), batch)
+    return ((policy + 0.1 * value) * (batch["targets"] >= 0)).sum()
+
+
+class Prompts:
+    """The questions of the data, and answers to them that the model gives while it learns: PPO's
+    batches. Iteration s asks questions s n to s n + n, over and over."""
+
+    def __init__(self, run: "Run", tokenizer: Tokenizer):
+        self.run, self.tokenizer, self.rows = run, tokenizer, run.rows
+        self.ids = []
+        for path, _ in run.data:
+            for row in json_rows(Path(path), Path(path).suffix.lower() == ".json"):
+                chat, messages = conversation(row, chat_format(tokenizer, run.template))
+                question = next(text for role, text in messages if role == "user")
+                self.ids.append((question, turn(tokenizer, chat, question)))
+        self.reference = load(run.reference or run.start, run.device, DTYPES[run.dtype])
+        self.reward = reward_source(run.reward)
+
+    @torch.no_grad()
+    def rollout(self, model: Llama, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Sampled answers with all that ppo_loss asks for, (n, T), and their figures."""
+        run, n = self.run, self.rows
+        asked = [self.ids[(step * n + i) % len(self.ids)] for i in range(n)]
+        room = run.seq_len - max(len(ids) for _, ids in asked)
+        samples = [Sample(self.tokenizer, question, ids, i)
+                   for i, (question, ids) in enumerate(asked)]
+        sampling = Sampling(1.0, 0, 1.0, f"{run.seed}/{step}", self.tokenizer.vocab_size)
+        grow(samples, model, room, sampling)
+        scores = [self.reward(sample.prompt, sample.text) for sample in samples]
+        tokens = torch.zeros(n, run.seq_len, dtype=torch.long)
+        targets = torch.full_like(tokens, -1)
+        for row, sample in enumerate(samples):
+            begin, answer = len(sample.prompt_ids), list(sample.ids)
+            if sample.finish_reason == "stop":
+                answer.append(self.tokenizer.eos_id)
+            text = torch.tensor(sample.prompt_ids + answer)
+            tokens[row, :len(text)] = text
+            targets[row, begin - 1:len(text) - 1] = text[begin:]
+        batch = {"tokens": tokens, "targets": targets}
+        mask = (targets >= 0).float()
+        logp, values = policy_and_values(model, {k: x.to(run.device) for k, x in batch.items()})
+        logp, values = logp.cpu(), values.cpu()
+        h = self.reference.hidden(tokens.to(run.device))
+        reference = -self.reference.nll_of(h, targets.to(run.device)).cpu()
+        white = whiten(torch.tensor(scores)[None], torch.ones(1, n))[0]
+        rewards = token_rewards(white, logp, reference, mask, run.beta)
+        A, returns = advantages(rewards, values, mask)
+        kl = ((logp - reference) * mask).sum().item() / n
+        batch |= {"old_logp": logp, "old_values": values, "advantages": A, "returns": returns}
+        return batch, {"reward": statistics.fmean(scores), "kl": kl}
+
+
+def ppo_step(engine: "Engine", optimizer, prompts: Prompts, step: int, lr: float, clip: float,
+             flag: float) -> tuple[float, float, float, dict[str, float]]:
+    """One iteration: answers are sampled, and learned from in eight minibatches, each once (Llama
+    2, section 3.2.3: 512 answers, 64 a minibatch). What train_step returns, as means, and figures.
+    """
+    batch, figures = prompts.rollout(engine.stage, step)
+    results = []
+    for rows in torch.arange(prompts.rows).chunk(8):
+        part = {name: x[rows] for name, x in batch.items()}
+        results.append(train_step(engine, optimizer, part, PPO, lr, clip, flag))
+    loss, norm, stop = (statistics.fmean(values) for values in zip(*results))
+    return loss, norm, stop, figures
+
+
 def objective_of(run: "Run") -> Objective:
     """The objective that a run learns."""
     if run.objective == "reward":
@@ -1343,7 +1473,7 @@ def objective_of(run: "Run") -> Objective:
     return PRETRAIN
 
 
-PRETRAIN = Objective(next_token_loss, n_targets)
+PRETRAIN, PPO = Objective(next_token_loss, n_targets), Objective(ppo_loss, n_targets)
 
 
 class Stage(Llama):
@@ -1640,8 +1770,7 @@ def add_reference(run: "Run", engine: Engine, examples: Examples) -> None:
             batch = {name: x.to(run.device) for name, x in examples.batch([[i]]).items()}
 
             def logprobs(model: Llama, batch: dict[str, Tensor]) -> Tensor:
-                nll = model.token_nll(batch["tokens"], batch["targets"], document_starts(batch))
-                return -text_sums(nll, batch["begins"])
+                return -text_sums(answer_nll(model, batch), batch["begins"])
             with torch.no_grad():
                 values = engine.stage.compute(logprobs, batch)
             found[starts[(first <= starts) & (starts < last)]] = values.cpu().numpy()
@@ -1669,6 +1798,7 @@ class Run:
     adapter_length: int
     adapter_layers: int
     reference: str | None        # None: the model that the run begins from
+    reward: list[str] | None     # models or commands, of ppo
     beta: float
     nll: float
     margin: str
@@ -1711,9 +1841,9 @@ PEFT_TARGETS = dict(zip(MATRICES, ("q_proj", "k_proj", "v_proj", "o_proj", "gate
 
 MUST_MATCH = ("size", "start", *LlamaConfig.__dataclass_fields__, *Recipe.__dataclass_fields__,
               "objective", "template", "tune", "lora_rank", "lora_alpha", "lora_targets",
-              "adapter_length", "adapter_layers", "reference", "beta", "nll", "margin", "ghost",
-              "data", "mixture", "tokenizer", "seq_len", "seed", "dtype", "attention", "backward",
-              "compile")
+              "adapter_length", "adapter_layers", "reference", "reward", "beta", "nll", "margin",
+              "ghost", "data", "mixture", "tokenizer", "seq_len", "seed", "dtype", "attention",
+              "backward", "compile")
 
 
 def setting(text: str) -> tuple[str, object]:
@@ -1793,6 +1923,10 @@ def check_objective(args) -> None:
                              "try it without --pp, or --tune all")
     if args.objective == "pretrain":
         return
+    if args.objective == "ppo" and (not args.reward or args.tp > 1 or (args.nproc or 1) > 1
+                                    or "RANK" in os.environ):
+        raise ValueError("ppo needs --reward, and one process, because it samples; try --reward "
+                         "MODEL_OR_COMMAND, without --nproc and --tp")
     if not args.data or any(weight for _, weight in args.data):
         raise ValueError("fine-tuning needs rows; try --data FILE.json, without a weight")
     if args.minutes:
@@ -1810,8 +1944,8 @@ def prepare_tuning(model: Llama, run: Run) -> None:
         for part in (model.tok_embeddings, model.output):
             if part is not None:
                 part.requires_grad_(True)
-    if run.objective == "reward":
-        add_score(model)
+    if run.objective in ("reward", "ppo"):
+        add_score(model, freeze_output=run.objective == "reward")
 
 
 def settings_of(run: Run) -> dict:
@@ -1898,6 +2032,9 @@ def open_run(run: Run, locks: contextlib.ExitStack) -> Run:
     if not run.sources:
         if run.objective == "pretrain":
             sources = prepare_data(run, surveyed or survey_data(run))
+        elif run.objective == "ppo":
+            tokenizer_of(run).save(run.out / "tokenizer.model")
+            sources = [{"path": path, "packed_rows": run.rows} for path, _ in run.data]
         else:
             sources = prepare_examples(run)
         run = replace(run, sources=sources)
@@ -2100,8 +2237,14 @@ def train_run(run: Run, engine: Engine, batches: Batches | Examples, began: floa
     while not done and not stop and bad_steps < BAD_STEPS:
         begin = time.perf_counter()
         lr = learning_rate(progress.step, run.steps, recipe)
-        loss, norm, stop = train_step(engine, optimizer, batches.step(progress.step), objective,
-                                      lr, recipe.clip, stopper.signal)
+        facts = {}
+        if run.objective == "ppo":
+            loss, norm, stop, facts = ppo_step(engine, optimizer, batches, progress.step, lr,
+                                               recipe.clip, stopper.signal)
+        else:
+            loss, norm, stop = train_step(engine, optimizer, batches.step(progress.step),
+                                          objective, lr, recipe.clip, stopper.signal)
+            facts = batches.facts(progress.step)
         seconds = time.perf_counter() - begin
         finite = math.isfinite(loss + norm)
         bad_steps = 0 if finite else bad_steps + 1
@@ -2109,14 +2252,14 @@ def train_run(run: Run, engine: Engine, batches: Batches | Examples, began: floa
                             progress.useful_s + seconds * finite)
         done = progress.step == run.steps
         figures = {"loss": loss, "lr": lr, "grad_norm": norm}
-        if done or progress.step % eval_every == 0:
+        if run.objective != "ppo" and (done or progress.step % eval_every == 0):
             # A held-out token costs a third of one that is trained on. So a tenth of the tokens
             # takes 3 % of the time: in the last evaluation, and in the ten before together.
             tenth = run.steps * run.rows * run.seq_len // 10
             limit = min(FINAL_EVAL_TOKENS, tenth) if done else min(EVAL_TOKENS, tenth // 10)
             figures |= evaluate(engine, batches, objective, limit)
         if log:
-            log.add_step(progress, seconds, figures, batches.facts(progress.step - 1))
+            log.add_step(progress, seconds, figures, facts)
         save = finite and progress.step % save_every == 0
         if save or done or stop:
             replicas_agree(engine.parameters)
@@ -2217,8 +2360,12 @@ def parser() -> Parser:
     g.add_argument("--from", dest="start", metavar="CHECKPOINT", help="begin from any checkpoint: "
                    "its shape, weights and tokenizer (a larger --tokenizer adds rows)")
     g.add_argument("--recipe", choices=RECIPES, help="another's settings; options change them")
-    g.add_argument("--objective", choices=("pretrain", "sft", "reward", "dpo"), default="pretrain",
-                   help="sft: answers; reward, dpo: pairs of answers, chosen and rejected")
+    g.add_argument("--objective", choices=("pretrain", "sft", "reward", "dpo", "ppo"),
+                   default="pretrain", help="sft: answers; reward, dpo: pairs of answers, chosen "
+                   "and rejected; ppo: the model's own answers by --reward")
+    g.add_argument("--reward", action="append", metavar="MODEL|COMMAND", help="of ppo: a run of "
+                   "--objective reward, or a command that reads an answer and prints a number; "
+                   "twice: helpfulness, safety (Llama 2)")
     g.add_argument("--template", choices=CHATS, help="how rows are written; default: the model's")
     g.add_argument("--tune", choices=("all", "lora", "adapter", "embeddings"), default="all",
                    help="what learns")
@@ -2230,7 +2377,8 @@ def parser() -> Parser:
     number(g, "--adapter-layers", "the last ones (default: %(default)s)", default=30)
     number(g, "--epochs", "of the data", float, default=1.0)
     g.add_argument("--reference", metavar="CHECKPOINT", help="of dpo; default: the one of --from")
-    number(g, "--beta", "of dpo (default: %(default)s)", float, default=0.1)
+    number(g, "--beta", "of dpo, and of the KL term of ppo (default: %(default)s)", float,
+           default=0.1)
     g.add_argument("--nll", type=float, default=0.2, metavar="X",
                    help="of dpo: weight of the chosen answers' likelihood (default: %(default)s)")
     g.add_argument("--margin", choices=MARGINS, default="none", help="of reward, by the rating")
@@ -2299,6 +2447,8 @@ def train_rank(args, device: str, world: World, began: float, locks: contextlib.
     bos_id = tokenizer.bos_id if run.recipe.document_mask else None
     if run.objective == "pretrain":
         batches = Batches(run.out / "tokens", run.sources, run.seq_len, run.rows, run.seed, bos_id)
+    elif run.objective == "ppo":
+        batches = Prompts(run, tokenizer)
     else:
         batches = Examples(run.out / "tokens", run.seq_len, run.rows, run.seed)
     engine = Engine(run)
