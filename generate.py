@@ -1520,7 +1520,7 @@ def reward_source(sources: list[str]) -> Callable[[str, str], float]:
 
     def combined(question: str, answer: str) -> float:
         safe = safety(question, answer)
-        return safe if 1 / (1 + math.exp(-safe)) < 0.15 else helpfulness(question, answer)
+        return safe if safe < math.log(0.15 / 0.85) else helpfulness(question, answer)
     return combined
 
 

@@ -5020,38 +5020,38 @@ class TestBestOf:
     def test_rows_for_sft(self, tiny, words, tmp_path, capsys):
         (tmp_path / "asked").write_text("a man?\nof x\n")
         options = [str(tiny), "--prompts", str(tmp_path / "asked"), "--best-of", "5", "--reward",
-                   "wc -w", "--max-new-tokens", "30", "--template", "belle", "--ghost", "Act."]
+                   "wc -c", "--max-new-tokens", "30", "--template", "belle", "--ghost", "Act."]
         generate.main(options)
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         for row, question in zip(rows, ("a man?", "of x"), strict=True):
             assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
             assert row["messages"][0]["content"] == question and row["ghost"] == "Act."
-            assert row["reward"] == len(row["messages"][1]["content"].split()) == row["best"][-1]
+            assert row["reward"] == len(row["messages"][1]["content"].encode()) == row["best"][-1]
             assert row["best"] == sorted(row["best"]) and row["mean"] <= row["reward"]
         with pytest.raises(ValueError, match="--prompts needs --reward; try"):
             generate.main(options[:5])
 
     def test_reward_models(self, tiny, tmp_path):
         """The last score of the question and its answer; two by Llama 2's rule."""
-        for name, scale in (("help", 1.0), ("safe", 40.0)):
+        scores = {"help": noise(64), "safe": 40 * noise(64, seed=10)}
+        for name, score in scores.items():
             shutil.copytree(tiny, tmp_path / name)
             (tmp_path / name / "run.json").write_text('{"template": "belle"}')
-            score = {"score": generate.Weight((64,), torch.float32, (), lambda k=scale: k * noise(64))}
+            weight = generate.Weight((64,), torch.float32, (), lambda score=score: score)
             with open(tmp_path / name / "score.safetensors", "wb") as file:
-                generate.write_safetensors(file, score)
-        helpful, safe, both = (generate.reward_source(names) for names in (
-            [str(tmp_path / "help")], [str(tmp_path / "safe")],
-            [str(tmp_path / "help"), str(tmp_path / "safe")]))
-        model, words = generate.load(tiny), tokenizer.load_tokenizer(tiny)
-        chosen = set()
-        for answer in ("of x", "wife", "in 12", "man"):
+                generate.write_safetensors(file, {"score": weight})
+        names = [str(tmp_path / name) for name in scores]
+        helpful, both = generate.reward_source(names[:1]), generate.reward_source(names)
+        model, words, refused = generate.load(tiny), tokenizer.load_tokenizer(tiny), set()
+        for answer in ("of x", "wife", "in 12", "man", "a man in of", "12", "truth", "x = 345"):
             ids = words.encode(f"Human: \na man?\n\nAssistant: \n{answer}", bos=True, eos=True)
-            wanted = (model.hidden(torch.tensor([ids]))[0, -1] @ noise(64)).item()
-            assert helpful("a man?", answer) == pytest.approx(wanted, rel=1e-4)
-            refused = 1 / (1 + math.exp(-40 * wanted)) < 0.15
-            chosen.add(refused)
-            assert both("a man?", answer) == (safe if refused else helpful)("a man?", answer)
-        assert chosen == {True, False}
+            h = model.hidden(torch.tensor([ids]))[0, -1]
+            r_help, r_safe = (h @ scores["help"]).item(), (h @ scores["safe"]).item()
+            assert helpful("a man?", answer) == pytest.approx(r_help, rel=1e-3, abs=1e-4)
+            refused.add(1 / (1 + math.exp(-r_safe)) < 0.15)
+            wanted = r_safe if 1 / (1 + math.exp(-r_safe)) < 0.15 else r_help
+            assert both("a man?", answer) == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+        assert refused == {True, False}
 
 
 class TestAverage:
