@@ -5,6 +5,7 @@
     python train.py --size stories15m --bench 5     # speed alone, on random tokens
     python train.py --nproc 4 --tp 2                # many processes; torchrun starts them too
     python train.py --size 65b --plan --gpus 2048   # what it would take
+    python train.py --from llama-7b/ --recipe alpaca --data alpaca_data.json       # fine-tuning
 
 The same command resumes a run that stopped. Its folder, runs/SIZE, then holds params.json,
 consolidated.00.pth and tokenizer.model for generate.py, log.jsonl, loss.svg, state/ and tokens/.
@@ -472,6 +473,14 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     done = (step - recipe.warmup) / max(1, steps - 1 - recipe.warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return recipe.lr * (recipe.final_lr + (1 - recipe.final_lr) * cosine)
+
+
+def with_warmup(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe for a run of so many steps: a warm-up under 1 is a part of them; else it is cut to
+    a tenth of them."""
+    if recipe.warmup < 1:
+        return replace(recipe, warmup=int(recipe.warmup * steps))
+    return replace(recipe, warmup=min(recipe.warmup, steps // 10))
 
 
 def make_optimizer(parameters: dict[str, Tensor], recipe: Recipe) -> torch.optim.AdamW:
@@ -2218,10 +2227,7 @@ def draw_loss(rows: list[dict], path: Path, title: str) -> None:
 def train_run(run: Run, engine: Engine, batches: Batches | Examples, began: float, rank: int
               ) -> None:
     """Trains from the newest good state to the last step, and then exports the weights."""
-    warmup, objective = run.recipe.warmup, objective_of(run)
-    if warmup < 1:  # a fraction of the steps
-        warmup = int(warmup * run.steps)
-    recipe = replace(run.recipe, warmup=min(warmup, run.steps // 10))
+    recipe, objective = with_warmup(run.recipe, run.steps), objective_of(run)
     eval_every = run.eval_every or max(1, min(1000, run.steps // 10))
     save_every, folder = run.save_every or eval_every, run.out / "state"
     optimizer = make_optimizer(engine.parameters, recipe)
@@ -2253,11 +2259,7 @@ def train_run(run: Run, engine: Engine, batches: Batches | Examples, began: floa
         done = progress.step == run.steps
         figures = {"loss": loss, "lr": lr, "grad_norm": norm}
         if run.objective != "ppo" and (done or progress.step % eval_every == 0):
-            # A held-out token costs a third of one that is trained on. So a tenth of the tokens
-            # takes 3 % of the time: in the last evaluation, and in the ten before together.
-            tenth = run.steps * run.rows * run.seq_len // 10
-            limit = min(FINAL_EVAL_TOKENS, tenth) if done else min(EVAL_TOKENS, tenth // 10)
-            figures |= evaluate(engine, batches, objective, limit)
+            figures |= evaluate(engine, batches, objective, held_out_tokens(run, done))
         if log:
             log.add_step(progress, seconds, figures, facts)
         save = finite and progress.step % save_every == 0
@@ -2273,6 +2275,13 @@ def train_run(run: Run, engine: Engine, batches: Batches | Examples, began: floa
         sys.exit(128 + (stopper.signal or signal.SIGTERM))
     stopper.close()
     together(partial(finish, run, progress, log))
+
+
+def held_out_tokens(run: Run, last: bool) -> int:
+    """Tokens of an evaluation. One costs a third of one that is trained on. So a tenth of the
+    run's takes 3 % of the time: in the last evaluation, and in the ten before together."""
+    tenth = run.steps * run.rows * run.seq_len // 10
+    return min(FINAL_EVAL_TOKENS, tenth) if last else min(EVAL_TOKENS, tenth // 10)
 
 
 def finish(run: Run, progress: Progress, log: Log) -> None:
@@ -2335,14 +2344,16 @@ def sample_answer(run: Run, tokenizer: Tokenizer) -> None:
 # Command line
 
 
+def number(group, flag: str, text: str, kind: type = int, **options) -> None:
+    """Adds an option that takes a positive number."""
+    group.add_argument(flag, type=positive(kind), metavar="N" if kind is int else "X", help=text,
+                       **options)
+
+
 def parser() -> Parser:
     """The command line. Options that are fields of Run have their names."""
     p = Parser(prog="train.py", description="Trains a Llama from text: tokenizer, weights, sample.")
     several = {"nargs": "+", "default": [], "action": "extend"}
-
-    def number(group, flag: str, text: str, kind: type = int, **options) -> None:
-        group.add_argument(flag, type=positive(kind), metavar="N" if kind is int else "X",
-                           help=text, **options)
 
     g = p.add_argument_group("model")
     g.add_argument("--size", default="tiny", metavar="NAME", help=", ".join(SIZES))
@@ -2356,33 +2367,6 @@ def parser() -> Parser:
                    help="compile the layers: 10 to 30 seconds, then a tenth to a fifth faster")
     g.add_argument("--document-mask", action=argparse.BooleanOptionalAction,
                    help="no attention across documents; default: from Llama 3 on")
-    g = p.add_argument_group("fine-tuning")
-    g.add_argument("--from", dest="start", metavar="CHECKPOINT", help="begin from any checkpoint: "
-                   "its shape, weights and tokenizer (a larger --tokenizer adds rows)")
-    g.add_argument("--recipe", choices=RECIPES, help="another's settings; options change them")
-    g.add_argument("--objective", choices=("pretrain", "sft", "reward", "dpo", "ppo"),
-                   default="pretrain", help="sft: answers; reward, dpo: pairs of answers, chosen "
-                   "and rejected; ppo: the model's own answers by --reward")
-    g.add_argument("--reward", action="append", metavar="MODEL|COMMAND", help="of ppo: a run of "
-                   "--objective reward, or a command that reads an answer and prints a number; "
-                   "twice: helpfulness, safety (Llama 2)")
-    g.add_argument("--template", choices=CHATS, help="how rows are written; default: the model's")
-    g.add_argument("--tune", choices=("all", "lora", "adapter", "embeddings"), default="all",
-                   help="what learns")
-    number(g, "--lora-rank", "default: %(default)s", default=8)
-    number(g, "--lora-alpha", "default: %(default)s", float, default=16.0)
-    g.add_argument("--lora-targets", type=lambda text: text.split(","), default=list(MATRICES),
-                   metavar="NAMES", help=f"default: {','.join(MATRICES)}")
-    number(g, "--adapter-length", "vectors of a prompt (default: %(default)s)", default=10)
-    number(g, "--adapter-layers", "the last ones (default: %(default)s)", default=30)
-    number(g, "--epochs", "of the data", float, default=1.0)
-    g.add_argument("--reference", metavar="CHECKPOINT", help="of dpo; default: the one of --from")
-    number(g, "--beta", "of dpo, and of the KL term of ppo (default: %(default)s)", float,
-           default=0.1)
-    g.add_argument("--nll", type=float, default=0.2, metavar="X",
-                   help="of dpo: weight of the chosen answers' likelihood (default: %(default)s)")
-    g.add_argument("--margin", choices=MARGINS, default="none", help="of reward, by the rating")
-    g.add_argument("--ghost", action="store_true", help="sft on the last answer of each row alone")
     g = p.add_argument_group("text")
     g.add_argument("--data", **several, type=data_argument, metavar="PATH[=WEIGHT]",
                    help="files and folders; .jsonl by \"text\"; default: Python's own library")
@@ -2409,7 +2393,42 @@ def parser() -> Parser:
     number(g, "--eval-every", "steps")
     number(g, "--save-every", "steps between states")
     number(g, "--bench", "no run: the speed of N steps")
-    g = p.add_argument_group("many devices")
+    add_fine_tuning(p.add_argument_group("fine-tuning"))
+    add_devices(p.add_argument_group("many devices"))
+    add_plan(p.add_argument_group("plan"))
+    return p
+
+
+def add_fine_tuning(g) -> None:
+    g.add_argument("--from", dest="start", metavar="CHECKPOINT", help="begin from any checkpoint: "
+                   "its shape, weights and tokenizer (a larger --tokenizer adds rows)")
+    g.add_argument("--recipe", choices=RECIPES, help="another's settings; options change them")
+    g.add_argument("--objective", choices=("pretrain", "sft", "reward", "dpo", "ppo"),
+                   default="pretrain", help="sft: answers; reward, dpo: pairs of answers, chosen "
+                   "and rejected; ppo: the model's own answers by --reward")
+    g.add_argument("--reward", action="append", metavar="MODEL|COMMAND", help="of ppo: a run of "
+                   "--objective reward, or a command that reads an answer and prints a number; "
+                   "twice: helpfulness, safety (Llama 2)")
+    g.add_argument("--template", choices=CHATS, help="how rows are written; default: the model's")
+    g.add_argument("--tune", choices=("all", "lora", "adapter", "embeddings"), default="all",
+                   help="what learns")
+    number(g, "--lora-rank", "default: %(default)s", default=8)
+    number(g, "--lora-alpha", "default: %(default)s", float, default=16.0)
+    g.add_argument("--lora-targets", type=lambda text: text.split(","), default=list(MATRICES),
+                   metavar="NAMES", help=f"default: {','.join(MATRICES)}")
+    number(g, "--adapter-length", "vectors of a prompt (default: %(default)s)", default=10)
+    number(g, "--adapter-layers", "the last ones (default: %(default)s)", default=30)
+    number(g, "--epochs", "of the data", float, default=1.0)
+    g.add_argument("--reference", metavar="CHECKPOINT", help="of dpo; default: the one of --from")
+    number(g, "--beta", "of dpo, and of the KL term of ppo (default: %(default)s)", float,
+           default=0.1)
+    g.add_argument("--nll", type=float, default=0.2, metavar="X",
+                   help="of dpo: weight of the chosen answers' likelihood (default: %(default)s)")
+    g.add_argument("--margin", choices=MARGINS, default="none", help="of reward, by the rating")
+    g.add_argument("--ghost", action="store_true", help="sft on the last answer of each row alone")
+
+
+def add_devices(g) -> None:
     g.add_argument("--dp", choices=("none", "ddp", "fsdp", "hybrid"), default="fsdp",
                    help="ddp repeats the model, fsdp (default) splits it over all ranks, hybrid "
                    "over those of a machine")
@@ -2419,14 +2438,15 @@ def parser() -> Parser:
            "started again; not under torchrun")
     number(g, "--timeout", "a rank for which others wait X seconds hangs: all start again "
            "(default: %(default)s)", float, default=1800)
-    g = p.add_argument_group("plan")
+
+
+def add_plan(g) -> None:
     g.add_argument("--plan", action="store_true", help="no run: what it would take")
     number(g, "--gpus", "default: %(default)s", default=GPUS_PER_NODE)
     g.add_argument("--gpu", choices=(*GPUS, "cpu"), default="H100", help="default: %(default)s; "
                    "cpu: machines like this one")
     number(g, "--mfu", "of the whole step, as measured", float)
     g.add_argument("--json", action="store_true", help="the plan as one JSON object")
-    return p
 
 
 def train_rank(args, device: str, world: World, began: float, locks: contextlib.ExitStack) -> None:
