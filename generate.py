@@ -1527,18 +1527,21 @@ def reward_source(sources: list[str]) -> Callable[[str, str], float]:
 def best_of(model: Llama, tokenizer: Tokenizer, chat: Chat, questions: list[str], k: int,
             reward: Callable[[str, str], float], max_new_tokens: int, sampling: Sampling,
             ghost: str = "") -> Iterator[dict]:
-    """Rejection sampling: of k answers to each question the one of the highest reward, as a row for
-    `train.py --objective sft`; "best" holds the highest of the first 1 .. k. ghost: an instruction
-    put before the question while sampling (Ghost Attention, section 3.3)."""
+    """Rejection sampling: of k answers to each question those of the highest and the lowest reward,
+    as rows for train.py: sft learns the first, reward and dpo the pair. "best" holds the highest of
+    the first 1 .. k. ghost: an instruction put before the question while sampling (Ghost Attention,
+    section 3.3)."""
     for question in questions:
         asked = f"{ghost}\n{question}" if ghost else question
         ids = turn(tokenizer, chat, asked)
         answers = [Sample(tokenizer, question, ids, number) for number in range(k)]
         grow(answers, model, max_new_tokens, sampling)
-        rewards = [reward(question, answer.text.strip()) for answer in answers]
-        best = answers[rewards.index(max(rewards))]
-        row = {"messages": [{"role": "user", "content": question},
-                            {"role": "assistant", "content": best.text.strip()}]}
+        texts = [answer.text.strip() for answer in answers]
+        rewards = [reward(question, text) for text in texts]
+        row = {"messages": [{"role": "user", "content": question}],
+               "chosen": texts[rewards.index(max(rewards))]}
+        if max(rewards) > min(rewards):
+            row["rejected"] = texts[rewards.index(min(rewards))]
         if ghost:
             row["ghost"] = ghost
         yield row | {"reward": max(rewards), "mean": sum(rewards) / k,

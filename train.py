@@ -250,6 +250,15 @@ MARGINS = {"none": (0, 0, 0, 0), "small": (1, 2 / 3, 1 / 3, 0), "large": (3, 2, 
 RATINGS = ("significantly", "better", "slightly", "negligibly")  # Llama 2, Table 27
 
 
+def chat_of(run: "Run", tokenizer: Tokenizer) -> Chat:
+    """The form in which conversations are learned."""
+    chat = chat_format(tokenizer, run.template)
+    if chat.name == "none":
+        names = " or ".join(CHATS)
+        raise ValueError(f"the tokenizer brings no chat template; try --template {names}")
+    return chat
+
+
 def message(value: dict | str) -> tuple[str, str]:
     """(role, text) of a message {"role", "content"} or {"from", "value"}, or of an answer alone."""
     if isinstance(value, str):
@@ -314,8 +323,13 @@ def example_of(row: dict, tokenizer: Tokenizer, chat: Chat, run: "Run"
     cannot learn from."""
     chat, messages = conversation(row, chat)
     if "ghost" in row:  # what was put before every question while the answers were sampled
-        messages[0] = "user", f"{row['ghost']}\n{messages[0][1]}"
+        first = [role for role, _ in messages].index("user")
+        messages[first] = "user", f"{row['ghost']}\n{messages[first][1]}"
     texts, margin = [messages], 0.0
+    if run.objective == "sft" and "chosen" in row:
+        messages.append(message(row["chosen"]))
+    if run.objective != "sft" and "chosen" in row and "rejected" not in row:
+        return None  # answers of equal reward, from generate.py --best-of
     if run.objective != "sft":
         chosen, rejected = message(row["chosen"]), message(row["rejected"])
         if chosen == rejected:
@@ -348,7 +362,7 @@ def prepare_examples(run: "Run") -> list[dict]:
     """Makes the run's tokenizer and examples; returns what run.json keeps of the data. Held out are
     rows whose SHA-1 is 0 mod 20, at least one."""
     tokenizer = tokenizer_of(run)
-    chat, examples, held, numbers, count = chat_format(tokenizer, run.template), [], [], [], 0
+    chat, examples, held, numbers, count = chat_of(run, tokenizer), [], [], [], 0
     for path, _ in run.data:
         print_rank0(f"reading {path}")
         for row in json_rows(Path(path), Path(path).suffix.lower() == ".json"):
@@ -366,7 +380,8 @@ def prepare_examples(run: "Run") -> list[dict]:
                 numbers.append(count)
             count += 1
     if count > len(examples):
-        print_rank0(f"passed over {count - len(examples)} rows whose questions fill --seq-len")
+        print_rank0(f"passed over {count - len(examples)} rows whose questions fill --seq-len, or "
+                    "without an answer that is worse")
     if len(examples) < 2:
         raise ValueError(f"{len(examples)} rows are too few; try --data with .json or .jsonl files")
     chosen = min(held) if all(number % 20 for number in held) else None
@@ -1418,7 +1433,7 @@ class Prompts:
         self.ids = []
         for path, _ in run.data:
             for row in json_rows(Path(path), Path(path).suffix.lower() == ".json"):
-                chat, messages = conversation(row, chat_format(tokenizer, run.template))
+                chat, messages = conversation(row, chat_of(run, tokenizer))
                 question = next(text for role, text in messages if role == "user")
                 self.ids.append((question, turn(tokenizer, chat, question)))
         self.reference = load(run.reference or run.start, run.device, DTYPES[run.dtype])
@@ -1595,14 +1610,12 @@ class Engine:
             share_layers(self.stage, self.mesh["tp"])
         if layout.dp > 1:
             share_state(self.stage, layout, self.mesh)
+        for p in self.stage.parameters():
+            if not p.requires_grad and layout.size == 1 and dtype:
+                p.data = p.data.to(dtype)  # what does not learn needs no more digits
         self.stage.to_empty(device=run.device)
         # FSDP replaces the stage's parameters while they are gathered; these are the shards.
-        self.parameters = {}
-        for name, p in self.stage.named_parameters():
-            if p.requires_grad:
-                self.parameters[name] = p
-            elif layout.size == 1 and dtype:
-                p.data = p.data.to(dtype)  # what does not learn needs no more digits
+        self.parameters = {name: p for name, p in self.stage.named_parameters() if p.requires_grad}
         self.begin(run)
         self.schedules = {}  # number of micro-batches -> the pipeline's schedule
 
@@ -2331,7 +2344,7 @@ def sample_answer(run: Run, tokenizer: Tokenizer) -> None:
         return
     path = Path(run.data[0][0])
     row = next(json_rows(path, path.suffix.lower() == ".json"))
-    chat, messages = conversation(row, chat_format(tokenizer, run.template))
+    chat, messages = conversation(row, chat_of(run, tokenizer))
     question = next(text for role, text in messages if role == "user")
     adapter = run.out if run.tune == "adapter" else None
     model = open_model(run.out, DTYPES[run.dtype], adapter=adapter)
