@@ -4918,7 +4918,8 @@ class TestReward:
         close(model.score.grad, score.grad)
         for p, q in zip(model.layers.parameters(), oracle.layers.parameters()):
             close(p.grad, q.grad)
-        assert train.reward_hits(model, batch) == right and model.output.weight.grad is None
+        assert train.reward_hits(model, batch) == right
+        assert not model.output.weight.requires_grad
 
     def test_margins(self):
         assert train.MARGINS["small"] == (1, 2 / 3, 1 / 3, 0)  # Llama 2, Table 27
@@ -5016,6 +5017,9 @@ class TestBestOf:
             wanted = r_safe if 1 / (1 + math.exp(-r_safe)) < 0.15 else r_help
             assert both("a man?", answer) == pytest.approx(wanted, rel=1e-3, abs=1e-4)
         assert refused == {True, False}
+        for safety, wanted in ((-1.6, 5), (-1.8, -1.8)):  # sigmoid: 0.168, 0.142
+            rule = generate.reward_source(["echo 5", f"echo {safety}"])
+            assert rule("", "") == wanted
 
 
 class TestAverage:
@@ -5098,8 +5102,9 @@ class TestExamples:
         assert found["tokens"].tolist() == wanted
         ghost = train.example_of({**row, "ghost": "Act."}, ours, generate.chat_format(ours),
                                  sft_run(seq_len=500, ghost=True))
-        last = found["targets"][found["targets"] >= 0][-int((ghost["targets"] >= 0).sum()):]
-        assert ghost["targets"][ghost["targets"] >= 0].tolist() == last.tolist()
+        answer = {"llama2": " wife "}.get(kind, "wife")
+        last = ours.encode(answer, continues=True) + [ours.eos_id]
+        assert ghost["targets"][ghost["targets"] >= 0].tolist() == last
 
     def test_pairs(self, words):
         chat = generate.chat_format(words, "alpaca")
