@@ -39,7 +39,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -269,8 +268,15 @@ class TestRoPE:
     @pytest.mark.parametrize("config", [
         SMALL, SIZES["llama3.1-8b"][0], SIZES["llama3.2-1b"][0],
         replace(SIZES["llama3.2-3b"][0], rope_theta=1e4)])
-    def test_frequencies(self, config, hf):
-        oracle = hf.LlamaRotaryEmbedding(hf_config(config)).inv_freq
+    def test_frequencies(self, config):
+        rope = pytest.importorskip("transformers.modeling_rope_utils")  # not all of transformers
+        theirs = SimpleNamespace(
+            head_dim=config.head_dim, standardize_rope_params=lambda: None, rope_parameters={
+                "rope_theta": config.rope_theta, "factor": config.rope_scaling or 1,
+                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192})
+        kind = "llama3" if config.rope_scaling else "linear"  # by a factor of 1
+        oracle = rope.ROPE_INIT_FUNCTIONS[kind](theirs)[0]
         torch.testing.assert_close(llama.rope_frequencies(config), oracle, rtol=1e-5, atol=0)
 
     def test_rotation_by_complex_numbers(self):
@@ -281,15 +287,6 @@ class TestRoPE:
         wanted = torch.view_as_real(z * torch.exp(1j * angle)).flatten(-2)
         cos, sin = llama.rope_table(replace(SMALL, dim=48), positions)
         close(llama.apply_rope(x, cos, sin), wanted.float())
-
-    def test_transformers_rotation_after_the_permutation(self, hf):
-        x, positions = noise(1, 9, 4, 12), torch.arange(9)
-        halves = x.transpose(1, 2).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        cos, sin = hf.LlamaRotaryEmbedding(hf_config(SMALL))(x, positions[None])
-        wanted = hf.apply_rotary_pos_emb(halves, halves, cos, sin)[0]
-        found = llama.apply_rope(x, *llama.rope_table(SMALL, positions))
-        found = found.transpose(1, 2).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        close(found, wanted)
 
     def test_worked_example(self):
         """(1, 0) at position 1; the plain formula of Llama 3.1's frequencies in Python's floats."""
@@ -493,6 +490,15 @@ class TestLlama:
         theirs = dict(oracle.named_parameters())
         for name, p in model.named_parameters():
             close(in_hf_order(name, p.grad, model.config), theirs[hf_name(name)].grad, 1e-4)
+
+    def test_rotation_of_transformers_after_the_permutation(self, hf):
+        x, positions = noise(1, 9, 4, 12), torch.arange(9)
+        halves = x.transpose(1, 2).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        cos, sin = hf.LlamaRotaryEmbedding(hf_config(SMALL))(x, positions[None])
+        wanted = hf.apply_rotary_pos_emb(halves, halves, cos, sin)[0]
+        found = llama.apply_rope(x, *llama.rope_table(SMALL, positions))
+        found = found.transpose(1, 2).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        close(found, wanted)
 
     def test_equation_and_documents(self):
         model, x, y = random_model(SMALL), tokens(2, 20), tokens(2, 20, seed=1)
@@ -2338,6 +2344,7 @@ def many(n):
 class TestSentencePiece:
     @pytest.mark.parametrize("file", [None, LLAMA2])
     def test_equals_sentencepiece(self, file):
+        import sentencepiece
         ours = tokenizer.load_tokenizer(file) if file else trained()
         theirs = sentencepiece.SentencePieceProcessor(model_proto=ours.data)
         def check(text):
@@ -2358,6 +2365,7 @@ class TestSentencePiece:
 
     def test_written_by_hand(self):
         """User-defined pieces, equal scores, no space in front: as the library reads the file."""
+        import sentencepiece
         pieces = [("<unk>", 0, 2), ("<s>", 0, 3), ("</s>", 0, 3)]
         pieces += [(f"<0x{i:02X}>", 0, 6) for i in range(256)] + [("<|im_start|>", 0, 4)]
         pieces += [(word, 0, 1) for word in "▁ 中 国 人 民 中国 国人 人民 ▁中 人民人民".split()]
