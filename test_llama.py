@@ -4647,7 +4647,31 @@ class TestMistakes:
             generate.main([str(whole_run), "--prompt", "word " * 100])
 
 
+PIECES = {  # what a student of llama.py may be asked to write, and the class that grades it
+    "LlamaConfig": TestSizes, "Recipe": TestSizes, "SIZES": TestSizes,
+    "rms_norm": TestRMSNorm, "rms_norm_backward": TestRMSNorm, "RMSNorm": TestRMSNorm,
+    "rope_frequencies": TestRoPE, "rope_table": TestRoPE, "apply_rope": TestRoPE,
+    "swiglu": TestSwiGLU, "swiglu_backward": TestSwiGLU, "FeedForward": TestSwiGLU,
+    "first_visible": TestAttention, "visible": TestAttention, "tiles": TestAttention,
+    "attention_equation": TestAttention, "attention_equation_backward": TestAttention,
+    "tile_backward": TestAttention, "attention_tiled": TestAttention,
+    "attention_tiled_backward": TestAttention, "attention_fused": TestAttention,
+    "attention_fused_backward": TestAttention, "Attention": TestLlama, "Layer": TestLlama,
+    "TensorParallel": TestTensorParallel, "Exchange": TestTensorParallel,
+    "over_ranks": TestLayouts, "Llama.embed": TestLayouts, "softmax_over_ranks": TestLayouts,
+    "by_hand": TestLayerByHand, "LayerByHand": TestLayerByHand, "KVCache": TestKVCache,
+    "Llama": TestLlama, "Llama.init_weights": TestInitialisation, "Llama.loss": TestLoss,
+    "next_token_nll": TestLoss, "SumNLL": TestLoss}
+
+
 class TestReadme:
+    def test_every_piece_is_graded(self):
+        table = (HERE / "README.md").read_text()
+        assert set(re.findall(r"`llama\.py:([\w.]+)`", table)) <= set(PIECES)
+        for piece, grader in PIECES.items():
+            functools.reduce(getattr, piece.split("."), llama)  # exists
+            assert any(name.startswith("test_") for name in vars(grader)), piece
+
     def test_every_symbol_exists(self):
         table = re.findall(r"^\|.*\|$", (HERE / "README.md").read_text(), re.M)
         symbols = [s for row in table for s in re.findall(r"`(\w+)\.py:([\w.]+)`", row)]
