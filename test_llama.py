@@ -3967,6 +3967,7 @@ def find_all(rank, size, folder):
 
 def rank_layouts(folder):
     """One, two and four ranks, forks of a process without threads: one import for all."""
+    import torch._dynamo  # which optimizers import
     for size in (1, 2, 4):
         torch.multiprocessing.start_processes(find_all, (size, folder), size, start_method="fork")
 
@@ -4182,14 +4183,14 @@ class TestRun:
 
     def test_killed_and_gone_on_bit_for_bit(self, text, whole_run, tmp_path):
         out, draw = begun(whole_run, tmp_path), random.Random(0)
-        for number, status in ((9, -9), (signal.SIGTERM, 143), (9, -9), (0, 0)):
+        for number, status in ((9, -9), (signal.SIGTERM, 143), (9, -9)):
             words = ["killed", draw.randint(4, 9), int(number), *run_options(text, out)]
             done = subprocess.run([sys.executable, "-W", "ignore", __file__, "rank",
                                    *map(str, words)], cwd=HERE, capture_output=True, text=True)
             assert done.returncode == status, done.stderr
             with open(out / "log.jsonl", "a") as file:
                 file.write('{"step": 2')  # a torn line
-        (out / "log.jsonl").write_text((out / "log.jsonl").read_text()[:-10])
+        train.main(run_options(text, out))
         assert losses(out) == losses(whole_run) and same_weights(out, whole_run)
 
     def test_goes_on_from_before_a_damaged_state(self, text, whole_run, tmp_path, capsys):
@@ -4429,8 +4430,9 @@ def rank_faulty(out, kind, *options):
         steps.append(step)
 
     def write_slowly(writer, *rest):
-        time.sleep(0.3)
-        Path(out, f"until-{writer.facts['step']}").write_text(str(steps[-1]))
+        if writer.facts["step"] == 27:
+            time.sleep(0.3)
+            Path(out, "until-27").write_text(str(steps[-1]))
         return write(writer, *rest)
 
     before_steps(locals()[kind])
@@ -4572,6 +4574,8 @@ def rank_of_torchrun(*options):
             os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
     before_steps(fault)
+    train.time = SimpleNamespace(perf_counter=time.perf_counter, monotonic=time.monotonic,
+                                 sleep=lambda seconds: None)  # for a launcher that will not come
     train.main(list(options))
 
 
