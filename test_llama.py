@@ -21,6 +21,7 @@ import math
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -3466,17 +3467,36 @@ def rank_world(folder):
         raise ValueError("there is no such corpus; try --data")
 
 
-def rank_start(folder, case, n):
-    """The process that starts n ranks."""
-    command = [sys.executable, "-W", "ignore", __file__, "rank", case, folder]
-    sys.exit(train.start(int(n), command, Path(folder) / "state"))
+def rank_start(folder):
+    """The process that starts the ranks of rank_states."""
+    command = [sys.executable, "-W", "ignore", __file__, "rank", "states", folder]
+    sys.exit(train.start(4, command, Path(folder) / "state"))
 
 
-def start_ranks(folder, case, n):
-    """Starts a process that starts n ranks; what they say comes into folder/err."""
-    command = [sys.executable, "-W", "ignore", __file__, "rank", "start", str(folder), case, str(n)]
-    with open(folder / "err", "w") as err:
-        return subprocess.Popen(command, stderr=err, cwd=HERE)
+@contextlib.contextmanager
+def handlers_kept():
+    """Puts pytest's handlers of signals back."""
+    kept = {number: signal.getsignal(number) for number in train.STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def launch(case, out, *words, seconds=200):
+    """Starts two ranks of a case, which restart from states in out, and stops them when it takes
+    too long; (status, what they and this process, their parent, said, what they printed)."""
+    command = [sys.executable, "-W", "ignore", __file__, "rank", case, str(out), *words]
+    line = f"exec {shlex.join(command)} 2>>{out}/err >>{out}/printed"
+    stop = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
+    with open(out / "err", "a") as err, contextlib.redirect_stderr(err), handlers_kept():
+        stop.start()
+        try:
+            status = train.start(2, ["sh", "-c", line], out / "state")
+        finally:
+            stop.cancel()
+    return status, (out / "err").read_text(), (out / "printed").read_text()
 
 
 def until(condition, seconds=60):
@@ -3499,7 +3519,10 @@ def four(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
     wanted = tensors_of(random_model(SMALL_EVEN).named_parameters())
     save_now(folder / "one", wanted, 1)
-    parent, pids = start_ranks(folder, "states", 4), [folder / f"pid-{rank}" for rank in range(4)]
+    with open(folder / "err", "w") as err:
+        parent = subprocess.Popen([sys.executable, "-W", "ignore", __file__, "rank", "start",
+                                   str(folder)], stderr=err, cwd=HERE)
+    pids = [folder / f"pid-{rank}" for rank in range(4)]
     until(lambda: all(pid.exists() for pid in pids) or parent.poll() is not None)
     assert parent.poll() is None, (folder / "err").read_text()
     pids = [int(pid.read_text()) for pid in pids]
@@ -3515,8 +3538,8 @@ def four(tmp_path_factory):
 def two(tmp_path_factory):
     """The folder of rank_world, the status and what was said."""
     folder = tmp_path_factory.mktemp("two")
-    status = start_ranks(folder, "world", 2).wait(60)
-    return folder, status, (folder / "err").read_text().splitlines()
+    status, said, _ = launch("world", folder)
+    return folder, status, said.splitlines()
 
 
 class TestStatesOfRanks:
@@ -3574,11 +3597,8 @@ class TestTogether:
 
 @pytest.fixture
 def handlers():
-    """Puts pytest's handlers of signals back."""
-    kept = {number: signal.getsignal(number) for number in train.STOPS}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    with handlers_kept():
+        yield
 
 
 class TestStopper:
@@ -4331,19 +4351,6 @@ class TestRun:
                     "--steps", "3"])
         assert files(tmp_path / "state") == ["step-000000003"]
         assert log_of(tmp_path)[-1]["skipped"] == 1 and generate.load(tmp_path).config.dim == 32
-
-
-def launch(case, out, *words):
-    """Starts two ranks of a case, which restart from states in out; (status, what they said)."""
-    done = subprocess.run([sys.executable, "-W", "ignore", __file__, "rank", "runs_of", case,
-                           str(out), *words], cwd=HERE, capture_output=True, text=True, timeout=200)
-    return done.returncode, done.stderr, done.stdout
-
-
-def rank_runs_of(case, out, *words):
-    """The process that starts them."""
-    command = [sys.executable, "-W", "ignore", __file__, "rank", case, out, *words]
-    sys.exit(train.start(2, command, Path(out) / "state"))
 
 
 def not_a_number(rank):
