@@ -21,6 +21,7 @@ import math
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -39,7 +40,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -271,8 +271,15 @@ class TestRoPE:
     @pytest.mark.parametrize("config", [
         SMALL, SIZES["llama3.1-8b"][0], SIZES["llama3.2-1b"][0],
         replace(SIZES["llama3.2-3b"][0], rope_theta=1e4)])
-    def test_frequencies(self, config, hf):
-        oracle = hf.LlamaRotaryEmbedding(hf_config(config)).inv_freq
+    def test_frequencies(self, config):
+        rope = pytest.importorskip("transformers.modeling_rope_utils")  # not all of transformers
+        theirs = SimpleNamespace(
+            head_dim=config.head_dim, standardize_rope_params=lambda: None, rope_parameters={
+                "rope_theta": config.rope_theta, "factor": config.rope_scaling or 1,
+                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192})
+        kind = "llama3" if config.rope_scaling else "linear"  # by a factor of 1
+        oracle = rope.ROPE_INIT_FUNCTIONS[kind](theirs)[0]
         torch.testing.assert_close(llama.rope_frequencies(config), oracle, rtol=1e-5, atol=0)
 
     def test_rotation_by_complex_numbers(self):
@@ -283,15 +290,6 @@ class TestRoPE:
         wanted = torch.view_as_real(z * torch.exp(1j * angle)).flatten(-2)
         cos, sin = llama.rope_table(replace(SMALL, dim=48), positions)
         close(llama.apply_rope(x, cos, sin), wanted.float())
-
-    def test_transformers_rotation_after_the_permutation(self, hf):
-        x, positions = noise(1, 9, 4, 12), torch.arange(9)
-        halves = x.transpose(1, 2).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        cos, sin = hf.LlamaRotaryEmbedding(hf_config(SMALL))(x, positions[None])
-        wanted = hf.apply_rotary_pos_emb(halves, halves, cos, sin)[0]
-        found = llama.apply_rope(x, *llama.rope_table(SMALL, positions))
-        found = found.transpose(1, 2).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        close(found, wanted)
 
     def test_worked_example(self):
         """(1, 0) at position 1; the plain formula of Llama 3.1's frequencies in Python's floats."""
@@ -495,6 +493,15 @@ class TestLlama:
         theirs = dict(oracle.named_parameters())
         for name, p in model.named_parameters():
             close(in_hf_order(name, p.grad, model.config), theirs[hf_name(name)].grad, 1e-4)
+
+    def test_rotation_of_transformers_after_the_permutation(self, hf):
+        x, positions = noise(1, 9, 4, 12), torch.arange(9)
+        halves = x.transpose(1, 2).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        cos, sin = hf.LlamaRotaryEmbedding(hf_config(SMALL))(x, positions[None])
+        wanted = hf.apply_rotary_pos_emb(halves, halves, cos, sin)[0]
+        found = llama.apply_rope(x, *llama.rope_table(SMALL, positions))
+        found = found.transpose(1, 2).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        close(found, wanted)
 
     def test_equation_and_documents(self):
         model, x, y = random_model(SMALL), tokens(2, 20), tokens(2, 20, seed=1)
@@ -2342,6 +2349,7 @@ def many(n):
 class TestSentencePiece:
     @pytest.mark.parametrize("file", [None, LLAMA2])
     def test_equals_sentencepiece(self, file):
+        import sentencepiece
         ours = tokenizer.load_tokenizer(file) if file else trained()
         theirs = sentencepiece.SentencePieceProcessor(model_proto=ours.data)
         def check(text):
@@ -2362,6 +2370,7 @@ class TestSentencePiece:
 
     def test_written_by_hand(self):
         """User-defined pieces, equal scores, no space in front: as the library reads the file."""
+        import sentencepiece
         pieces = [("<unk>", 0, 2), ("<s>", 0, 3), ("</s>", 0, 3)]
         pieces += [(f"<0x{i:02X}>", 0, 6) for i in range(256)] + [("<|im_start|>", 0, 4)]
         pieces += [(word, 0, 1) for word in "▁ 中 国 人 民 中国 国人 人民 ▁中 人民人民".split()]
@@ -3424,17 +3433,38 @@ def rank_world(folder):
         raise ValueError("there is no such corpus; try --data")
 
 
-def rank_start(folder, case, n):
-    """The process that starts n ranks."""
-    command = [sys.executable, "-W", "ignore", __file__, "rank", case, folder]
-    sys.exit(train.start(int(n), command, Path(folder) / "state"))
+def rank_start(folder):
+    """The process that starts the ranks of rank_states."""
+    command = [sys.executable, "-W", "ignore", __file__, "rank", "states", folder]
+    sys.exit(train.start(4, command, Path(folder) / "state"))
 
 
-def start_ranks(folder, case, n):
-    """Starts a process that starts n ranks; what they say comes into folder/err."""
-    command = [sys.executable, "-W", "ignore", __file__, "rank", "start", str(folder), case, str(n)]
-    with open(folder / "err", "w") as err:
-        return subprocess.Popen(command, stderr=err, cwd=HERE)
+@contextlib.contextmanager
+def handlers_kept():
+    """Puts pytest's handlers of signals back."""
+    kept = {number: signal.getsignal(number) for number in train.STOPS}
+    for number in kept:
+        signal.signal(number, signal.SIG_DFL)  # a shell lets what it runs with & ignore SIGINT
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def launch(case, out, *words, seconds=200):
+    """Starts two ranks of a case, which restart from states in out, and stops them when it takes
+    too long; (status, what they and this process, their parent, said, what they printed)."""
+    command = [sys.executable, "-W", "ignore", __file__, "rank", case, str(out), *words]
+    line = f"exec {shlex.join(command)} 2>>{out}/err >>{out}/printed"
+    stop = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
+    with open(out / "err", "a") as err, contextlib.redirect_stderr(err), handlers_kept():
+        stop.start()
+        try:
+            status = train.start(2, ["sh", "-c", line], out / "state")
+        finally:
+            stop.cancel()
+    return status, (out / "err").read_text(), (out / "printed").read_text()
 
 
 def until(condition, seconds=60):
@@ -3457,14 +3487,16 @@ def four(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
     wanted = tensors_of(random_model(SMALL_EVEN).named_parameters())
     save_now(folder / "one", wanted, 1)
-    parent, pids = start_ranks(folder, "states", 4), [folder / f"pid-{rank}" for rank in range(4)]
+    with open(folder / "err", "w") as err:
+        parent = subprocess.Popen([sys.executable, "-W", "ignore", __file__, "rank", "start",
+                                   str(folder)], stderr=err, cwd=HERE)
+    pids = [folder / f"pid-{rank}" for rank in range(4)]
     until(lambda: all(pid.exists() for pid in pids) or parent.poll() is not None)
     assert parent.poll() is None, (folder / "err").read_text()
     pids = [int(pid.read_text()) for pid in pids]
     assert all(map(alive, pids))
     parent.kill()
     parent.wait()
-    time.sleep(1)  # ranks look every half a second
     reports = [json.loads((folder / f"report-{rank}").read_text()) for rank in range(4)]
     return folder, wanted, reports, (folder / "err").read_text(), pids
 
@@ -3473,8 +3505,8 @@ def four(tmp_path_factory):
 def two(tmp_path_factory):
     """The folder of rank_world, the status and what was said."""
     folder = tmp_path_factory.mktemp("two")
-    status = start_ranks(folder, "world", 2).wait(60)
-    return folder, status, (folder / "err").read_text().splitlines()
+    status, said, _ = launch("world", folder)
+    return folder, status, said.splitlines()
 
 
 class TestStatesOfRanks:
@@ -3532,11 +3564,8 @@ class TestTogether:
 
 @pytest.fixture
 def handlers():
-    """Puts pytest's handlers of signals back."""
-    kept = {number: signal.getsignal(number) for number in train.STOPS}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    with handlers_kept():
+        yield
 
 
 class TestStopper:
@@ -3614,7 +3643,7 @@ class TestStart:
         assert self.start(tmp_path, "kill -HUP $PARENT_PID; sleep 0.1") == 0
 
     def test_without_the_parent_no_rank_lives(self, four):
-        assert not any(alive(pid) for pid in four[4])
+        until(lambda: not any(map(alive, four[4])))  # they look every half a second
 
 
 def shards(folder, sizes, weights=(None,) * 3):
@@ -3859,10 +3888,11 @@ def as_rank(case):
     step = partial(train.train_step, engine, optimizer, objective=train.PRETRAIN, lr=3e-3, clip=1.0)
     found["steps"] = [step(batch, flag=i) for i, batch in enumerate(batches[:case.steps])]
     found["held out"], = engine.add_up(engine.loss(batches[2], train.PRETRAIN, train=False))
-    before = [whole(p) for p in named.values()]
+    mine = [llama.local_shard(p.detach()) for p in named.values()]
+    before = [shard.clone() for shard in mine]
     engine.complete = partial(spoil, engine, engine.complete)
     loss, norm, _ = step(batches[0])
-    unchanged = all(map(torch.equal, before, map(whole, named.values())))
+    unchanged = all(map(torch.equal, before, mine))
     return found | {"spoiled": (loss, norm, unchanged)}
 
 
@@ -3929,6 +3959,7 @@ def find_all(rank, size, folder):
 
 def rank_layouts(folder):
     """One, two and four ranks, forks of a process without threads: one import for all."""
+    import torch._dynamo  # which optimizers import
     for size in (1, 2, 4):
         torch.multiprocessing.start_processes(find_all, (size, folder), size, start_method="fork")
 
@@ -4143,15 +4174,16 @@ class TestRun:
         assert all(len(r["ids"]) == len(r["logprobs"]) == 9 for r in rows)
 
     def test_killed_and_gone_on_bit_for_bit(self, text, whole_run, tmp_path):
+        """A lock that a killed process leaves is none."""
         out, draw = begun(whole_run, tmp_path), random.Random(0)
-        for number, status in ((9, -9), (signal.SIGTERM, 143), (9, -9), (0, 0)):
+        for number, status in ((9, -9), (signal.SIGTERM, 143), (9, -9)):
             words = ["killed", draw.randint(4, 9), int(number), *run_options(text, out)]
             done = subprocess.run([sys.executable, "-W", "ignore", __file__, "rank",
                                    *map(str, words)], cwd=HERE, capture_output=True, text=True)
             assert done.returncode == status, done.stderr
             with open(out / "log.jsonl", "a") as file:
                 file.write('{"step": 2')  # a torn line
-        (out / "log.jsonl").write_text((out / "log.jsonl").read_text()[:-10])
+        train.main(run_options(text, out))
         assert losses(out) == losses(whole_run) and same_weights(out, whole_run)
 
     def test_goes_on_from_before_a_damaged_state(self, text, whole_run, tmp_path, capsys):
@@ -4219,15 +4251,8 @@ class TestRun:
         assert re.search("warning: .*/t changed since it was cut .*; try", capsys.readouterr().err)
 
     def test_one_process_writes_a_run(self, text, tmp_path):
-        """A second one is refused; a lock that a killed process leaves is none."""
-        words = ["killed", 9, 9, *run_options(text, tmp_path)]
-        command = [sys.executable, "-W", "ignore", __file__, "rank", *map(str, words)]
         with train.sole_writer(tmp_path), pytest.raises(ValueError, match="another process trains"):
             train.main(run_options(text, tmp_path))
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-        assert done.returncode == -9, done.stderr
-        train.main(run_options(text, tmp_path))
-        assert len(losses(tmp_path)) == 30
 
     def test_auto_is_what_is_measured_to_be_faster(self, text, tmp_path, monkeypatch):
         rates = {torch.float32: 2, torch.bfloat16: 1}
@@ -4293,19 +4318,6 @@ class TestRun:
                     "--steps", "3"])
         assert files(tmp_path / "state") == ["step-000000003"]
         assert log_of(tmp_path)[-1]["skipped"] == 1 and generate.load(tmp_path).config.dim == 32
-
-
-def launch(case, out, *words):
-    """Starts two ranks of a case, which restart from states in out; (status, what they said)."""
-    done = subprocess.run([sys.executable, "-W", "ignore", __file__, "rank", "runs_of", case,
-                           str(out), *words], cwd=HERE, capture_output=True, text=True, timeout=200)
-    return done.returncode, done.stderr, done.stdout
-
-
-def rank_runs_of(case, out, *words):
-    """The process that starts them."""
-    command = [sys.executable, "-W", "ignore", __file__, "rank", case, out, *words]
-    sys.exit(train.start(2, command, Path(out) / "state"))
 
 
 def not_a_number(rank):
@@ -4395,8 +4407,9 @@ def rank_faulty(out, kind, *options):
         steps.append(step)
 
     def write_slowly(writer, *rest):
-        time.sleep(0.3)
-        Path(out, f"until-{writer.facts['step']}").write_text(str(steps[-1]))
+        if writer.facts["step"] == 27:
+            time.sleep(0.3)
+            Path(out, "until-27").write_text(str(steps[-1]))
         return write(writer, *rest)
 
     before_steps(locals()[kind])
@@ -4538,6 +4551,8 @@ def rank_of_torchrun(*options):
             os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
     before_steps(fault)
+    train.time = SimpleNamespace(perf_counter=time.perf_counter, monotonic=time.monotonic,
+                                 sleep=lambda seconds: None)  # for a launcher that will not come
     train.main(list(options))
 
 
@@ -5252,25 +5267,33 @@ class TestFineTuning:
             assert recipe.get("template", "llama2") in generate.CHATS
 
 
-PIECES = {  # what a student may be asked to write, and the tests that grade it
-    "LlamaConfig": TestSizes, "rms_norm": TestRMSNorm, "rms_norm_backward": TestRMSNorm,
+PIECES = {  # what a student of llama.py may be asked to write, and the class that grades it
+    "LlamaConfig": TestSizes, "Recipe": TestSizes, "SIZES": TestSizes,
+    "rms_norm": TestRMSNorm, "rms_norm_backward": TestRMSNorm, "RMSNorm": TestRMSNorm,
     "rope_frequencies": TestRoPE, "rope_table": TestRoPE, "apply_rope": TestRoPE,
     "swiglu": TestSwiGLU, "swiglu_backward": TestSwiGLU, "FeedForward": TestSwiGLU,
-    "visible": TestAttention, "attention_equation": TestAttention, "tile_backward": TestAttention,
-    "attention_tiled": TestAttention, "attention_tiled_backward": TestAttention,
-    "Attention": TestLlama, "Layer": TestLlama, "Llama": TestLlama,
-    "LayerByHand": TestLayerByHand, "TensorParallel": TestTensorParallel, "KVCache": TestKVCache,
-    "next_token_nll": TestLoss, "TokenNLL": TestTokenNLL, "LoRALinear": TestLoRA,
-    "attention_to_prompt": TestAdapter}
-
-
-class TestPieces:
-    def test_exist_and_are_tested(self):
-        for name, tests in PIECES.items():
-            assert hasattr(llama, name) and any(test.startswith("test_") for test in dir(tests))
+    "first_visible": TestAttention, "visible": TestAttention, "tiles": TestAttention,
+    "attention_equation": TestAttention, "attention_equation_backward": TestAttention,
+    "tile_backward": TestAttention, "attention_tiled": TestAttention,
+    "attention_tiled_backward": TestAttention, "attention_fused": TestAttention,
+    "attention_fused_backward": TestAttention, "Attention": TestLlama, "Layer": TestLlama,
+    "TensorParallel": TestTensorParallel, "Exchange": TestTensorParallel,
+    "over_ranks": TestLayouts, "Llama.embed": TestLayouts, "softmax_over_ranks": TestLayouts,
+    "by_hand": TestLayerByHand, "LayerByHand": TestLayerByHand, "KVCache": TestKVCache,
+    "Llama": TestLlama, "Llama.init_weights": TestInitialisation, "Llama.loss": TestLoss,
+    "next_token_nll": TestLoss, "SumNLL": TestLoss, "TokenNLL": TestTokenNLL,
+    "LoRALinear": TestLoRA, "weight_gradients": TestLayerByHand, "add_lora": TestLoRA,
+    "attention_to_prompt": TestAdapter, "add_adapter": TestAdapter}
 
 
 class TestReadme:
+    def test_every_piece_is_graded(self):
+        table = (HERE / "README.md").read_text()
+        assert set(re.findall(r"`llama\.py:([\w.]+)`", table)) <= set(PIECES)
+        for piece, grader in PIECES.items():
+            functools.reduce(getattr, piece.split("."), llama)  # exists
+            assert any(name.startswith("test_") for name in vars(grader)), piece
+
     def test_every_symbol_exists(self):
         table = re.findall(r"^\|.*\|$", (HERE / "README.md").read_text(), re.M)
         symbols = [s for row in table for s in re.findall(r"`(\w+)\.py:([\w.]+)`", row)]
