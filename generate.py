@@ -1239,12 +1239,13 @@ class Sample:
         self.stop_ids, self.stop_texts = tokenizer.stop_ids, stop_texts
         self.decoder = StreamDecoder(tokenizer, start=not prompt)
         self.ids, self.logprobs, self.text, self.finish_reason = [], [], "", None
+        self.stop_id = None  # the token that ended it
         self.n_taken = 0  # characters of text that take() has handed out
 
     def push(self, token: int, logprob: float) -> None:
         """Takes the next token in; the text ends before the first stop text."""
         if token in self.stop_ids:
-            self.finish_reason = "stop"
+            self.finish_reason, self.stop_id = "stop", token
             return
         self.ids.append(token)
         self.logprobs.append(logprob)

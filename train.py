@@ -1435,7 +1435,11 @@ class Prompts:
             for row in json_rows(Path(path), Path(path).suffix.lower() == ".json"):
                 chat, messages = conversation(row, chat_of(run, tokenizer))
                 question = next(text for role, text in messages if role == "user")
-                self.ids.append((question, turn(tokenizer, chat, question)))
+                ids = turn(tokenizer, chat, question)
+                if len(ids) >= run.seq_len:
+                    raise ValueError(f"a question of {len(ids)} tokens leaves no room for an "
+                                     f"answer in --seq-len {run.seq_len}; try a larger one")
+                self.ids.append((question, ids))
         self.reference = load(run.reference or run.start, run.device, DTYPES[run.dtype])
         self.reward = reward_source(run.reward)
 
@@ -1453,10 +1457,10 @@ class Prompts:
         tokens = torch.zeros(n, run.seq_len, dtype=torch.long)
         targets = torch.full_like(tokens, -1)
         for row, sample in enumerate(samples):
-            begin, answer = len(sample.prompt_ids), list(sample.ids)
-            if sample.finish_reason == "stop":
-                answer.append(self.tokenizer.eos_id)
-            text = torch.tensor(sample.prompt_ids + answer)
+            begin, text = len(sample.prompt_ids), sample.prompt_ids + sample.ids
+            if sample.stop_id is not None:
+                text.append(sample.stop_id)
+            text = torch.tensor(text)
             tokens[row, :len(text)] = text
             targets[row, begin - 1:len(text) - 1] = text[begin:]
         batch = {"tokens": tokens, "targets": targets}
@@ -1914,8 +1918,10 @@ def resolve(args, device: str, world_size: int, local_size: int) -> Run:
                          "compile anew for every document; try --no-document-mask, or without it")
     layout = arrange(config, recipe.batch_tokens // seq_len, seq_len, world_size, local_size,
                      args.dp, args.tp, args.pp)
+    out = f"runs/{args.size}"
     if args.start:
         settings["size"] = Path(args.start).name
+        out = f"runs/{settings['size']}-{args.objective}"
     elif not args.steps and not args.minutes:
         if args.size == "tiny":
             settings["minutes"] = TINY_MINUTES
@@ -1923,8 +1929,7 @@ def resolve(args, device: str, world_size: int, local_size: int) -> Run:
             settings["steps"] = math.ceil(recipe.train_tokens / recipe.batch_tokens)
     if world_size == 1:
         settings["threads"] = torch.get_num_threads()
-    settings["out"] = Path(args.out or f"runs/{settings['size']}-{args.objective}"
-                           if args.start else args.out or f"runs/{args.size}")
+    settings["out"] = Path(args.out or out)
     run = Run(**settings | {"config": config, "recipe": recipe, "seq_len": seq_len,
                             "layout": layout, "device": device, "local_size": local_size})
     with torch.device("meta"):
@@ -2000,8 +2005,9 @@ def resume(run: Run, old: dict) -> Run:
 
 def steps_of_epochs(run: Run) -> int:
     """Steps that read the data --epochs times."""
-    rows = sum(source["train_tokens"] for source in run.sources) / run.seq_len if (
-        run.objective == "pretrain") else run.sources[0]["packed_rows"]
+    rows = run.sources[0].get("packed_rows")
+    if run.objective == "pretrain":
+        rows = sum(source["train_tokens"] for source in run.sources) / run.seq_len
     return max(1, round(run.epochs * rows / run.rows))
 
 
