@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import numpy as np
-import sentencepiece
 
 MAX_FILE = 1 << 26  # bytes read of a tokenizer or of a .jsonl line; Llama 3's file has 9 MB
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens in a .model
@@ -301,6 +300,7 @@ class SentencePiece(Tokenizer):
 
     def __init__(self, model: bytes, config: dict | None = None, front: str | None = None,
                  found: Iterable[str] = (), own: dict | None = None, file: bytes | None = None):
+        import sentencepiece  # here, so that other files of the project can be read without it
         load, no_prefix = sentencepiece.SentencePieceProcessor, protobuf_field(3, 0)
         try:
             self.processor = load(model_proto=model)
@@ -351,6 +351,7 @@ class SentencePiece(Tokenizer):
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, size: int = 0) -> SentencePiece:
     """LLaMA's tokenizer, with the flags in LLaMA's own file, from pieces of text. If they have over
     16 MiB (`size` in all), every n-th is read. The same texts give the same bytes."""
+    import sentencepiece
     sample = itertools.islice(texts, 0, None, 1 + (size >> 24))
     # Lines over 4,192 bytes would be dropped. A newline is in none, so it stays byte <0x0A>.
     lines = "\n".join(sample).split("\n")
