@@ -40,8 +40,8 @@ from torch.func import functional_call
 from llama import (SIZES, Attention, FeedForward, KVCache, Layer, Llama, LlamaConfig, add_adapter,
                    add_lora, add_score, apply_rope, logit_rows, rope_frequencies, rope_table,
                    swiglu)
-from tokenizer import (Parser, StreamDecoder, Tokenizer, command, documents, find_tokenizer,
-                       huggingface_files, json_rows, load_tokenizer, one_line_errors, positive,
+from tokenizer import (Parser, StreamDecoder, Tokenizer, command, data_rows, documents,
+                       find_tokenizer, huggingface_files, load_tokenizer, one_line_errors, positive,
                        read_json, tokenizer_from_gguf, write_aside, write_json)
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -670,6 +670,8 @@ def with_rows(weight: Weight, rows: int) -> Weight:
     return weight._replace(shape=(rows, weight.shape[1]), decode=decode)
 
 
+PEFT_TARGETS = {ours.rpartition(".")[2]: theirs[HF].rpartition(".")[2]
+                for ours, theirs in NAMES.items()}  # "wq": "q_proj"
 PEFT_ONLY = {"peft_type": ("LORA",), "bias": (None, "none"), "use_dora": (None, False),
              "use_rslora": (None, False), "fan_in_fan_out": (None, False),
              "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
@@ -719,7 +721,7 @@ def adapter_shapes(config: LlamaConfig, settings: dict) -> dict[str, tuple[int, 
     with torch.device("meta"):
         model = Llama(config)
         if settings["peft_type"] == "LORA":
-            ours = {NAMES[name][HF].rpartition(".")[2]: name.rpartition(".")[2] for name in NAMES}
+            ours = {theirs: name for name, theirs in PEFT_TARGETS.items()}
             targets = [ours[name] for name in settings["target_modules"]]
             add_lora(model, settings["r"], settings["lora_alpha"], targets)
         else:
@@ -1551,14 +1553,21 @@ def best_of(model: Llama, tokenizer: Tokenizer, chat: Chat, questions: list[str]
 
 def questions_of(path: str) -> list[str]:
     """The questions in a file of text, one a line, or of rows as train.py reads them."""
-    path, questions = Path(path), []
-    if path.suffix.lower() not in (".json", ".jsonl"):
-        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    for row in json_rows(path, path.suffix.lower() == ".json"):
-        with one_line_errors(path):
-            first = (row.get("messages") or row.get("conversations") or [row])[0]
-            questions.append(first.get("content") or first.get("value") or first["instruction"])
-    return questions
+    if Path(path).suffix.lower() not in (".json", ".jsonl"):
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        return [line for line in lines if line.strip()]
+    with one_line_errors(path):
+        return [question_of(row) for row in data_rows(path)]
+
+
+def question_of(row: dict) -> str:
+    """What the user asks first in a row of data: its instruction, or their first message."""
+    if "instruction" in row:
+        return row["instruction"]
+    for message in row.get("messages") or row["conversations"]:
+        if message.get("role", message.get("from")) in ("user", "human"):
+            return message.get("content", message.get("value"))
+    raise ValueError("a row asks nothing; try to remove it")
 
 
 GUARD = """[INST] Task: Check if there is unsafe content in '{role}' messages in conversations \

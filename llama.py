@@ -747,7 +747,7 @@ def weight_gradients(dz: Tensor, u: Tensor, matrix: tuple, wanted: tuple) -> lis
 
         dW = dz^T u,   dA = (dz B)^T u,   dB = dz^T (u A^T)       summed over all tokens
 
-    dW takes as many operations as the product itself; dA and dB together r / in + r / out of that.
+    dW takes as many operations as the product itself. With r = 8 dA and dB take next to none.
     """
     (W, A, B), (dz, u), grads = matrix, (dz.flatten(0, 1), u.flatten(0, 1)), [None, None, None]
     if wanted[0]:
@@ -793,6 +793,7 @@ class LayerByHand(torch.autograd.Function):
         lse, r of each norm             H + 2, in fp32        136     93,320 in all
         computed again: n, m, s, silu(a) and, a tile at a time, the weights of attention
 
+    A matrix may have a LoRA, and then is W, A and B: see `linear` and weight_gradients.
     Autograd keeps 153,600 and more. Each of t tensor parallel ranks keeps a t-th. The product for
     the gradient of a frozen weight is not computed.
     """
@@ -862,7 +863,7 @@ class LoRALinear(Linear):
 
     B begins at zero, so that y is the frozen layer's at first. For D = 4096 and r = 8 the two have
     65,536 numbers, W 16,777,216. alpha / r keeps the size of the change when r varies. The recipes'
-    dropout on x (0.05) is left out. merged: W + (alpha / r) B A is an ordinary W.
+    dropout on x (0.05) is left out. Merged, W + (alpha / r) B A is an ordinary W.
     """
 
     def __init__(self, n_in: int, n_out: int, rank: int, alpha: float):
@@ -1018,9 +1019,9 @@ class Llama(nn.Module):
         generator counts (Salmon et al. 2011), so that a rank draws only the rows that it holds.
         """
         for name, p in self.named_parameters():
-            shard = local_shard(p)
             if name in known:
                 continue
+            shard = local_shard(p)
             if name.endswith(("lora_b", "gate", "score")):
                 shard.zero_()
                 continue
@@ -1033,13 +1034,14 @@ class Llama(nn.Module):
                 std /= math.sqrt(2 * self.config.n_layers)
             elif name.endswith("prompt"):
                 std = 1.0
+            elif name.endswith("lora_a"):
+                std = 1 / math.sqrt(p.shape[1])
             first_row, first_column = shard_offset(p)
             drawn = np.empty(shard.shape, np.float32)
             for row, values in enumerate(drawn, first_row):
                 random = np.random.Generator(np.random.Philox(key=key, counter=row << 64))
                 if name.endswith("lora_a"):
                     whole = random.random(p.shape[1], dtype=np.float32) * 2 - 1
-                    std = 1 / math.sqrt(p.shape[1])
                 else:
                     whole = random.standard_normal(p.shape[1], dtype=np.float32)
                 mine = whole[first_column:first_column + len(values)]

@@ -5164,7 +5164,7 @@ class TestExamples:
         run = sft_run(tokenizer=str(tmp_path), template="alpaca", out=tmp_path,
                       data=[(str(tmp_path / "rows.json"), None)])
         with pytest.raises(ValueError, match=f"row 1 of the data, .*{said}.*; try"):
-            train.prepare_examples(run)
+            train.read_examples(run)
         with pytest.raises(ValueError, match="two answers are equal"):
             train.example_of({**PAIR, "rejected": PAIR["chosen"]}, words,
                              generate.chat_format(words, "alpaca"), sft_run(objective="dpo"))
@@ -5203,6 +5203,18 @@ class TestFineTuning:
         assert losses(out) == first and log_of(out)[4]["event"] == "resume"
         for name, weight in generate.load(out).state_dict().items():
             assert torch.equal(weight, after[name])
+
+    def test_fresh(self, tiny, rows, tmp_path):
+        """A bad row leaves the old run; nothing of it stays beside a new one."""
+        options = self.options(tiny, rows, tmp_path / "a", "--objective", "sft", "--steps", "2")
+        train.main([*options, "--tune", "lora"])
+        (tmp_path / "bad.json").write_text("[{}]")
+        more = ["--fresh", "--data", str(tmp_path / "bad.json")]
+        with pytest.raises(ValueError, match="no row of a known form"):
+            train.main([*options, *more])
+        assert len(losses(tmp_path / "a")) == 2 and (tmp_path / "a/adapter_config.json").exists()
+        train.main([*options, "--fresh"])
+        assert not (tmp_path / "a/adapter_config.json").exists()
 
     @pytest.mark.parametrize("objective", ["reward", "dpo"])
     def test_pairs(self, tiny, tmp_path, objective):

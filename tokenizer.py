@@ -958,6 +958,11 @@ def json_rows(file: Path, is_array: bool) -> Iterator:
                     yield None
 
 
+def data_rows(path: str | Path) -> Iterator:
+    """The rows of a file of data: a JSON array in a .json file, elsewhere a line each."""
+    return json_rows(Path(path), Path(path).suffix.lower() == ".json")
+
+
 def read_json_texts(file: Path, is_array: bool) -> Iterator[Iterable[str]]:
     """A document per row, by its "text"; half a surrogate pair turns into "?"."""
     wrong = 0

@@ -50,19 +50,17 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing import (DefaultLogsSpecs, SignalException,
                                                        start_processes)
 
-from generate import (ALPACA, CHATS, DTYPES, Chat, Sample, Sampling, Weight, best_device,
-                      chat_format, check_compiler, grow, keep_freed_memory, leave_busy_cores,
-                      load, locate, merge_lora, open_checkpoint, open_model, render,
-                      reward_source, sample_texts,
-                      shapes, tokenizer_beside, turn, with_rows, write_adapter, write_meta,
-                      write_safetensors)
+from generate import (CHATS, DTYPES, PEFT_TARGETS, Chat, Sample, Sampling, Weight, best_device,
+                      chat_format, check_compiler, grow, keep_freed_memory, leave_busy_cores, load,
+                      locate, merge_lora, open_checkpoint, open_model, render, reward_source,
+                      sample_texts, shapes, tokenizer_beside, turn, with_rows, write_adapter,
+                      write_meta, write_safetensors)
 from llama import (ATTENTION, BACKWARD, MATRICES, SIZES, Llama, LlamaConfig, Recipe,
                    TensorParallel, add_adapter, add_lora, add_score, local_shard, logit_rows,
                    shard_offset)
-from tokenizer import (Parser, Survey, Tokenizer, command, cores, documents, files_of,
-                       json_rows, load_tokenizer, positive, prepare, read_json, sha1,
-                       standard_library, survey, train_sentencepiece, training_text, write_aside,
-                       write_json)
+from tokenizer import (Parser, Survey, Tokenizer, command, cores, data_rows, documents, files_of,
+                       load_tokenizer, positive, prepare, read_json, sha1, standard_library, survey,
+                       train_sentencepiece, training_text, write_aside, write_json)
 
 TABLE_1 = {"commoncrawl": 67.0, "c4": 15.0, "github": 4.5, "wikipedia": 4.5, "books": 4.5,
            "arxiv": 2.5, "stackexchange": 2.0}  # sampling proportions in percent (LLaMA, Table 1)
@@ -276,7 +274,7 @@ def conversation(row: dict, chat: Chat) -> tuple[Chat, list[tuple[str, str]]]:
     if "instruction" not in row:
         return chat, [message(value) for value in row.get("messages") or row["conversations"]]
     text = row["instruction"]
-    if row.get("input") and chat.message.rstrip() == ALPACA and chat.name != "chinese-alpaca":
+    if row.get("input") and chat.name in ("alpaca", "alpaca-lora", "chatdoctor"):
         with_input = "task, paired with an input that provides further context."
         chat = chat._replace(message=chat.message.replace("task.", with_input, 1))
         text = f"{text}\n\n### Input:\n{row['input']}"
@@ -358,14 +356,14 @@ def example_of(row: dict, tokenizer: Tokenizer, chat: Chat, run: "Run"
     return {name: np.array(values, kinds[name]) for name, values in arrays.items()}
 
 
-def prepare_examples(run: "Run") -> list[dict]:
-    """Makes the run's tokenizer and examples; returns what run.json keeps of the data. Held out are
-    rows whose SHA-1 is 0 mod 20, at least one."""
+def read_examples(run: "Run") -> tuple[Tokenizer, dict[str, np.ndarray]]:
+    """The run's tokenizer, and the arrays that Examples reads. Held out are rows whose SHA-1 is 0
+    mod 20, at least one."""
     tokenizer = tokenizer_of(run)
     chat, examples, held, numbers, count = chat_of(run, tokenizer), [], [], [], 0
     for path, _ in run.data:
         print_rank0(f"reading {path}")
-        for row in json_rows(Path(path), Path(path).suffix.lower() == ".json"):
+        for row in data_rows(path):
             try:
                 example = example_of(row, tokenizer, chat, run)
             except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -388,15 +386,19 @@ def prepare_examples(run: "Run") -> list[dict]:
     held = [number % 20 == 0 or number == chosen for number in held]
     arrays = {name: np.concatenate([example[name] for example in examples])
               for name in examples[0]}
-    lengths = [len(example["tokens"]) for example in examples]
+    offsets = [0, *itertools.accumulate(len(example["tokens"]) for example in examples)]
+    return tokenizer, {**arrays, "held": held, "rows": numbers, "offsets": offsets}
+
+
+def write_examples(run: "Run", tokenizer: Tokenizer, arrays: dict[str, np.ndarray]) -> list[dict]:
+    """Writes what read_examples gives; returns what run.json keeps of the data."""
     (run.out / "tokens").mkdir(exist_ok=True)
-    write_aside(run.out / "tokens/examples.npz", lambda file: np.savez(
-        file, held=held, rows=numbers, offsets=[0, *itertools.accumulate(lengths)], **arrays))
+    write_aside(run.out / "tokens/examples.npz", lambda file: np.savez(file, **arrays))
     tokenizer.save(run.out / "tokenizer.model")
     packed = Examples(run.out / "tokens", run.seq_len, run.rows, run.seed).plan(0)
     learned = int((arrays["targets"] >= 0).sum())
-    print_rank0(f"{len(examples)} examples in {len(packed)} rows of {run.seq_len} tokens, "
-                f"{sum(held)} held out, {learned:,} tokens learned")
+    print_rank0(f"{len(arrays['rows'])} examples in {len(packed)} rows of {run.seq_len} tokens, "
+                f"{sum(arrays['held'])} held out, {learned:,} tokens learned")
     return [{"path": path, "packed_rows": len(packed)} for path, _ in run.data]
 
 
@@ -515,7 +517,8 @@ def make_optimizer(parameters: dict[str, Tensor], recipe: Recipe) -> torch.optim
 # Fine-tuning where nothing else is said: Llama 2-Chat's (Llama 2, section 3.1).
 TUNING = Recipe(2e-5, 16384, None, warmup=0.03, eps=1e-5)
 # What others fine-tuned LLaMA with, as options. Their batches are of examples; here a step has as
-# many tokens as the batch has, at about 128 tokens an example (Alpaca's).
+# many tokens as the batch has, at about 128 tokens an example (Alpaca's). alpaca-lora learned the
+# prompts too; here answers alone are learned.
 FULL = {"objective": "sft", "warmup": 0.03, "weight_decay": 0.0}
 LORA = FULL | {"tune": "lora", "batch_tokens": 16384}
 RECIPES = {
@@ -1341,10 +1344,11 @@ def answer_nll(model: Llama, batch: dict[str, Tensor]) -> Tensor:
     return model.nll_of(h, batch["targets"])
 
 
-def implicit_rewards(model: Llama, batch: dict[str, Tensor], beta: float) -> tuple[Tensor, Tensor]:
+def implicit_rewards(model: Llama, batch: dict[str, Tensor], beta: float
+                     ) -> tuple[Tensor, Tensor, Tensor]:
     """DPO's rewards (Rafailov et al. 2023), beta (log pi(y|x) - log pi_ref(y|x)), of the chosen and
-    of the rejected text of each pair, two of (pairs,), summed over the answer's tokens; and -log pi
-    of the chosen ones, as means over their tokens."""
+    of the rejected text of each pair, summed over the answer's tokens; and -log pi of the chosen
+    ones, as means over their tokens: three of (pairs,)."""
     nll = text_sums(answer_nll(model, batch), batch["begins"])
     reference = batch["reference"][batch["begins"] > 0]
     n = text_sums((batch["targets"] >= 0).float(), batch["begins"])
@@ -1375,8 +1379,9 @@ def whiten(x: Tensor, mask: Tensor, shift: bool = True) -> Tensor:
 
 def token_rewards(scores: Tensor, logp: Tensor, reference: Tensor, mask: Tensor, beta: float
                   ) -> Tensor:
-    """The reward of each token of an answer, (n, T): -beta (log pi - log pi_ref), whose mean is the
-    KL divergence, and at the last one the answer's score (n,). mask: which are tokens of it."""
+    """The reward of each token of an answer, (n, T): -beta (log pi - log pi_ref), and at the last
+    one the answer's score (n,) too. Over many answers log pi - log pi_ref is on average their KL
+    divergence. mask: which are tokens of an answer."""
     rewards = -beta * (logp - reference) * mask
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
     return rewards.index_put((torch.arange(len(scores)), last), scores, accumulate=True)
@@ -1432,7 +1437,7 @@ class Prompts:
         self.run, self.tokenizer, self.rows = run, tokenizer, run.rows
         self.ids = []
         for path, _ in run.data:
-            for row in json_rows(Path(path), Path(path).suffix.lower() == ".json"):
+            for row in data_rows(path):
                 chat, messages = conversation(row, chat_of(run, tokenizer))
                 question = next(text for role, text in messages if role == "user")
                 ids = turn(tokenizer, chat, question)
@@ -1651,8 +1656,9 @@ class Engine:
         return rows
 
     def loss(self, batch: dict[str, Tensor], objective: Objective, train: bool) -> float:
-        """This rank's share of a batch's loss; the sum of all ranks' shares is the mean over all
-        what the objective counts. train: adds the gradient to .grad. A pipeline's is PRETRAIN."""
+        """This rank's share of a batch's loss; the sum of all ranks' shares is the mean over
+        all that the objective counts. train: adds the gradient to .grad. A pipeline knows
+        PRETRAIN alone."""
         rows = self.rows(batch)
         count = max(1, objective.count(batch))
         scale = self.layout.dp / count  # because FSDP averages gradients over data-parallel ranks
@@ -1862,9 +1868,6 @@ class Run:
 
 
 # Settings that change the result: a resumed run must have the same.
-PEFT_TARGETS = dict(zip(MATRICES, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
-                                   "down_proj", "up_proj")))
-
 MUST_MATCH = ("size", "start", *LlamaConfig.__dataclass_fields__, *Recipe.__dataclass_fields__,
               "objective", "template", "tune", "lora_rank", "lora_alpha", "lora_targets",
               "adapter_length", "adapter_layers", "reference", "reward", "beta", "nll", "margin",
@@ -2011,6 +2014,25 @@ def steps_of_epochs(run: Run) -> int:
     return max(1, round(run.epochs * rows / run.rows))
 
 
+def read_data(run: Run):
+    """What write_data takes; ValueError for a mistake in the data. Writes nothing."""
+    if run.objective == "pretrain":
+        return survey_data(run)
+    if run.objective == "ppo":
+        return tokenizer_of(run)
+    return read_examples(run)
+
+
+def write_data(run: Run, read) -> list[dict]:
+    """Writes the run's tokenizer and tokens; returns what run.json keeps of the data."""
+    if run.objective == "pretrain":
+        return prepare_data(run, read)
+    if run.objective == "ppo":
+        read.save(run.out / "tokenizer.model")
+        return [{"path": path, "packed_rows": run.rows} for path, _ in run.data]
+    return write_examples(run, *read)
+
+
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
     """Locks a run's folder; ValueError if another process holds the lock. The system unlocks it
@@ -2032,20 +2054,20 @@ def sole_writer(folder: Path) -> Iterator[None]:
 def open_run(run: Run, locks: contextlib.ExitStack) -> Run:
     """Makes the run's folder and prepares its text, or resumes what the folder holds. The lock is
     left to `locks`, so that the caller keeps it until the run ends."""
-    file, old, surveyed = run.out / "run.json", {}, None
+    file, old, read = run.out / "run.json", {}, None
     if not file.exists() and run.out.exists() and set(os.listdir(run.out)) - {"lock"}:
         raise ValueError(f"{run.out} holds files that are no run's; try another --out")
     run.out.mkdir(parents=True, exist_ok=True)
     if "PARENT_PID" not in os.environ:  # else `start` has locked it
         locks.enter_context(sole_writer(run.out))
     if file.exists() and run.fresh:  # a folder without run.json is not ours to empty
-        if run.objective == "pretrain":  # a mistake in --data is found before
-            surveyed = survey_data(run)
+        read = read_data(run)  # a mistake in --data, or too little memory, is found before
         fit(run)
         for folder in ("state", "tokens"):
             shutil.rmtree(run.out / folder, ignore_errors=True)
         for name in ("run.json", "log.jsonl", "loss.svg", "params.json", "consolidated.00.pth",
-                     "tokenizer.model", "tokenizer_config.json"):
+                     "tokenizer.model", "tokenizer_config.json", "score.safetensors",
+                     "adapter_config.json", "adapter_model.safetensors"):
             (run.out / name).unlink(missing_ok=True)
     elif file.exists():
         try:
@@ -2058,14 +2080,7 @@ def open_run(run: Run, locks: contextlib.ExitStack) -> Run:
     run = fit(run)
     write_json(file, settings_of(run))
     if not run.sources:
-        if run.objective == "pretrain":
-            sources = prepare_data(run, surveyed or survey_data(run))
-        elif run.objective == "ppo":
-            tokenizer_of(run).save(run.out / "tokenizer.model")
-            sources = [{"path": path, "packed_rows": run.rows} for path, _ in run.data]
-        else:
-            sources = prepare_examples(run)
-        run = replace(run, sources=sources)
+        run = replace(run, sources=write_data(run, read or read_data(run)))
     if run.steps is None and run.start and not run.minutes:
         run = replace(run, steps=steps_of_epochs(run))
     write_json(file, settings_of(run))
@@ -2348,8 +2363,7 @@ def sample_answer(run: Run, tokenizer: Tokenizer) -> None:
     """Prints the model's answer to the first question of the data, in the form of the template."""
     if run.objective == "reward":
         return
-    path = Path(run.data[0][0])
-    row = next(json_rows(path, path.suffix.lower() == ".json"))
+    row = next(data_rows(run.data[0][0]))
     chat, messages = conversation(row, chat_of(run, tokenizer))
     question = next(text for role, text in messages if role == "user")
     adapter = run.out if run.tune == "adapter" else None
