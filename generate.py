@@ -64,6 +64,12 @@ def keep_freed_memory() -> None:
         mallopt(mmap_max, 0)
 
 
+def return_freed_memory() -> None:
+    """Gives the system what keep_freed_memory kept."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def leave_busy_cores() -> None:
     """Computes with fewer threads while other programs keep cores busy. All threads wait for the
     one that shares its core: on two cores, of which one is busy, two threads train at half of the

@@ -525,9 +525,13 @@ def linear(x: Tensor, W: Tensor, A: Tensor | None = None, B: Tensor | None = Non
     """y = x W^T (section 2.2: no bias), W (out, in) cast to the type that x is computed in. With
     the A (r, in) and B (out, r) of LoRALinear, y = x W^T + (x A^T) B^T."""
     y = F.linear(x, local_shard(W).to(x.dtype))
-    if A is None:
-        return y
-    return y + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+    return y if A is None else add_product(y, F.linear(x, A.to(x.dtype)), B.T)
+
+
+def add_product(y: Tensor, x: Tensor, M: Tensor) -> Tensor:
+    """y + x M, in the memory of y: one pass over y, where a product and a sum make three."""
+    y.flatten(0, -2).addmm_(x.flatten(0, -2), M.to(y.dtype))
+    return y
 
 
 class Linear(nn.Module):
@@ -739,13 +743,13 @@ def by_threes(values: Sequence) -> list[Sequence]:
 def input_gradient(dz: Tensor, W: Tensor, A: Tensor | None, B: Tensor | None) -> Tensor:
     """du of z = u W^T + (u A^T) B^T: dz W + (dz B) A."""
     du = dz @ W.to(dz.dtype)
-    return du if A is None else du + dz @ B.to(dz.dtype) @ A.to(dz.dtype)
+    return du if A is None else add_product(du, dz @ B.to(dz.dtype), A)
 
 
 def weight_gradients(dz: Tensor, u: Tensor, matrix: tuple, wanted: tuple) -> list[Tensor | None]:
     """dW, dA, dB of z = u W^T + (u A^T) B^T, None for those that are not wanted:
 
-        dW = dz^T u,   dA = (dz B)^T u,   dB = dz^T (u A^T)       summed over all tokens
+        dW = dz^T u,   dA = (dz B)^T u,   dB^T = (u A^T)^T dz       summed over all tokens
 
     dW takes as many operations as the product itself. With r = 8 dA and dB take next to none.
     """
@@ -755,7 +759,7 @@ def weight_gradients(dz: Tensor, u: Tensor, matrix: tuple, wanted: tuple) -> lis
     if wanted[1]:
         grads[1] = ((dz @ B.to(dz.dtype)).T @ u).to(A.dtype)
     if wanted[2]:
-        grads[2] = (dz.T @ (u @ A.T.to(u.dtype))).to(B.dtype)
+        grads[2] = ((u @ A.T.to(u.dtype)).T @ dz).T.to(B.dtype)
     return grads
 
 
@@ -1169,10 +1173,11 @@ def shard_offset(weight: Tensor) -> tuple[int, ...]:
 # The loss
 
 
-def logit_rows(V: int, D: int) -> int:
+def logit_rows(V: int, D: int, learns: bool = True) -> int:
     """Rows of logits that next_token_nll holds at a time. 8 Mi logits (34 MB in fp32) were fastest
-    on our CPUs; up to four times as many for large D, because each chunk adds a V x D sum."""
-    return max(1, 2**23 // V, min(D // 2, 2**25 // V))
+    on our CPUs; where W learns up to four times as many for large D, because each chunk adds a
+    V x D sum."""
+    return max(1, 2**23 // V, learns * min(D // 2, 2**25 // V))
 
 
 def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor,
@@ -1191,7 +1196,7 @@ def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor,
     Where a target is negative there is none: its nll and its dz are 0.
     With tensor parallelism h is (N/t, D) and W this rank's (V/t, D).
     """
-    w, rows = weight.to(h.dtype), logit_rows(*weight.shape)
+    w, rows = weight.to(h.dtype), logit_rows(*weight.shape, wanted[1])
     h = tp.gather(h, 1)().view(-1, h.shape[-1])
     counted = (targets >= 0)[:, None]
     column = (targets - tp.rank * len(w))[:, None]  # of the target, among this rank's
@@ -1217,6 +1222,8 @@ def next_token_nll(h: Tensor, weight: Tensor, targets: Tensor,
         if wanted[1]:
             part = dz.T @ (h[chunk] * scale[chunk])
             dw = part if dw is None else fp32(dw).add_(part)  # one chunk alone needs no sum
+    if wanted[1] and dw is None:  # no tokens: ranks still add up their gradients
+        dw = torch.zeros_like(w)
     if wanted[0]:
         dh = tp.scatter_sum(dh[None], 0)().view(-1, dh.shape[-1])
     return nll, dh, dw

@@ -52,9 +52,9 @@ from torch.distributed.elastic.multiprocessing import (DefaultLogsSpecs, SignalE
 
 from generate import (CHATS, DTYPES, PEFT_TARGETS, Chat, Sample, Sampling, Weight, best_device,
                       chat_format, check_compiler, grow, keep_freed_memory, leave_busy_cores, load,
-                      locate, merge_lora, open_checkpoint, open_model, render, reward_source,
-                      sample_texts, shapes, tokenizer_beside, turn, with_rows, write_adapter,
-                      write_meta, write_safetensors)
+                      locate, merge_lora, open_checkpoint, open_model, render, return_freed_memory,
+                      reward_source, sample_texts, shapes, tokenizer_beside, turn, with_rows,
+                      write_adapter, write_meta, write_safetensors)
 from llama import (ATTENTION, BACKWARD, MATRICES, SIZES, Llama, LlamaConfig, Recipe,
                    TensorParallel, add_adapter, add_lora, add_score, local_shard, logit_rows,
                    shard_offset)
@@ -793,11 +793,13 @@ def fit_micro_batch(run: "Run", there: float) -> tuple[int, int, dict[str, int],
     """(rows of a micro-batch, the pipeline stage that needs the most memory, that memory, whether
     it is under 90 % of the bytes that are there: the rest is for what rank_memory leaves out).
     Unless the run says how many rows: up to 8192 tokens, if they fit; in a pipeline few enough for
-    4 pp micro-batches a step, so that it idles little."""
+    4 pp micro-batches a step, so that it idles little. A CPU is as fast with 512 where little
+    learns, and so hardly a gradient is added up."""
     most = run.rows // run.layout.dp
     if run.layout.pp > 1:
         most //= 4 * run.layout.pp
-    rows = run.micro_batch or max(1, min(8192 // run.seq_len, most))
+    tokens = 512 if run.device == "cpu" and run.learned < 0.1 else 8192
+    rows = run.micro_batch or max(1, min(tokens // run.seq_len, most))
     while True:
         needs = [rank_memory(run, rows, place) for place in range(run.layout.pp)]
         totals = [sum(need.values()) for need in needs]
@@ -1307,7 +1309,10 @@ def n_pairs(batch: dict[str, Tensor]) -> int:
 def next_token_loss(model: Llama, batch: dict[str, Tensor]) -> Tensor:
     """Section 2, and SFT, where answers alone have targets: negative log-likelihood of the next
     token, in nats."""
-    return model.loss(batch["tokens"], batch["targets"], document_starts(batch), reduction="sum")
+    h, targets = model.hidden(batch["tokens"], boundaries=document_starts(batch)), batch["targets"]
+    if model.tp.size == 1:  # no logits where nothing is learned
+        h, targets = h[targets >= 0], targets[targets >= 0]
+    return model.loss_of(h, targets, reduction="sum")
 
 
 def text_sums(x: Tensor, begins: Tensor) -> Tensor:
@@ -2116,7 +2121,10 @@ def timed_steps(run: Run, engine: Engine, count: int) -> tuple[float, float]:
 def bench(run: Run, count: int) -> dict:
     """What --bench prints: the speed of `count` steps and the memory that they took."""
     peak = matmul_flops(run.device, DTYPES[run.dtype])
-    step_s, loss = timed_steps(run, Engine(run), count)
+    engine = Engine(run)
+    if run.roomy:
+        keep_freed_memory()
+    step_s, loss = timed_steps(run, engine, count)
     speed = run.rows * run.seq_len / step_s  # tokens a second
     rss = None
     if sys.platform != "win32":
@@ -2259,8 +2267,8 @@ def draw_loss(rows: list[dict], path: Path, title: str) -> None:
 
 
 def train_run(run: Run, engine: Engine, batches: Batches | Examples, began: float, rank: int
-              ) -> None:
-    """Trains from the newest good state to the last step, and then exports the weights."""
+              ) -> tuple["Progress", "Log | None"]:
+    """Trains from the newest good state to the last step."""
     recipe, objective = with_warmup(run.recipe, run.steps), objective_of(run)
     eval_every = run.eval_every or max(1, min(1000, run.steps // 10))
     save_every, folder = run.save_every or eval_every, run.out / "state"
@@ -2308,7 +2316,7 @@ def train_run(run: Run, engine: Engine, batches: Batches | Examples, began: floa
     if stop:  # by a signal to this rank, or to another
         sys.exit(128 + (stopper.signal or signal.SIGTERM))
     stopper.close()
-    together(partial(finish, run, progress, log))
+    return progress, log
 
 
 def held_out_tokens(run: Run, last: bool) -> int:
@@ -2320,6 +2328,7 @@ def held_out_tokens(run: Run, last: bool) -> int:
 
 def finish(run: Run, progress: Progress, log: Log) -> None:
     """Exports the weights in Meta's format and draws the loss."""
+    return_freed_memory()
     export_state(run.out / "state" / f"step-{progress.step:09d}", run)
     draw_loss(log.rows, run.out / "loss.svg", f"{run.size}, {run.config.n_params:,} parameters")
     elapsed = log.elapsed()
@@ -2487,8 +2496,6 @@ def train_rank(args, device: str, world: World, began: float, locks: contextlib.
     run = resolve(args, device, world.size, world.local_size)
     begin = partial(fit, run) if args.bench else partial(open_run, run, locks)
     run = together(begin)  # rank 0 alone measures and prepares
-    if run.roomy:
-        keep_freed_memory()
     if args.bench:
         result = bench(run, args.bench)
         if world.rank == 0:
@@ -2505,14 +2512,17 @@ def train_rank(args, device: str, world: World, began: float, locks: contextlib.
     else:
         batches = Examples(run.out / "tokens", run.seq_len, run.rows, run.seed)
     engine = Engine(run)
+    if run.roomy:
+        keep_freed_memory()  # only now: what loading freed has gone back to the system
     if run.objective == "dpo":
         add_reference(run, engine, batches)
     if run.steps is None:
         run = replace(run, steps=steps_in_time(run, engine, began))
         together(partial(write_json, run.out / "run.json", settings_of(run)))
     announce(run, batches)
-    train_run(run, engine, batches, began, world.rank)
-    del engine
+    trained = train_run(run, engine, batches, began, world.rank)
+    del engine, batches
+    together(partial(finish, run, *trained))
     if world.rank == 0:
         sample(run, tokenizer)
 
