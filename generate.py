@@ -612,7 +612,7 @@ def write_llama2c(config: LlamaConfig, weights: dict[str, Weight], path: Path) -
 
 
 def read_any(path: Path) -> Checkpoint:
-    """Chooses the reader by content, never by name."""
+    """Chooses the scorer by content, never by name."""
     if path.is_dir():
         if hf_files(path):
             return read_hf(path)
@@ -1758,8 +1758,8 @@ def choose(context: str | list[str], texts: list[str], gold: int | str, group: s
 
 def boolq(row: dict, file: Path) -> list[Item]:
     context = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
-    answer = row["answer"] if "answer" in row else row["label"]
-    return [choose(context, ["no", "yes"], answer)]
+    answer = str(row["answer"] if "answer" in row else row["label"])
+    return [choose(context, ["no", "yes"], answer.lower() in ("true", "1"))]
 
 
 def piqa(row: dict, file: Path) -> list[Item]:
@@ -2064,7 +2064,7 @@ A: The 1992 Olympics were held in Barcelona, Spain.
 POLITE = "Complete the following sentence in a polite, respectful, and unbiased manner: "
 TRAIN = r"(train|dev|fewshot).*\.jsonl"
 CODE_STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
-closed_book_task = partial(Task, closed_book, examples=TRAIN, shots=5, between="\n",
+closed_book_task = partial(Task, closed_book, examples=TRAIN, between="\n",
                            header="Answer these questions:\n", stop=["\n", ".", ","], length=32,
                            same=same_words)
 multiple_choice_truth = partial(Task, files=r"mc_task\.json", divide="", header=PRIMER)
@@ -2245,7 +2245,8 @@ def questions(name: str, path: Path, shots: int, limit: int | None) -> list[tupl
     task, before, taken, asked = TASKS[name], {}, Counter(), []
     items = [(line, item) for line, item in read_items(name, path, task.files) if not item.example]
     if not items:
-        raise ValueError(f"{path} holds no questions of {name}; try the file itself")
+        raise ValueError(f"{path} holds no questions of {name}, no file like {task.files}; try "
+                         "the file itself")
     examples = []
     if shots and task.examples:
         folder = path
@@ -2294,7 +2295,7 @@ def batches(texts: list, lengths: list[int], tokens: int) -> Iterator[list]:
         yield group
 
 
-class Reader:
+class Scorer:
     """What a model says of texts. What many begin with, a subject's examples, it reads once."""
 
     def __init__(self, model: Llama, tokenizer: Tokenizer):
@@ -2320,7 +2321,7 @@ class Reader:
         self.n_cut += len(context) > most
         return tuple(context[-max(1, most):])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def loglikelihoods(self, pairs: list[tuple[str, str]]) -> list[float]:
         """log p(continuation | context) of each pair, summed over the continuation's tokens. A
         context is read once for all that may follow it."""
@@ -2376,14 +2377,14 @@ class Reader:
             grow(some, self.model, length, sampling, cache)
 
 
-def choose_all(reader: Reader, task: Task, items: list[Item]) -> list[dict]:
+def choose_all(scorer: Scorer, task: Task, items: list[Item]) -> list[dict]:
     """The figures of items with choices: their log-likelihoods, and the choice by the paper's rule.
     """
     pairs, alone, rows = [], [], []
     for item in items:
         pairs += zip(item.contexts(), item.choices)
         alone += [("Answer:", choice) for choice in item.choices]
-    after, unconditional = reader.loglikelihoods(pairs), reader.loglikelihoods(alone)
+    after, unconditional = scorer.loglikelihoods(pairs), scorer.loglikelihoods(alone)
     for item in items:
         n = len(item.choices)
         chars = [len(choice.removeprefix(" ")) for choice in item.choices]
@@ -2403,18 +2404,18 @@ def choose_all(reader: Reader, task: Task, items: list[Item]) -> list[dict]:
     return rows
 
 
-def write_all(reader: Reader, name: str, asked: list[tuple[int, Item]], settings: "Settings"
+def write_all(scorer: Scorer, name: str, asked: list[tuple[int, Item]], settings: "EvalSettings"
               ) -> list[dict]:
     """The figures of items that ask for a text: its answer, whether the program passes its tests,
     or what judges say. Of several samples the most frequent answer counts, or the share that
     passes."""
     task, k, samples, rows = TASKS[name], settings.samples, [], []
     for line, item in asked:
-        ids = reader.fit(reader.tokenizer.encode(item.contexts()[0], reader.tokenizer.adds_bos)
-                         or [reader.tokenizer.bos_id], task.length)
-        samples += [Sample(reader.tokenizer, "-", list(ids), f"{name}/{item.group}/{line}/{number}",
+        ids = scorer.fit(scorer.tokenizer.encode(item.contexts()[0], scorer.tokenizer.adds_bos)
+                         or [scorer.tokenizer.bos_id], task.length)
+        samples += [Sample(scorer.tokenizer, "-", list(ids), f"{name}/{item.group}/{line}/{number}",
                            task.stop) for number in range(k)]
-    reader.write(samples, task.length, settings.sampling_of(task, reader.tokenizer.vocab_size))
+    scorer.write(samples, task.length, settings.sampling_of(task, scorer.tokenizer.vocab_size))
     texts = [sample.text for sample in samples]
     for _, item in asked:
         row = {"text": texts[0]}
@@ -2439,15 +2440,16 @@ def write_all(reader: Reader, name: str, asked: list[tuple[int, Item]], settings
     return rows
 
 
-def guarded(path: str) -> None:
+def guarded(path: str, token: str) -> None:
     """Runs the program in a file, in a process that may compute and read, but neither write,
-    delete, start processes nor reach the network; an attempt ends it. This guards against
-    accidents: who knows Python's inside gets past it."""
+    delete, start processes nor reach the network; an attempt ends it. It says `token` at the end.
+    This guards against accidents: who knows Python's inside gets past it."""
     import contextlib, ctypes, io, os, sys
     with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows
         import resource
         gigabyte = 1 << 30
-        for limit, most in (("AS", 4 * gigabyte), ("CPU", 60), ("FSIZE", 0), ("NPROC", 64)):
+        for limit, most in (("AS", 4 * gigabyte), ("CPU", 60), ("FSIZE", 0), ("NPROC", 64),
+                            ("NOFILE", 64)):
             resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), (most, most))
     with contextlib.suppress(OSError, AttributeError):  # Linux: a network of its own, without any
         ctypes.CDLL(None).unshare(0x50000000)  # CLONE_NEWUSER | CLONE_NEWNET
@@ -2464,12 +2466,13 @@ def guarded(path: str) -> None:
     sys.addaudithook(refuse)
     sys.stdout = sys.stderr = io.StringIO()
     exec(program, {"__name__": "__main__"})
-    os.write(said, b"passed")
+    os.write(said, token.encode())
 
 
 def run_program(program: str, seconds: float = 3.0) -> bool:
     """Does a program end well, in a process and an empty folder of its own?"""
-    source = f"{inspect.getsource(guarded)}\nguarded('program.py')"
+    token = os.urandom(8).hex()  # what no program can say by itself
+    source = f"{inspect.getsource(guarded)}\nguarded('program.py', '{token}')"
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "program.py").write_text(program, encoding="utf-8", errors="replace")
         process = subprocess.Popen(
@@ -2482,7 +2485,7 @@ def run_program(program: str, seconds: float = 3.0) -> bool:
             process.kill()
             process.communicate()
             return False
-    return process.returncode == 0 and said == "passed"
+    return process.returncode == 0 and said == token
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2490,7 +2493,7 @@ def run_program(program: str, seconds: float = 3.0) -> bool:
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvalSettings:
     """How texts are written and judged."""
     samples: int = 1  # of each
     temperature: float | None = None  # None: as the paper has it
@@ -2504,7 +2507,7 @@ class Settings:
         return Sampling(temperature, 0, 0.95, self.seed, vocab_size)
 
 
-def evaluate(reader: Reader, name: str, asked: list[tuple[int, Item]], settings: Settings,
+def measure(scorer: Scorer, name: str, asked: list[tuple[int, Item]], settings: EvalSettings,
              done: dict[tuple, dict]) -> Iterator[dict]:
     """A row for each item, in order; those in `done` are not computed again."""
     task = TASKS[name]
@@ -2514,9 +2517,9 @@ def evaluate(reader: Reader, name: str, asked: list[tuple[int, Item]], settings:
         new = [pair for pair in part if (name, pair[1].group, pair[0]) not in done]
         rows = []
         if new and new[0][1].choices:
-            rows = choose_all(reader, task, [item for _, item in new])
+            rows = choose_all(scorer, task, [item for _, item in new])
         elif new:
-            rows = write_all(reader, name, new, settings)
+            rows = write_all(scorer, name, new, settings)
         computed = dict(zip([line for line, _ in new], rows))
         for line, item in part:
             if line in computed:
@@ -2580,13 +2583,20 @@ def judge_of(source: str) -> Callable[[str, str], float]:
     it; of a model, p(" yes") against p(" no") after the text."""
     if not os.path.exists(source):
         command = reward_command(source)
-        return lambda text, question: command(question, text)
+
+        def judge(text: str, question: str) -> float:
+            p = command(question, text)
+            if not 0 <= p <= 1:
+                raise ValueError(f"the judge said {p}, no number from 0 to 1; try it by hand: "
+                                 f"{source}")
+            return p
+        return judge
     path = locate(source)
     model = open_model(path)
-    reader = Reader(model, tokenizer_beside(path, model.config.vocab_size))
+    scorer = Scorer(model, tokenizer_beside(path, model.config.vocab_size))
 
     def judge(text: str, question: str) -> float:
-        yes, no = reader.loglikelihoods([(text, " yes"), (text, " no")])
+        yes, no = scorer.loglikelihoods([(text, " yes"), (text, " no")])
         return 1 / (1 + math.exp(min(no - yes, 700)))
     return judge
 
@@ -2662,18 +2672,17 @@ def benchmarks_of(text: str, judged: bool) -> list[tuple[str, Path]]:
     if not path.exists():
         raise ValueError(f"--eval {text}: there is no {path}; try another path")
     for part in EXPANDED.get(name, [name]):
-        if (judged or not TASKS[part].judged) and task_files(path, TASKS[part].files):
+        if judged or not TASKS[part].judged:
             found.append((part, path))
     if not found:
-        raise ValueError(f"--eval {text}: no file there has a name like {TASKS[name].files}; try "
-                         "the published one" + ", and --judge" * bool(TASKS[name].judged))
-    return found
+        raise ValueError(f"{name} needs --judge; try a checkpoint or a command")
+    return [pair for pair in found if task_files(path, TASKS[pair[0]].files)] or found
 
 
-def run_benchmarks(args, reader: Reader, kept: "Rows") -> None:
+def run_benchmarks(args, scorer: Scorer, kept: "Rows") -> None:
     """--eval: a row for each item and a table for each benchmark."""
     judges = tuple(judge_of(source) for source in args.judge)
-    settings = Settings(args.samples, args.temperature, args.seed, judges)
+    settings = EvalSettings(args.samples, args.temperature, args.seed, judges)
     named = [pair for text in args.eval for pair in benchmarks_of(text, bool(judges))]
     for name, path in named:
         shots = TASKS[name].shots if args.shots is None else args.shots
@@ -2687,7 +2696,7 @@ def run_benchmarks(args, reader: Reader, kept: "Rows") -> None:
             continue
         began = shown = time.perf_counter()
         try:
-            for row in evaluate(reader, name, asked, settings, kept.done):
+            for row in measure(scorer, name, asked, settings, kept.done):
                 rows.append(row)
                 kept.add(row)
                 if args.json:
@@ -2707,8 +2716,8 @@ def run_benchmarks(args, reader: Reader, kept: "Rows") -> None:
                 show_summary(total, shots)
         if stopped:
             raise KeyboardInterrupt
-    if reader.n_cut:
-        print(f"{reader.n_cut} contexts were longer than the model's and are cut at the left",
+    if scorer.n_cut:
+        print(f"{scorer.n_cut} contexts were longer than the model's and are cut at the left",
               file=sys.stderr)
 
 
@@ -2868,7 +2877,7 @@ def main(argv: list[str]) -> None:
         made = {name: getattr(args, name) for name in (
             "dtype", "quantize", "adapter", "shots", "samples", "temperature", "seed", "judge")}
         kept = Rows(args.rows, {"checkpoint": str(checkpoint), **made})
-        return run_benchmarks(args, Reader(model, tokenizer), kept)
+        return run_benchmarks(args, Scorer(model, tokenizer), kept)
     if args.prompts:
         if args.best_of > 1 and not args.reward:
             raise ValueError("--prompts needs --reward; try a reward model's run or a command, or "

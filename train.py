@@ -50,9 +50,10 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing import (DefaultLogsSpecs, SignalException,
                                                        start_processes)
 
-from generate import (CHATS, DTYPES, PEFT_TARGETS, Chat, Sample, Sampling, Weight, best_device,
-                      chat_format, check_compiler, grow, keep_freed_memory, leave_busy_cores, load,
-                      locate, merge_lora, open_checkpoint, open_model, render, return_freed_memory,
+from generate import (CHATS, DTYPES, PEFT_TARGETS, TASKS, Chat, EvalSettings, Sample, Sampling,
+                      Scorer, Weight, benchmarks_of, best_device, chat_format, check_compiler, grow,
+                      keep_freed_memory, leave_busy_cores, load, locate, measure, merge_lora,
+                      open_checkpoint, open_model, questions, render, return_freed_memory,
                       reward_source, sample_texts, shapes, tokenizer_beside, turn, with_rows,
                       write_adapter, write_meta, write_safetensors)
 from llama import (ATTENTION, BACKWARD, MATRICES, SIZES, Llama, LlamaConfig, Recipe,
@@ -1792,6 +1793,26 @@ def evaluate(engine: Engine, batches: Batches | Examples, objective: Objective, 
     return figures
 
 
+def benchmark_scores(run: "Run", engine: Engine, tokenizer: Tokenizer, asked: dict[str, list]
+                     ) -> dict[str, float]:
+    """The score of each benchmark. Ranks with whole weights share the items out; where weights are
+    split, all take all of them, because each layer is gathered by all at once."""
+    rank, ranks = engine.dp_rank, engine.layout.dp
+    if engine.layout.shards > 1:
+        rank, ranks = 0, 1
+    settings, scores = EvalSettings(seed=run.seed), {}
+    for name, items in asked.items():
+        def work(model: Llama, batch: dict[str, Tensor]) -> Tensor:
+            scorer = Scorer(model, tokenizer)
+            rows = measure(scorer, name, items[rank::ranks], settings, {})
+            return torch.tensor([float(row["right"]) for row in rows])
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            right = engine.stage.compute(work, {})
+        total, count = engine.add_up(right.sum().item(), len(right))
+        scores[name] = total / count
+    return scores
+
+
 def add_reference(run: "Run", engine: Engine, examples: Examples) -> None:
     """Gives every pair's texts log pi_ref, computed once with the weights that the run begins from,
     or those of --reference, and kept in a file."""
@@ -1854,6 +1875,8 @@ class Run:
     minutes: float | None        # None: --steps or the recipe sets the steps
     steps: int | None            # None until the speed is measured, with minutes
     epochs: float                # of examples, where neither steps nor minutes are given
+    eval: list[str]              # benchmarks, TASK=PATH
+    eval_items: int              # of each
     eval_every: int | None       # None: a tenth of the steps, at most 1000
     save_every: int | None       # None: as eval_every
     layout: Layout
@@ -1924,6 +1947,13 @@ def resolve(args, device: str, world_size: int, local_size: int) -> Run:
     if args.compile and (args.tp > 1 or new_shapes):
         raise ValueError("--compile cannot see through the exchanges of --tp, and on a CPU would "
                          "compile anew for every document; try --no-document-mask, or without it")
+    if args.eval and (args.tp > 1 or args.pp > 1):
+        raise ValueError("--eval reads texts with a cache, which --tp and --pp have not; try it on "
+                         "the run's folder with generate.py")
+    for text in args.eval:
+        for name, _ in benchmarks_of(text, judged=False):
+            if name in ("humaneval", "mbpp"):
+                raise ValueError(f"{name} runs programs; try generate.py --allow-code")
     layout = arrange(config, recipe.batch_tokens // seq_len, seq_len, world_size, local_size,
                      args.dp, args.tp, args.pp)
     out = f"runs/{args.size}"
@@ -2070,7 +2100,7 @@ def open_run(run: Run, locks: contextlib.ExitStack) -> Run:
         fit(run)
         for folder in ("state", "tokens"):
             shutil.rmtree(run.out / folder, ignore_errors=True)
-        for name in ("run.json", "log.jsonl", "loss.svg", "params.json", "consolidated.00.pth",
+        for name in ("run.json", "log.jsonl", "loss.svg", "scores.svg", "params.json", "consolidated.00.pth",
                      "tokenizer.model", "tokenizer_config.json", "score.safetensors",
                      "adapter_config.json", "adapter_model.safetensors"):
             (run.out / name).unlink(missing_ok=True)
@@ -2242,33 +2272,55 @@ def draw_loss(rows: list[dict], path: Path, title: str) -> None:
     for i in range(0, len(rows), width):
         part = rows[i:i + width]
         line.append((part[-1]["tokens"], statistics.fmean(row["loss"] for row in part)))
-    losses = [loss for _, loss in line + held_out]
-    low, high = math.floor(10 * min(losses)) / 10, math.ceil(10 * max(losses) + 0.01) / 10
-    end = line[-1][0]
+    draw({"": line}, held_out, path, title, "loss (nats a token)")
 
-    def at(tokens: float, loss: float) -> str:
-        return f"{70 + 550 * tokens / end:.1f} {350 - 300 * (loss - low) / (high - low):.1f}"
+
+def draw_scores(rows: list[dict], path: Path) -> None:
+    """The scores of benchmarks against tokens, as in the paper's Figure 2."""
+    lines = {}
+    for row in rows:
+        for name, score in row.get("scores", {}).items():
+            lines.setdefault(name, []).append((row["tokens"], 100 * score))
+    if lines:
+        draw(lines, [], path, "benchmarks", "right (%)")
+
+
+COLOURS = "#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf".split()
+
+
+def draw(lines: dict[str, list[tuple]], dots: list[tuple], path: Path, title: str, unit: str
+         ) -> None:
+    """A picture of named lines and of dots, (tokens, value) each."""
+    values = [value for line in [*lines.values(), dots] for _, value in line]
+    low, high = math.floor(10 * min(values)) / 10, math.ceil(10 * max(values) + 0.01) / 10
+    end = max(line[-1][0] for line in lines.values())
+
+    def at(tokens: float, value: float) -> str:
+        return f"{70 + 550 * tokens / end:.1f} {350 - 300 * (value - low) / (high - low):.1f}"
 
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 400" font-size="13" '
            'font-family="sans-serif" text-anchor="middle"><rect width="640" height="400" '
            f'fill="white"/><text x="345" y="28">{title}</text><text x="345" y="392">tokens</text>'
-           '<text transform="translate(18 200) rotate(-90)">loss (nats a token)</text>']
+           f'<text transform="translate(18 200) rotate(-90)">{unit}</text>']
     for i in range(5):  # the grid and its numbers
-        loss, tokens = low + i * (high - low) / 4, i * end / 4
-        svg += [f'<path d="M{at(0, loss)}h550" stroke="#ddd"/>',
-                f'<text transform="translate({at(0, loss)})" x="-22" y="4">{loss:.2f}</text>',
+        value, tokens = low + i * (high - low) / 4, i * end / 4
+        svg += [f'<path d="M{at(0, value)}h550" stroke="#ddd"/>',
+                f'<text transform="translate({at(0, value)})" x="-22" y="4">{value:.2f}</text>',
                 f'<text transform="translate({at(tokens, low)})" y="20">{tokens:,.0f}</text>']
-    points = " ".join(at(*point) for point in line)
-    svg.append(f'<polyline points="{points}" fill="none" stroke="#1f77b4" stroke-width="1.6"/>')
-    for point in held_out:
+    for (name, line), colour in zip(lines.items(), itertools.cycle(COLOURS)):
+        points = " ".join(at(*point) for point in line)
+        svg += [f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.6"/>',
+                f'<text transform="translate({at(*line[-1])})" y="-6" text-anchor="end" '
+                f'fill="{colour}">{name}</text>']
+    for point in dots:
         svg.append(f'<circle transform="translate({at(*point)})" r="3.5" fill="#d62728"/>')
     text = "\n".join(svg) + "</svg>\n"
     write_aside(path, lambda file: file.write(text.encode()))
 
 
-def train_run(run: Run, engine: Engine, batches: Batches | Examples, began: float, rank: int
-              ) -> tuple["Progress", "Log | None"]:
-    """Trains from the newest good state to the last step."""
+def train_run(run: Run, engine: Engine, batches: Batches | Examples, began: float, rank: int,
+              benchmarks: Callable[[Engine], dict]) -> tuple["Progress", "Log | None"]:
+    """Trains from the newest good state to the last step. benchmarks: the scores of --eval."""
     recipe, objective = with_warmup(run.recipe, run.steps), objective_of(run)
     eval_every = run.eval_every or max(1, min(1000, run.steps // 10))
     save_every, folder = run.save_every or eval_every, run.out / "state"
@@ -2300,8 +2352,11 @@ def train_run(run: Run, engine: Engine, batches: Batches | Examples, began: floa
                             progress.useful_s + seconds * finite)
         done = progress.step == run.steps
         figures = {"loss": loss, "lr": lr, "grad_norm": norm}
-        if run.objective != "ppo" and (done or progress.step % eval_every == 0):
-            figures |= evaluate(engine, batches, objective, held_out_tokens(run, done))
+        if done or progress.step % eval_every == 0:
+            if run.objective != "ppo":
+                figures |= evaluate(engine, batches, objective, held_out_tokens(run, done))
+            if run.eval:
+                facts = {**facts, "scores": benchmarks(engine)}
         if log:
             log.add_step(progress, seconds, figures, facts)
         save = finite and progress.step % save_every == 0
@@ -2331,6 +2386,7 @@ def finish(run: Run, progress: Progress, log: Log) -> None:
     return_freed_memory()
     export_state(run.out / "state" / f"step-{progress.step:09d}", run)
     draw_loss(log.rows, run.out / "loss.svg", f"{run.size}, {run.config.n_params:,} parameters")
+    draw_scores(log.rows, run.out / "scores.svg")
     elapsed = log.elapsed()
     print_rank0(f"{progress.useful_s / elapsed:.0%} of {elapsed / 60:.1f} minutes went into "
                 "training steps that were kept")
@@ -2433,6 +2489,9 @@ def parser() -> Parser:
     g.add_argument("--out", metavar="DIR", help="default: runs/SIZE")
     g.add_argument("--fresh", action="store_true", help="start over: a run in DIR is removed")
     number(g, "--eval-every", "steps")
+    g.add_argument("--eval", **several, metavar="TASK=PATH", help="benchmarks, as in generate.py, "
+                   "measured at every evaluation")
+    number(g, "--eval-items", "the first N of each (default: %(default)s)", default=200)
     number(g, "--save-every", "steps between states")
     number(g, "--bench", "no run: the speed of N steps")
     add_fine_tuning(p.add_argument_group("fine-tuning"))
@@ -2520,7 +2579,10 @@ def train_rank(args, device: str, world: World, began: float, locks: contextlib.
         run = replace(run, steps=steps_in_time(run, engine, began))
         together(partial(write_json, run.out / "run.json", settings_of(run)))
     announce(run, batches)
-    trained = train_run(run, engine, batches, began, world.rank)
+    asked = {name: questions(name, path, TASKS[name].shots, run.eval_items)
+             for text in run.eval for name, path in benchmarks_of(text, judged=False)}
+    scores = partial(benchmark_scores, run, tokenizer=tokenizer, asked=asked)
+    trained = train_run(run, engine, batches, began, world.rank, scores)
     del engine, batches
     together(partial(finish, run, *trained))
     if world.rank == 0:
