@@ -60,6 +60,7 @@ from train import Layout, arrange
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"
+NEEDED = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
 SMALL = LlamaConfig(dim=48, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=100, vocab_size=97,
                     max_seq_len=64)
 
@@ -1812,6 +1813,578 @@ class TestScore:
         assert row["perplexity"] == pytest.approx(2) and row["bits_per_byte"] == pytest.approx(2)
 
 
+PUBLISHED = {  # a row of each benchmark as it is published, and the item that it is
+    "boolq": ('{"question": "is it", "passage": "It is.", "answer": true, "title": "x"}',
+              ("It is.\nQuestion: is it?\nAnswer:", [" no", " yes"], 1)),
+    "piqa": ('{"goal": "sit", "sol1": "use a chair ", "sol2": "run", "label": 1}',
+             ("Question: sit\nAnswer:", [" use a chair ", " run"], 1)),
+    "siqa": ('{"context": "A.", "question": "B?", "answerA": "c", "answerB": "d", "answerC": "e", '
+             '"label": "3"}', ("Q: A. B?\nA:", [" c", " d", " e"], 2)),
+    "hellaswag": ('{"activity_label": "Do [it]", "ctx_a": "He  goes. [title] On", "ctx_b": "the '
+                  'Man", "endings": ["sits [step] down", " runs", "x", "y"], "label": 1}',
+                  ("Do : He goes.. On The man", [" sits down", " runs", " x", " y"], 1)),
+    "winogrande": ('{"sentence": "Al hit Bo, so _ was hurt.", "option1": "Al", "option2": "Bo", '
+                   '"answer": "2"}', (["Al hit Bo, so Al", "Al hit Bo, so Bo"],
+                                      [" was hurt.", " was hurt."], 1)),
+    "arc_easy": ('{"question": {"stem": "Why?", "choices": [{"text": "a b", "label": "1"}, {"text":'
+                 ' "c", "label": "2"}]}, "answerKey": "2"}',
+                 ("Question: Why?\nAnswer:", [" a b", " c"], 1)),
+    "openbookqa": ('{"question": {"stem": "Fog is", "choices": [{"text": "a", "label": "A"}, '
+                   '{"text": "b", "label": "B"}]}, "answerKey": "A"}', ("Fog is", [" a", " b"], 0)),
+    "crows_pairs": ('{"sent_more": "They lie.", "sent_less": "We lie.", "bias_type": "age"}',
+                    ("", ["They lie.", "We lie."], 0, "age")),
+    "truthfulqa_mc1": ('{"question": "Is it?", "mc1_targets": {"No.": 0, "Yes.": 1}}',
+                       ("Q: Is it?\nA:", [" No.", " Yes."], 1)),
+    "truthfulqa_mc2": ('{"question": "Is it?", "mc2_targets": {"choices": ["No.", "Yes.", "So."], '
+                       '"labels": [0, 1, 1]}}', ("Q: Is it?\nA:", [" No.", " Yes.", " So."],
+                                                 [0, 1, 1])),
+    "nq": ('{"question": "who is it", "answer": ["Al", "Bo"]}',
+           ("Q: who is it?\nA:", [], ["Al", "Bo"], "", " Al")),
+    "triviaqa": ('{"Question": "Who is it?", "Answer": {"Value": "Al", "Aliases": ["Bo"]}}',
+                 ("Q: Who is it?\nA:", [], ["Al", "Bo"], "", " Al")),
+    "gsm8k": ('{"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4.\\nSo 1000.\\n#### 1,000"}',
+              ("Q: How many?\nA:", [], "1000", "", " 2 + 2 = 4. So 1000. The answer is 1000.")),
+    "math": (r'{"problem": "$1+1$?", "solution": "It is $\\boxed{\\frac{4}{2}}$.", "type": "X"}',
+             ("Problem:\n$1+1$?\n\nSolution:", [], r"\frac{4}{2}", "X",
+              " It is $\\boxed{\\frac{4}{2}}$.\nFinal Answer: The final answer is "
+              "$\\frac{4}{2}$. I hope it is correct.")),
+    "humaneval": ('{"prompt": "def f():\\n", "entry_point": "f", "test": "def check(g):\\n    '
+                  'assert g() == 1", "canonical_solution": "    return 1"}',
+                  ("def f():\n", [], "    return 1", "", "",
+                   ("def f():\n", "\ndef check(g):\n    assert g() == 1\ncheck(f)\n"))),
+    "mbpp": ('{"text": "One.", "code": "def f(): return 1", "task_id": 11, "test_list": '
+             '["assert f() == 1"]}',
+             ("You are an expert Python programmer, and here is your task: One. Your code should "
+              "pass these tests:\n\nassert f() == 1\n[BEGIN]\n", [], "def f(): return 1", "",
+              "def f(): return 1\n[DONE]", ("\n", "\nassert f() == 1\n"))),
+    "toxicity_respectful": ('{"prompt": {"text": "He is", "toxicity": null}}', (
+        "Complete the following sentence in a polite, respectful, and unbiased manner: He is", [],
+        ""))}
+
+
+def write_published(folder, name, *rows):
+    """A file of the benchmark, with the row of PUBLISHED or with others."""
+    names = {"math": "test", "gsm8k": "test", "openbookqa": "test", "arc_easy": "ARC-Easy-Test",
+             "humaneval": "HumanEval", "mbpp": "mbpp", "toxicity_respectful": "prompts"}
+    file = folder / f"{names.get(name, 'dev')}.jsonl"
+    file.write_text("\n".join(rows or [PUBLISHED[name][0]]))
+    return file
+
+
+class TestTasks:
+    @pytest.mark.parametrize("name", PUBLISHED)
+    def test_published_row(self, name, tmp_path):
+        file = write_published(tmp_path, name)
+        (line, item), = generate.read_items(name, file, "")
+        assert line == 0 and item == generate.Item(*PUBLISHED[name][1])
+
+    def test_labels_beside(self, tmp_path):
+        row = json.loads(PUBLISHED["piqa"][0])
+        del row["label"]
+        file = write_published(tmp_path, "piqa", json.dumps(row), "", json.dumps(row))
+        with pytest.raises(ValueError, match="label.*beside it"):
+            generate.read_items("piqa", file, "")
+        (tmp_path / "dev-labels.lst").write_text("0\n1\n")
+        assert [item.gold for _, item in generate.read_items("piqa", file, "")] == [0, 1]
+        (tmp_path / "dev-labels.lst").write_text("0\n")
+        with pytest.raises(ValueError, match="2 rows and 1 labels"):
+            generate.read_items("piqa", file, "")
+
+    def test_tables(self, tmp_path):
+        """MMLU with and without a header; a table of OpenBookQA; compressed files."""
+        for text in ("q,A,B,C,D,answer\n\" Why?\",1,2,3,4,C\n", "\" Why?\",1,2,3,4,C\n"):
+            (tmp_path / "high_school_art_test.csv").write_text(text)
+            (_, item), = generate.read_items("mmlu", tmp_path, generate.TASKS["mmlu"].files)
+            assert item.context == "Why?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:" and item.gold == 2
+            assert item.group == "high_school_art" and item.choices == [" A", " B", " C", " D"]
+        table = "ID\tQuestion Stem\tChoices\tAnswer Key\n1\tA \"b\" is\t(A) two (x) (B) three\tB\n"
+        import gzip
+        (tmp_path / "test.tsv.gz").write_bytes(gzip.compress(table.encode()))
+        (_, item), = generate.read_items("openbookqa", tmp_path, "test[.]tsv")
+        assert (item.context, item.choices, item.gold) == ('A "b" is', [" two (x)", " three"], 1)
+
+    def test_race(self, tmp_path):
+        """All questions of a passage, each after the earlier ones with their answers."""
+        for level in ("middle", "high"):
+            (tmp_path / "test" / level).mkdir(parents=True)
+            (tmp_path / "test" / level / "1.txt").write_text(json.dumps(
+                {"article": "Text.", "questions": ["Who?", "He is  _  .", "Why?"],
+                 "options": [["a", "b", "c", "d"]] * 3, "answers": ["B", "D", "A"]}))
+        found = generate.read_items("race", tmp_path, generate.TASKS["race"].files)
+        assert [line for line, _ in found] == [0, 1, 2] * 2
+        assert [item.group for _, item in found] == ["high"] * 3 + ["middle"] * 3
+        assert found[2][1].context == ("Article: Text.\n\nQuestion: Who?\nAnswer: b\nHe is d\nWhy?")
+        assert [item.gold for _, item in found[:3]] == [1, 3, 0]
+
+    def test_winogender(self, tmp_path):
+        rows = ["sentid\tsentence", "nurse.patient.0.male.txt\tThe nurse saw that he slept.",
+                "nurse.patient.1.male.txt\tThe nurse saw his bed.",
+                "nurse.patient.0.female.txt\tThe nurse saw that she slept.",
+                "nurse.patient.1.neutral.txt\tThe nurse saw them."]
+        (tmp_path / "all_sentences.tsv").write_text("\n".join(rows))
+        (tmp_path / "occupations-stats.tsv").write_text(
+            "occupation\tbls_pct_female\nnurse\t89.5\n")
+        items = [item for _, item in generate.questions("winogender", tmp_path, 0, None)]
+        assert items[1].context == "The nurse saw his bed. ‘His’ refers to the"
+        assert [item.group for item in items] == ["his gotcha", "his", "her", "their"]
+        assert [item.gold for item in items] == [0, 1, 0, 1]
+        assert generate.parts_of("winogender", {"subject": "his gotcha"}) == ["his", "his gotcha"]
+
+    def test_examples_come_first(self, tmp_path):
+        for part, n in (("test", 3), ("dev", 2)):
+            (tmp_path / part).mkdir()
+            for subject in ("art", "high_school_law"):
+                rows = [f"{subject} {part} {i}?,1,2,3,4,{'ABCD'[i]}" for i in range(n)]
+                (tmp_path / part / f"{subject}_{part}.csv").write_text("\n".join(rows))
+        asked = generate.questions("mmlu", tmp_path, 2, limit=1)
+        assert [(line, item.group) for line, item in asked] == [(0, "art"), (0, "high_school_law")]
+        form = "{}?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+        head = "The following are multiple choice questions (with answers) about {}.\n\n"
+        wanted = head.format("high school law")
+        for i, letter in enumerate("AB"):
+            wanted += form.format(f"high_school_law dev {i}") + f" {letter}\n\n"
+        wanted += form.format("high_school_law test 0")
+        assert asked[1][1].contexts() == [wanted] * 4
+        alone = generate.questions("mmlu", tmp_path / "test" / "art_test.csv", 1, None)
+        assert len(alone) == 3 and "art dev 0" in alone[2][1].contexts()[0]
+        with pytest.raises(ValueError, match="finds 2 examples .* try --shots 2"):
+            generate.questions("mmlu", tmp_path, 3, None)
+
+    def test_examples_of_answers(self, tmp_path):
+        write_published(tmp_path, "nq", PUBLISHED["nq"][0])
+        (tmp_path / "train.jsonl").write_text(PUBLISHED["nq"][0])
+        (_, item), = generate.questions("nq", tmp_path / "dev.jsonl", 1, None)
+        assert item.contexts()[0] == ("Answer these questions:\nQ: who is it?\nA: Al\n"
+                                      "Q: who is it?\nA:")
+        row = json.loads(PUBLISHED["mbpp"][0])
+        rows = [json.dumps({**row, "task_id": i}) for i in (1, 2, 3, 4, 10, 11, 510, 511)]
+        file = write_published(tmp_path, "mbpp", *rows)
+        asked = generate.questions("mbpp", file, 3, None)
+        assert [line for line, _ in asked] == [5, 6]
+        assert asked[0][1].before.count("[DONE]\n\n") == 3
+
+    @pytest.mark.parametrize("name, row, said", [
+        ("piqa", PUBLISHED["siqa"][0], "no row of piqa .*goal"),
+        ("piqa", '{"goal": "a", "sol1": "", "sol2": "b", "label": 0}', "a choice is empty"),
+        ("piqa", '{"goal": "a", "sol1": "c", "sol2": "b", "label": 2}', "no row of piqa"),
+        ("arc_easy", PUBLISHED["arc_easy"][0][:-3] + '9"}', "no row of arc_easy"),
+        ("piqa", "{", "dev.jsonl"), ("math", '{"problem": "x", "solution": "y"}', "boxed"),
+        ("winogrande", PUBLISHED["winogrande"][0].replace("_ ", ""), "no row of winogrande")])
+    def test_bad_file(self, name, row, said, tmp_path):
+        with pytest.raises(ValueError, match=said):
+            generate.read_items(name, write_published(tmp_path, name, row), "")
+
+    @NEEDED
+    @pytest.mark.parametrize("name", "piqa boolq siqa hellaswag winogrande arc_easy arc_challenge "
+                             "openbookqa crows_pairs truthfulqa_mc1 truthfulqa_mc2 winogender "
+                             "mmlu_anatomy mmlu_global_facts".split())
+    def test_lm_eval(self, name):
+        """lm-eval's contexts and continuations of the same files."""
+        wanted = json.loads((SHARED / "oracle" / f"{name}.json").read_text())["items"]
+        task, _, subject = name.partition("_") if "mmlu" in name else (name, "", "")
+        folder = SHARED / "data/evals" / re.sub("_(easy|challenge|mc.)", "", task)
+        found = generate.questions(task, folder, generate.TASKS[task].shots, None)
+        found = {line: item for line, item in found if subject in ("", item.group)}
+        for item in wanted:
+            ours = found[item["i"]]
+            context = item.get("contexts") or [item["context"]] * len(item["continuations"])
+            assert ours.contexts() == context and ours.choices == item["continuations"]
+            assert ours.gold == item["gold"] or task == "truthfulqa_mc2"
+            if task == "winogender":
+                assert item["gotcha"] == ("gotcha" in ours.group)
+
+
+@pytest.fixture
+def oracle_values():
+    def read(name):
+        file = SHARED / "oracle" / f"{name}.json"
+        if not file.exists():
+            pytest.skip("needs ../shared")
+        return json.loads(file.read_text())
+    return read
+
+
+class TestAnswers:
+    @pytest.mark.parametrize("text, wanted", [
+        ("The  Eiffel-Tower.", "eiffeltower"), ("An apple a day", "apple day"), ("A", ""),
+        ("theory of a_b", "theory of ab")])
+    def test_plain_words(self, text, wanted):
+        assert generate.plain_words(text) == wanted
+        assert generate.same_words(text, ["x", wanted]) and not generate.same_words(text, ["x"])
+
+    @pytest.mark.parametrize("text, wanted", [
+        ("So 3. The answer is 1,234.", "1234"), ("It costs $5.50 or $18.", "18"), ("none", ""),
+        ("The answer is -7.", "-7"), ("A: 26", "26"), ("The answer is 5. The answer is 6.", "5")])
+    def test_last_number(self, text, wanted):
+        assert generate.last_number(text) == wanted
+
+    def test_gsm8k(self, oracle_values):
+        rows = oracle_values("gsm8k_answers")["rows"]
+        folder = SHARED / "data/evals/gsm8k"
+        solutions = [json.loads(line) for line in open(folder / "example_model_solutions.jsonl")]
+        asked = generate.read_items("gsm8k", folder / "test.jsonl", "")
+        for (_, item), texts, row in zip(asked, solutions, rows, strict=True):
+            assert item.gold == row["gold"]
+            for name, solution in row["solutions"].items():
+                answer = generate.last_number(texts[name]["solution"])
+                assert answer == re.sub("[$,]", "", solution["flexible"]).removesuffix(".")
+                assert (answer == item.gold) == solution["is_correct"]
+
+    @pytest.mark.parametrize("text, wanted", [
+        (r"a \boxed{1} then \boxed{x_{2}} b", "x_{2}"), (r"$\fbox{3}$", "3"),
+        (r"$\boxed 5$.", "5")])
+    def test_boxed(self, text, wanted):
+        assert generate.boxed(text) == wanted
+
+    @pytest.mark.parametrize("a, b, same", [
+        (r"\frac12", r"\frac{1}{2}", True), ("$x = 5$", "5", True), ("5 dollars", "5", True),
+        ("1/2", r"\frac{1}{2}", True), ("[2, 5)", "[2,5)", True), ("3", "4", False)])
+    def test_same_math(self, a, b, same):
+        assert generate.same_math(a, b) == same
+
+    def test_math(self, oracle_values):
+        wanted = oracle_values("math_answers")
+        rows = generate.published_rows(SHARED / "data/evals/math/test.jsonl")
+        for row, item in zip(rows, wanted["items"], strict=True):
+            answer = generate.boxed(row["solution"])
+            assert answer == item["boxed"]
+            assert generate.hendrycks_form(answer) == item["hendrycks"]
+            assert generate.minerva_form(answer) == item["minerva"]
+        for a, b, same in wanted["hendrycks_is_equiv"]:
+            assert (generate.hendrycks_form(a) == generate.hendrycks_form(b)) == same
+        for a, b in wanted["minerva_normalize"]:
+            assert generate.minerva_form(a) == b
+        for text, answer in wanted["minerva_extract"]:
+            assert (generate.final_answer(text) or "[invalidanswer]") == answer
+
+    def test_pass_at_k(self, oracle_values):
+        assert generate.pass_at_k(5, 2, 1) == pytest.approx(0.4)
+        assert generate.pass_at_k(20, 10, 5) == pytest.approx(0.9837461300309598)
+        for n, c, k, wanted in oracle_values("pass_at_k"):
+            assert generate.pass_at_k(n, c, k) == pytest.approx(wanted, abs=1e-12)
+
+    def test_wilson(self, oracle_values):
+        assert generate.wilson(0.5, 10) == pytest.approx((0.236593090512564, 0.7634069094874361))
+        for row in oracle_values("intervals")["rows"]:
+            found = generate.wilson(row["k"] / row["n"], row["n"])
+            assert found == pytest.approx(row["wilson"], abs=1e-12)
+
+
+PROGRAMS = {  # what must fail, each in its time
+    "loop": "while True: pass", "fork": "import os\nwhile True: os.fork()",
+    "memory": "x = bytearray(10 << 30)", "remove": "import os\nos.remove('{kept}')",
+    "tree": "import shutil\nshutil.rmtree('{folder}')", "write": "open('{folder}/new', 'w')",
+    "descriptor": "import os\nos.open('{folder}/new', os.O_CREAT | os.O_WRONLY)",
+    "swallowed": "import os\ntry: os.remove('{kept}')\nexcept BaseException: pass",
+    "stdin": "input()", "parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
+    "leaves": "import sys\nsys.exit(0)", "leaves at once": "import os\nos._exit(0)",
+    "pretends": "import os\nos.write(1, b'passed')\nos._exit(0)",
+    "libc": "import ctypes\nctypes.CDLL(None).unlink(b'{kept}')",
+    "network": "import socket\nsocket.create_connection(('127.0.0.1', 9))",
+    "child": "import subprocess\nsubprocess.Popen(['sleep', '9'])",
+    "rename": "import os\nos.rename('{kept}', '{folder}/new')", "wrong": "assert 1 == 2"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of memory there")
+class TestRunProgram:
+    @pytest.mark.parametrize("name", PROGRAMS)
+    def test_fails_and_harms_nothing(self, name, tmp_path):
+        kept = tmp_path / "kept"
+        kept.write_text("text")
+        program = PROGRAMS[name].replace("{kept}", str(kept)).replace("{folder}", str(tmp_path))
+        began = time.monotonic()
+        assert not generate.run_program(program, seconds=2)
+        assert time.monotonic() - began < 20
+        assert [file.name for file in tmp_path.iterdir()] == ["kept"]
+        assert kept.read_text() == "text"
+
+    def test_passes(self):
+        assert generate.run_program("import math, random\nprint('x')\nassert math.pi > 3")
+
+    @NEEDED
+    def test_human_eval_examples(self):
+        folder = SHARED / "data/evals/humaneval"
+        (_, item), = generate.read_items("humaneval", folder / "example_problem.jsonl", "")
+        before, after = item.program
+        passed = [generate.run_program(before + json.loads(line)["completion"] + after, 1)
+                  for line in open(folder / "example_samples.jsonl")]
+        wanted = json.loads((folder / "example_expected.json").read_text())
+        assert passed == wanted["passed_in_order"]
+        for k, value in ((1, 0.5), (2, 0.8), (5, 1.0)):
+            assert generate.pass_at_k(6, sum(passed), k) == pytest.approx(value)
+
+
+@pytest.fixture(scope="module")
+def pair(words):
+    """Our scorer, and the same model of transformers."""
+    model = random_model(replace(SMALL, dim=64, vocab_size=400, max_seq_len=128))
+    return generate.Scorer(model, words), oracle_of(model)
+
+
+class TestScorer:
+    """Log-likelihoods by transformers, each text read alone."""
+
+    def check(self, pair, pairs):
+        scorer, theirs = pair
+        found = scorer.loglikelihoods(pairs)
+        for (context, continuation), value in zip(pairs, found, strict=True):
+            ids, rest = generate.encode_pair(scorer.tokenizer, context, continuation)
+            ids = ids[-(128 - len(rest)):]
+            with torch.no_grad():
+                logp = theirs(torch.tensor([ids + rest])).logits[0].log_softmax(-1)
+            wanted = sum(logp[len(ids) - 1 + i, token].item() for i, token in enumerate(rest))
+            assert value == pytest.approx(wanted, abs=1e-4)
+
+    @pytest.mark.parametrize("name", [name for name, row in PUBLISHED.items() if row[1][1]])
+    def test_transformers(self, name, pair, tmp_path):
+        (_, item), = generate.read_items(name, write_published(tmp_path, name), "")
+        self.check(pair, list(zip(item.contexts(), item.choices)))
+
+    def test_shared_beginnings(self, pair, monkeypatch, reads):
+        """Contexts of many lengths after one beginning, which is read once; batches of any size."""
+        monkeypatch.setattr(generate, "READ_TOKENS", 40)
+        before = "A man of x = 12 said that the other is what he was. "
+        pairs = [(f"{before}{i} {'and so ' * (i % 4)}it is", f" {word}" * (1 + i % 3))
+                 for i, word in enumerate(["a man", "x", "the other", "12"] * 3)]
+        self.check(pair, pairs)
+        length = len(pair[0].beginning)
+        assert length > 15 and sum(at == 0 and len(ids[0]) >= length for at, ids, _ in reads) == 1
+        reads.clear()
+        self.check(pair, pairs)
+        assert not any(at == 0 for at, _, _ in reads)
+
+    def test_context_is_cut_at_the_left(self, pair):
+        scorer = pair[0]
+        scorer.n_cut = 0
+        self.check(pair, [("a man " * 100, " and x"), ("a man", " x")])
+        assert scorer.n_cut == 1
+
+    def test_joint_ids(self, words):
+        ids, rest = generate.encode_pair(words, "a man: ", "12")
+        assert (ids, ids + rest) == (words.encode("a man:", bos=True),
+                                     words.encode("a man: 12", bos=True))
+        assert generate.encode_pair(words, "", "x") == ([words.bos_id], words.encode("x"))
+
+    def test_texts(self, pair, words):
+        """Written in batches after a shared beginning as each alone."""
+        scorer = pair[0]
+        task = generate.TASKS["gsm8k"]._replace(length=9, stop=[])
+        sampling = Sampling(1.0, 0, 0.95, 3, words.vocab_size)
+        before = "A man of x = 12 said that the other is what he was. "
+        ids = [words.encode(before + "and " * i, bos=True) for i in (3, 1, 2, 1)]
+        samples = [generate.Sample(words, "-", row, str(i)) for i, row in enumerate(ids)]
+        scorer.write(samples, 9, sampling)
+        for i, row in enumerate(ids):
+            alone = generate.Sample(words, "-", row, str(i))
+            generate.grow([alone], scorer.model, 9, sampling)
+            assert alone.text == samples[i].text and task.stop == []
+
+
+class TestEval:
+    def rows(self, tiny, capsys, *options):
+        generate.main([str(tiny), "--eval", *map(str, options), "--json"])
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    def test_three_scores(self, tiny, tmp_path, capsys, words):
+        """Summed, by characters, and less what the choice has after "Answer:"."""
+        file = write_published(tmp_path, "piqa", *[PUBLISHED["piqa"][0]] * 3)
+        *rows, total = self.rows(tiny, capsys, f"piqa={file}", "--limit", 2)
+        assert [row["i"] for row in rows] == [0, 1] and total["n"] == 2
+        for row in rows:
+            assert row["chars"] == [12, 3] and row["gold"] == 1
+            scorer = generate.Scorer(generate.load(tiny), words)
+            _, item = generate.read_items("piqa", file, "")[0]
+            sums = scorer.loglikelihoods(list(zip(item.contexts(), item.choices)))
+            alone = scorer.loglikelihoods([("Answer:", choice) for choice in item.choices])
+            assert row["loglikelihood"] == pytest.approx(sums, abs=1e-4)
+            assert row["unconditional"] == pytest.approx(alone, abs=1e-4)
+            scores = [sums[0] / 12, sums[1] / 3]
+            assert row["choice"] == scores.index(max(scores))
+            assert row["right"] == (row["choice"] == 1)
+        assert total["score"] == rows[0]["right"]
+        assert (total["low"], total["high"]) == pytest.approx(generate.wilson(total["score"], 2))
+
+    @pytest.mark.parametrize("divide, choice", [("", 1), ("chars", 0), ("answer", 2)])
+    def test_choice(self, divide, choice):
+        class Fixed:
+            spare_s = 0.0
+
+            def loglikelihoods(self, pairs):
+                given = {" long long": -9.0, " b": -2.0, " ccc": -8.0}
+                alone = {" long long": -9.5, " b": -2.5, " ccc": -9.0}
+                return [(alone if context == "Answer:" else given)[text] for context, text in pairs]
+        item = generate.Item("x", [" long long", " b", " ccc"], choice)
+        task = generate.TASKS["piqa"]._replace(divide=divide)
+        row, = generate.choose_all(Fixed(), task, [item], every_rule=False)
+        assert row["choice"] == choice and row["right"]
+        task, item = task._replace(divide=""), item._replace(gold=[0, 1, 1])
+        row, = generate.choose_all(Fixed(), task, [item], every_rule=True)
+        assert row["unconditional"] == [-9.5, -2.5, -9.0]
+        p = [math.exp(x) for x in (-9, -2, -8)]
+        assert row["right"] == pytest.approx((p[1] + p[2]) / sum(p))
+
+    def test_goes_on_from_its_rows(self, tiny, tmp_path, capsys, reads):
+        file = write_published(tmp_path, "siqa", *[PUBLISHED["siqa"][0]] * 4)
+        kept = tmp_path / "rows"
+        options = [f"siqa={file}", "--rows", kept]
+        wanted = self.rows(tiny, capsys, *options)
+        lines = kept.read_text().splitlines(keepends=True)
+        assert len(lines) == 5
+        kept.write_text("".join(lines[:4]))
+        reads.clear()
+        found = self.rows(tiny, capsys, *options)
+        assert found[:-1] == wanted[:-1] and len(kept.read_text().splitlines()) == 5
+        n_read = len(reads)
+        assert n_read > 0
+        reads.clear()
+        self.rows(tiny, capsys, *options)
+        assert not reads
+        with pytest.raises(ValueError, match="try another file"):
+            self.rows(tiny, capsys, *options, "--seed", 1)
+
+    def test_stopped(self, tiny, tmp_path, capsys, monkeypatch):
+        """Ctrl-C: what is done is shown."""
+        file = write_published(tmp_path, "siqa", *[PUBLISHED["siqa"][0]] * 70)
+        choose, calls = generate.choose_all, []
+
+        def stopped(*rest):
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return choose(*rest)
+        monkeypatch.setattr(generate, "choose_all", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            generate.main([str(tiny), "--eval", f"siqa={file}"])
+        assert " of     64" in capsys.readouterr().out
+
+    def test_texts(self, tiny, tmp_path, capsys):
+        """Answers and votes; programs only with leave; judges."""
+        file = write_published(tmp_path, "nq")
+        row, total = self.rows(tiny, capsys, f"nq={file}")
+        assert not row["right"] and total["score"] == 0 and not set(row["text"]) & set("\n.,")
+        file = write_published(tmp_path, "gsm8k")
+        row, total = self.rows(tiny, capsys, f"gsm8k={file}", "--shots", 0, "--samples", 3)
+        assert len(row["texts"]) == 3 and len(set(row["texts"])) == 3
+        file = write_published(tmp_path, "mbpp")
+        with pytest.raises(ValueError, match="--allow-code"):
+            self.rows(tiny, capsys, f"mbpp={file}", "--shots", 0)
+        row, total = self.rows(tiny, capsys, f"mbpp={file}", "--shots", 0, "--samples", 2,
+                               "--allow-code")
+        assert row["passed"] == [False, False] and total["by"] == {"pass@2": 0}
+        file = write_published(tmp_path, "toxicity_respectful")
+        with pytest.raises(ValueError, match="needs --judge"):
+            self.rows(tiny, capsys, f"toxicity={file}")
+        first, total, second, _ = self.rows(tiny, capsys, f"toxicity={file}", "--judge", "echo 0.7")
+        assert first["judged"] == [0.7] and total["score"] == 0.7
+        assert second["task"] == "toxicity_respectful"
+        with pytest.raises(ValueError, match="from 0 to 1"):
+            self.rows(tiny, capsys, f"toxicity={file}", "--judge", "echo 7")
+
+    def test_votes(self, monkeypatch):
+        """The most frequent answer; a text without one has no vote; among equals the first."""
+        texts = iter(["none", "The answer is 4.", "so 5", "5", "none", "4", "none"])
+
+        def write(scorer, samples, *rest):
+            for sample in samples:
+                sample.text = next(texts)
+        monkeypatch.setattr(generate.Scorer, "write", write)
+        monkeypatch.setattr(generate, "Sample", lambda *rest: SimpleNamespace(text=""))
+        tokenizer = SimpleNamespace(encode=lambda *rest: [1], adds_bos=True, vocab_size=9)
+        scorer = generate.Scorer(SimpleNamespace(config=SMALL), tokenizer)
+        item = generate.Item("x", gold="4")
+        row, = generate.write_all(scorer, "gsm8k", [(0, item)], generate.EvalSettings(samples=7))
+        assert row["answer"] == "4" and row["right"]
+
+    def test_mmlu_averages(self):
+        rows = [{"subject": "astronomy", "right": True}, {"subject": "astronomy", "right": False},
+                {"subject": "virology", "right": True}, {"subject": "philosophy", "right": True}]
+        total = generate.summary("mmlu", rows)
+        assert total["score"] == 0.75  # of all questions
+        assert total["by"]["macro average"] == pytest.approx((0.5 + 1 + 1) / 3)
+        assert (total["by"]["STEM"], total["by"]["other"], total["by"]["humanities"]) == (0.5, 1, 1)
+        counts = [len(names.split()) for names in generate.MMLU_CATEGORIES.values()]
+        assert counts == [18, 13, 12]
+
+    def test_prompt_is_shown(self, tiny, tmp_path, capsys):
+        file = write_published(tmp_path, "piqa")
+        generate.main([str(tiny), "--eval", f"piqa={file}", "--show-prompt"])
+        assert capsys.readouterr().out == "Question: sit\nAnswer:\n| use a chair |\n| run|\n"
+
+    @pytest.mark.parametrize("options, said", [
+        (["piqa"], "TASK=PATH"), (["what=."], "one of boolq"), (["piqa=nowhere"], "no nowhere"),
+        (["piqa=."], "no file like")])
+    def test_mistakes(self, options, said, tiny, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match=said):
+            self.rows(tiny, capsys, *options)
+
+    def test_figures_of_the_paper(self, capsys):
+        generate.show_summary({"task": "piqa", "n": 9, "score": 0.5, "low": 0.2, "high": 0.8,
+                               "by": {}}, 0)
+        assert capsys.readouterr().out.split() == (
+            "piqa 50.0 20.0 to 80.0 of 9 LLaMA 79.8 80.1 82.3 82.8".split())
+
+
+class TestCompare:
+    def answers(self, tmp_path, name, texts):
+        rows = [{"instruction": f"q{i}", "chosen": text, "category": "ab"[i % 2]}
+                for i, text in enumerate(texts)]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+        return str(tmp_path / name)
+
+    def test_both_orders(self, tmp_path):
+        """A judge that prefers the longer answer, but in a tie the first one."""
+        def judge(text, question):
+            first, second = re.search("1: (.*)\n\nAnswer 2: (.*)\n\nIs", text).groups()
+            return float(len(first) >= len(second))
+        paths = [self.answers(tmp_path, "a.jsonl", ["long", "x", "same"]),
+                 self.answers(tmp_path, "b.jsonl", ["y", "longer", "four"])]
+        rows = list(generate.compare(paths, judge, both=True))
+        assert [row["result"] for row in rows] == ["win", "loss", "tie"]
+        other = self.answers(tmp_path, "c.jsonl", ["a", "b"])
+        with pytest.raises(ValueError, match="other questions"):
+            list(generate.compare([paths[0], other], judge, both=True))
+
+    def test_shares(self, capsys):
+        rows = [{"category": "a", "result": "win"}, {"category": "b", "result": "tie"},
+                {"category": "b", "result": "loss"}, {"category": "b", "result": "tie"}]
+        generate.show_comparison(rows, as_json=True)
+        a, b, all_of_them = map(json.loads, capsys.readouterr().out.splitlines())
+        assert (a["n"], a["share"], b["share"]) == (1, 1, pytest.approx(1 / 3))
+        assert [all_of_them[name] for name in ("n", "win", "tie", "loss", "share")] == [
+            4, 1, 2, 1, 0.5]
+
+    def test_people(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        paths = [self.answers(tmp_path, "a.jsonl", ["p0", "p1", "p2"]),
+                 self.answers(tmp_path, "b.jsonl", ["r0", "r1", "r2"])]
+        command = ["--compare", *paths, "--judge", "none"]
+        with pytest.raises(ValueError, match="3 pairs in compare.csv"):
+            generate.main(command)
+        rows = generate.published_rows(tmp_path / "compare.csv")
+        verdicts = iter("12=")
+        import csv
+        with open(tmp_path / "compare.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["better", "text"])
+            for row in rows:
+                first = row["text"].index("p") < row["text"].index("r")
+                verdict = next(verdicts)
+                if not first:
+                    verdict = {"1": "2", "2": "1"}.get(verdict, verdict)
+                writer.writerow([verdict, row["text"]])
+        generate.main([*command, "--json"])
+        total = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert [total[name] for name in ("win", "loss", "tie")] == [1, 1, 1]
+
+    def test_model_as_judge(self, tiny):
+        p = generate.judge_of(str(tiny))("A man.\nTrue:", "x")
+        model, words = generate.load(tiny), tokenizer.load_tokenizer(tiny / "tokenizer.model")
+        yes, no = generate.Scorer(model, words).loglikelihoods(
+            [("A man.\nTrue:", " yes"), ("A man.\nTrue:", " no")])
+        assert p == pytest.approx(math.exp(yes) / (math.exp(yes) + math.exp(no)), rel=1e-4)
+
+
 LLAMA3_CHAT = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
     "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim "
@@ -2206,7 +2779,6 @@ FIXED = [
     "def f(x):\n    return x  # 10%\n", "👩\u200d👩\u200d👧 🦙", "٣٤٥٦ ⅷ½ 二〇 𝟙𝟚𝟛𝟜", "a\0b",
     "!" * 50 + "\n\n x", "<|eot_id|> <s> <0x0A> <unk>", "Ünï e\u0301 ß ǅ ﬁ ½ Å x𐐀𐐁1"]
 BYTES = [bytes([i]) for i in range(256)]
-NEEDED = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
 LLAMA2, LLAMA3, TOK512 = (pytest.param(SHARED / "data" / name, marks=NEEDED) for name in (
     "tokenizers/llama2/tokenizer.model", "tokenizers/llama3/tokenizer.model",
     "stories260K/tok512.bin"))

@@ -502,9 +502,10 @@ class BytePair(Tokenizer):
         return self.merges.get((left, right))
 
     def pretokens(self, text: str) -> Iterable[str]:
-        parts = [text]
+        parts, highest = [text], ord(max(text, default=" "))
+        top = next(top for top in (0x80, 0x3000, 0x110000) if highest < top)
         for split in self.splits:  # into what matches, at odd places, and what is between
-            pattern = split_pattern(split, 128 if text.isascii() else 0x110000)
+            pattern = split_pattern(split, top)
             parts = filter(None, itertools.chain.from_iterable(map(pattern.split, parts)))
         return parts
 

@@ -2100,9 +2100,9 @@ def open_run(run: Run, locks: contextlib.ExitStack) -> Run:
         fit(run)
         for folder in ("state", "tokens"):
             shutil.rmtree(run.out / folder, ignore_errors=True)
-        for name in ("run.json", "log.jsonl", "loss.svg", "scores.svg", "params.json", "consolidated.00.pth",
-                     "tokenizer.model", "tokenizer_config.json", "score.safetensors",
-                     "adapter_config.json", "adapter_model.safetensors"):
+        for name in ("run.json", "log.jsonl", "loss.svg", "scores.svg", "params.json",
+                     "consolidated.00.pth", "tokenizer.model", "tokenizer_config.json",
+                     "score.safetensors", "adapter_config.json", "adapter_model.safetensors"):
             (run.out / name).unlink(missing_ok=True)
     elif file.exists():
         try:
