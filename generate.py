@@ -1179,23 +1179,31 @@ def new_cache(model: Llama, batch: int, capacity: int) -> KVCache:
     return KVCache(model.config, batch, capacity, dtype, weight.device)
 
 
+def read(model: Llama, texts: list[list[int]], capacity: int, beginning: KVCache | None = None
+         ) -> tuple[KVCache, Tensor]:
+    """Reads texts in one batch padded on the right; `beginning`, of one row, holds what all begin
+    with. Returns the cache and the hidden states of what was not held, (B, T, D)."""
+    cache, held = new_cache(model, len(texts), capacity), 0
+    if beginning:
+        cache.take(beginning, [0] * len(texts))
+        held = beginning.lengths[0]
+    longest = max(map(len, texts)) - held
+    padded = torch.zeros(len(texts), longest, dtype=torch.long, device=cache.places.device)
+    for row, ids in zip(padded, texts):
+        row[:len(ids) - held] = torch.tensor(ids[held:])
+    h = model.hidden(padded, cache)
+    cache.lengths = list(map(len, texts))
+    return cache, h
+
+
 def prefill(model: Llama, prompts: list[list[int]], capacity: int,
             beginning: KVCache | None = None) -> tuple[KVCache, Tensor]:
-    """Reads distinct prompts once, in one batch padded on the right; `beginning`, of one row, holds
-    what all begin with. Returns the cache (rows copied for duplicates) and each prompt's last
-    hidden state, (B, 1, D)."""
+    """Reads distinct prompts once. Returns the cache (rows copied for duplicates) and each prompt's
+    last hidden state, (B, 1, D)."""
     distinct = list(dict.fromkeys(map(tuple, prompts)))
-    cache, held = new_cache(model, len(distinct), capacity), 0
-    if beginning:
-        cache.take(beginning, [0] * len(distinct))
-        held = beginning.lengths[0]
-    lengths = [len(prompt) - held for prompt in distinct]
-    padded = torch.zeros(len(distinct), max(lengths), dtype=torch.long, device=cache.places.device)
-    for row, prompt in zip(padded, distinct):
-        row[:len(prompt) - held] = torch.tensor(prompt[held:])
-    h = model.hidden(padded, cache)
-    h = h[range(len(distinct)), [length - 1 for length in lengths]][:, None]
-    cache.lengths = [held + length for length in lengths]
+    cache, h = read(model, distinct, capacity, beginning)
+    held = beginning.lengths[0] if beginning else 0
+    h = h[range(len(distinct)), [len(prompt) - held - 1 for prompt in distinct]][:, None]
     if len(distinct) == len(prompts):
         return cache, h
     rows = [distinct.index(tuple(prompt)) for prompt in prompts]
@@ -2267,7 +2275,7 @@ def questions(name: str, path: Path, shots: int, limit: int | None) -> list[tupl
 # ---------------------------------------------------------------------------------------------
 # Benchmarks: the scorer
 
-READ_TOKENS, HELD_TOKENS = 256, 8192  # of a batch: read at once; kept while texts are written
+READ_TOKENS, HELD_TOKENS = 512, 8192  # of a batch: read at once; kept while texts are written
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str
@@ -2284,9 +2292,8 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str
 
 def batches(texts: list, lengths: list[int], tokens: int) -> Iterator[list]:
     """The texts in groups of similar length, each of about so many tokens with its padding."""
-    order = sorted(range(len(texts)), key=lengths.__getitem__)
     group = []
-    for i in order:
+    for i in sorted(range(len(texts)), key=lengths.__getitem__):
         if group and (len(group) + 1) * lengths[i] > tokens:
             yield group
             group = []
@@ -2325,46 +2332,63 @@ class Scorer:
     @torch.no_grad()
     def loglikelihoods(self, pairs: list[tuple[str, str]]) -> list[float]:
         """log p(continuation | context) of each pair, summed over the continuation's tokens. A
-        context is read once for all that may follow it."""
-        continuations, numbers = [], {}
+        context is read once for all that may follow it, with what these begin with."""
+        continuations, numbers, groups = [], {}, []
         for number, (context, continuation) in enumerate(pairs):
             ids, rest = encode_pair(self.tokenizer, context, continuation)
             numbers.setdefault(self.fit(ids, len(rest)), []).append(number)
             continuations.append(rest)
-        contexts, sums = list(numbers), [0.0] * len(pairs)
-        beginning = self.begin(contexts)
-        held = beginning.lengths[0] if beginning else 0
-        for some in batches(contexts, [len(ids) - held for ids in contexts], READ_TOKENS):
-            cache, h = prefill(self.model, some, max(map(len, some)), beginning)
-            logp = self.model.logits(h[:, 0]).float().log_softmax(-1)
-            longer = []
-            for row, context in enumerate(some):
-                for number in numbers[context]:
-                    sums[number] = logp[row, continuations[number][0]].item()
-                    if len(continuations[number]) > 1:
-                        longer.append((row, number))
-            lengths = [len(continuations[number]) for _, number in longer]
-            for part in batches(longer, lengths, READ_TOKENS):
-                rows = [continuations[number] for _, number in part]
-                nll = self.rest_nll(cache, [row for row, _ in part], rows)
-                for (_, number), value in zip(part, nll):
-                    sums[number] -= value
+        for context, members in numbers.items():
+            rests = [continuations[number] for number in members]
+            shared = os.path.commonprefix(rests)[:min(map(len, rests)) - 1]
+            groups.append((context + tuple(shared), len(shared), members))
+        beginning = self.begin(list(numbers))
+        held, sums = beginning.lengths[0] if beginning else 0, [0.0] * len(pairs)
+        for some in batches(groups, [len(ids) - held for ids, _, _ in groups], READ_TOKENS):
+            texts = [ids for ids, _, _ in some]
+            cache, h = read(self.model, texts, max(map(len, texts)), beginning)
+            targets = torch.full(h.shape[:2], -1)
+            for row, (ids, n, _) in enumerate(some):
+                end = len(ids) - held - 1
+                targets[row, end - n:end] = torch.tensor(ids[len(ids) - n:])
+            shared = self.sums(h, targets)
+            last = h[range(len(some)), [len(ids) - held - 1 for ids in texts]]
+            logp, longer = self.model.logits(last).float().log_softmax(-1), []
+            for row, (_, n, members) in enumerate(some):
+                for number in members:
+                    rest = continuations[number][n:]
+                    sums[number] = shared[row] + logp[row, rest[0]].item()
+                    if len(rest) > 1:
+                        longer.append((row, number, rest))
+            for part in batches(longer, [len(rest) for _, _, rest in longer],
+                                READ_TOKENS // 2):
+                self.add_rest(cache, part, sums)
         return sums
 
-    def rest_nll(self, cache: KVCache, rows: list[int], texts: list[list[int]]) -> list[float]:
-        """-log p of each text after its first token, where text i follows row rows[i]."""
-        lengths = [len(text) - 1 for text in texts]
-        after = new_cache(self.model, len(rows), max(cache.lengths) + max(lengths))
-        after.take(cache, rows)
-        tokens = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    def add_rest(self, cache: KVCache, part: list[tuple[int, int, list[int]]], sums: list[float]
+                 ) -> None:
+        """Adds to sums[number] log p of the rest of a continuation after its first token, which
+        follows a row of the cache; part: (row, number, rest)."""
+        longest = max(len(rest) for _, _, rest in part)
+        tokens = torch.zeros(len(part), longest - 1, dtype=torch.long)
         targets = torch.full_like(tokens, -1)
-        for i, text in enumerate(texts):
-            tokens[i, :lengths[i]] = torch.tensor(text[:-1])
-            targets[i, :lengths[i]] = torch.tensor(text[1:])
-        tokens, targets = tokens.to(after.places.device), targets.to(after.places.device)
-        h = self.model.hidden(tokens, after)
+        for i, (_, _, rest) in enumerate(part):
+            tokens[i, :len(rest) - 1] = torch.tensor(rest[:-1])
+            targets[i, :len(rest) - 1] = torch.tensor(rest[1:])
+        after = new_cache(self.model, len(part), max(cache.lengths) + longest)
+        after.take(cache, [row for row, _, _ in part])
+        h = self.model.hidden(tokens.to(after.places.device), after)
+        for (_, number, _), value in zip(part, self.sums(h, targets)):
+            sums[number] += value
+
+    def sums(self, h: Tensor, targets: Tensor) -> list[float]:
+        """The sum of log p of the targets (B, T) of each row; -1 is none."""
+        counts = (targets >= 0).sum(1).tolist()
+        if not sum(counts):
+            return [0.0] * len(counts)
+        targets = targets.to(h.device)
         nll = nll_at(self.model, h[targets >= 0], targets[targets >= 0])
-        return [part.sum().item() for part in nll.split(lengths)]
+        return [-part.sum().item() for part in nll.split(counts)]
 
     def write(self, samples: list[Sample], length: int, sampling: Sampling) -> None:
         """Writes the samples to their ends."""

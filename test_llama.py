@@ -4789,7 +4789,7 @@ class TestRun:
         """None is forgotten: what changes the result is compared."""
         free = {"out", "fresh", "minutes", "steps", "eval_every", "save_every", "layout", "device",
                 "local_size", "threads", "code", "micro_batch", "roomy", "sources", "epochs",
-                "learned"}
+                "learned", "eval", "eval_items"}
         parts = {*LlamaConfig.__dataclass_fields__, *Recipe.__dataclass_fields__}
         settings = {*train.Run.__dataclass_fields__, *parts} - {"config", "recipe"}
         assert settings == {*train.MUST_MATCH, *free}
@@ -4925,10 +4925,11 @@ def rank_runs(folder, *options):
         report["stopped"] = go("grown", "--tp", "2")
         report["threads"] = torch.get_num_threads()
         stop.at = None
-        go("ddp", "--dp", "ddp")
+        asked = ["--eval", f"siqa={folder / 'dev.jsonl'}", "--eval-items", "5"]
+        go("ddp", "--dp", "ddp", *asked)
         fault = not_a_number(world.rank)
         before_steps(fault)
-        go("fsdp")
+        go("fsdp", *asked)
         go("fsdp", "--dp", "ddp")  # is finished
         with full_disk(100_000):
             report["full"] = go("fsdp", "--steps", "40")
@@ -4947,6 +4948,9 @@ def two_ranks(tmp_path_factory, whole_run, text):
     folder = tmp_path_factory.mktemp("two")
     for name in ("fsdp", "ddp", "minutes", "grown"):
         begun(whole_run, folder / name)
+    row = json.loads(PUBLISHED["siqa"][0])
+    rows = [json.dumps({**row, "context": f"A{i} is.", "label": 1 + i % 3}) for i in range(7)]
+    write_published(folder, "siqa", *rows)
     options = run_options(text, folder)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="143"):
         before_steps(lambda step, engine: step == 6 and os.kill(os.getpid(), signal.SIGTERM),
@@ -5011,6 +5015,19 @@ class TestTraining:
         assert int((out / "until-27").read_text()) > 27  # went on while it was written
         assert losses(out) == losses(two_ranks[0] / "ddp")
         assert same_weights(out, two_ranks[0] / "ddp")
+
+    @pytest.mark.parametrize("name", ["ddp", "fsdp"])
+    def test_benchmarks(self, name, two_ranks):
+        """Their scores are those of the weights in the folder; the picture has a line for each."""
+        out = two_ranks[0] / name
+        asked = generate.questions("siqa", two_ranks[0] / "dev.jsonl", 0, 5)
+        words = tokenizer.load_tokenizer(out / "tokenizer.model")
+        scorer = generate.Scorer(generate.load(out), words)
+        rows = list(generate.measure(scorer, "siqa", asked, generate.EvalSettings(), {}))
+        measured = [row for row in log_of(out) if "scores" in row]
+        assert [row["step"] for row in measured] == [10, 20, 30]
+        assert measured[-1]["scores"] == {"siqa": sum(row["right"] for row in rows) / 5}
+        assert (out / "scores.svg").read_text().count("<polyline") == 1
 
     def test_the_parent_prepares_starts_and_says_mistakes(self, text, tmp_path, monkeypatch):
         """Before there are ranks; --fresh is not for those that start again."""
