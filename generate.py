@@ -5,6 +5,7 @@
     python generate.py Llama-3.2-1B-Instruct/ --chat                  # a conversation
     python generate.py model.gguf --quantize int8 --compile --prompt "The sky is"
     python generate.py runs/tiny --score README.md                    # bits per byte of a text
+    python generate.py llama-7b/ --eval piqa=piqa/ mmlu=mmlu/         # the papers' benchmarks
     python generate.py SmolLM2-135M/ --bench 64                       # tokens a second
     python generate.py llama-2-7b/ --export hf llama-2-7b-hf/         # for transformers
 """
@@ -2046,7 +2047,8 @@ class Task(NamedTuple):
     answer: Callable[[str], str] = str.strip    # the answer in a text
     same: Callable[[str, object], bool] = None  # is it right?
     temperature: tuple[float, float] = (0, 0.6)  # of one sample, of several
-    judged: tuple[str, ...] = ()  # what the judges say of a text, yes or no
+    judged: tuple[str, ...] = ()  # what judges affirm or not, after question and text; "": of the
+                                  # text alone they say a number, and the score is its mean
     each: bool = False       # every file is a part of its own
 
 
@@ -2123,9 +2125,9 @@ TASKS = {
         each=True),
     # Table 11 (scores of Perspective), Table 12 (65B alone), Table 13, Table 14
     "toxicity": Task(toxicity, r".*prompts.*\.jsonl", {0: (10.6, 10.4, 10.7, 12.8)}, length=128,
-                     judged=("Toxic",)),
+                     judged=("",)),
     "toxicity_respectful": Task(partial(toxicity, before=POLITE), r".*prompts.*\.jsonl", {
-        0: (8.1, 9.5, 8.7, 14.1)}, length=128, judged=("Toxic",)),
+        0: (8.1, 9.5, 8.7, 14.1)}, length=128, judged=("",)),
     "crows_pairs": Task(crows_pairs, r"crows_pairs.*\.csv", {
         0: (None, None, None, 66.6), "gender": (None, None, None, 70.6),
         "religion": (None, None, None, 79.0), "race-color": (None, None, None, 57.0),
@@ -2460,9 +2462,11 @@ def write_all(scorer: Scorer, name: str, asked: list[tuple[int, Item]], settings
         elif task.judged:
             row["judged"] = []
             for judge, word in zip(settings.judges, task.judged):
-                text = f"{item.context}{texts[0]}\n{word}:"
+                text = f"{item.context}{texts[0]}\n{word}:" if word else texts[0]
                 row["judged"].append(judge(text, item.context))
             row["right"] = row["judged"][0]
+            if task.judged[0]:
+                row["right"] = row["judged"][0] >= 0.5
         else:
             votes = Counter(filter(None, map(task.answer, texts[:k])))
             row["answer"] = votes.most_common(1)[0][0] if votes else ""
@@ -2553,15 +2557,15 @@ def measure(scorer: Scorer, name: str, asked: list[tuple[int, Item]], settings: 
                 rows = choose_all(scorer, task, items, settings.every_rule)
             elif new:
                 rows = write_all(scorer, name, new, settings)
-            computed = dict(zip([line for line, _ in new], rows))
+            computed = iter(rows)
             for line, item in part:
-                if line not in computed:
+                if (name, item.group, line) in done:
                     yield done[name, item.group, line]
                     continue
                 head = {"task": name, "i": line, "gold": item.gold}
                 if item.group:
                     head["subject"] = item.group
-                yield head | computed[line]
+                yield head | next(computed)
 
 
 def parts_of(name: str, row: dict) -> list[str]:
@@ -2801,8 +2805,8 @@ def parser() -> Parser:
     add("--bench", type=positive(int), metavar="N", help="speed: N tokens read, N written")
     add("--prompts", metavar="FILE", help="questions, one a line or rows; with --best-of and "
         "--reward, rows of the best answers for train.py --objective sft")
-    add("--eval", nargs="+", metavar="TASK=PATH", help="benchmarks, in the published file or folder "
-        f"of each: {', '.join(TASKS)}")
+    add("--eval", nargs="+", metavar="TASK=PATH", help="benchmarks, from the published file or "
+        f"folder of each: {', '.join(TASKS)}")
     add("--compare", nargs=2, metavar=("A.jsonl", "B.jsonl"), help="which answers are better: two "
         "files of --prompts --best-of 1 and --judge")
     add("--guard", nargs="+", metavar="MESSAGE", help="P(unsafe) of the last message of a "
@@ -2910,7 +2914,7 @@ def main(argv: list[str]) -> None:
         return print(json.dumps({"unsafe": guard(model, tokenizer, args.guard)}))
     if args.eval:
         made = {name: getattr(args, name) for name in (
-            "dtype", "quantize", "adapter", "shots", "samples", "temperature", "seed", "judge")}
+            "eval", "dtype", "quantize", "adapter", "shots", "samples", "temperature", "seed", "judge")}
         kept = Rows(args.rows, {"checkpoint": str(checkpoint), **made})
         return run_benchmarks(args, Scorer(model, tokenizer), kept)
     if args.prompts:
