@@ -2047,8 +2047,8 @@ class Task(NamedTuple):
     answer: Callable[[str], str] = str.strip    # the answer in a text
     same: Callable[[str, object], bool] = None  # is it right?
     temperature: tuple[float, float] = (0, 0.6)  # of one sample, of several
-    judged: tuple[str, ...] = ()  # what judges affirm or not, after question and text; "": of the
-                                  # text alone they say a number, and the score is its mean
+    judged: tuple[str, ...] = ()  # what judges affirm, after question and text; "": of the text
+                                  # alone they say a number, and the score is its mean
     each: bool = False       # every file is a part of its own
 
 
@@ -2545,8 +2545,8 @@ class EvalSettings:
 
 
 def measure(scorer: Scorer, name: str, asked: list[tuple[int, Item]], settings: EvalSettings,
-            done: dict[tuple, dict]) -> Iterator[dict]:
-    """A row for each item, in order; those in `done` are not computed again."""
+            done: dict[tuple, dict]) -> Iterator[list[dict]]:
+    """A row for each item, in order, some at a time; those in `done` are not computed again."""
     task, size = TASKS[name], max(1, 64 // settings.samples)
     for _, same in itertools.groupby(asked, key=lambda pair: pair[1].before):
         while part := list(itertools.islice(same, size)):
@@ -2557,15 +2557,13 @@ def measure(scorer: Scorer, name: str, asked: list[tuple[int, Item]], settings: 
                 rows = choose_all(scorer, task, items, settings.every_rule)
             elif new:
                 rows = write_all(scorer, name, new, settings)
-            computed = iter(rows)
-            for line, item in part:
-                if (name, item.group, line) in done:
-                    yield done[name, item.group, line]
-                    continue
+            found = done.copy()
+            for (line, item), row in zip(new, rows):
                 head = {"task": name, "i": line, "gold": item.gold}
                 if item.group:
                     head["subject"] = item.group
-                yield head | next(computed)
+                found[name, item.group, line] = head | row
+            yield [found[name, item.group, line] for line, item in part]
 
 
 def parts_of(name: str, row: dict) -> list[str]:
@@ -2735,11 +2733,12 @@ def run_benchmarks(args, scorer: Scorer, kept: "Rows") -> None:
         began = shown = time.perf_counter()
         scorer.spare_s = 0.0
         try:
-            for row in measure(scorer, name, asked, settings, kept.done):
-                rows.append(row)
-                kept.add(row)
-                if args.json:
-                    print(json.dumps(row), flush=True)
+            for part in measure(scorer, name, asked, settings, kept.done):
+                rows += part
+                for row in part:
+                    kept.add(row)
+                    if args.json:
+                        print(json.dumps(row), flush=True)
                 if time.perf_counter() - shown > 10:
                     shown = time.perf_counter()
                     left = (shown - began) / len(rows) * (len(asked) - len(rows))
@@ -2914,7 +2913,8 @@ def main(argv: list[str]) -> None:
         return print(json.dumps({"unsafe": guard(model, tokenizer, args.guard)}))
     if args.eval:
         made = {name: getattr(args, name) for name in (
-            "eval", "dtype", "quantize", "adapter", "shots", "samples", "temperature", "seed", "judge")}
+            "eval", "dtype", "quantize", "adapter", "shots", "samples", "temperature", "seed",
+            "judge")}
         kept = Rows(args.rows, {"checkpoint": str(checkpoint), **made})
         return run_benchmarks(args, Scorer(model, tokenizer), kept)
     if args.prompts:

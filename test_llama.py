@@ -5023,7 +5023,7 @@ class TestTraining:
         asked = generate.questions("siqa", two_ranks[0] / "dev.jsonl", 0, 5)
         words = tokenizer.load_tokenizer(out / "tokenizer.model")
         scorer = generate.Scorer(generate.load(out), words)
-        rows = list(generate.measure(scorer, "siqa", asked, generate.EvalSettings(), {}))
+        rows, = generate.measure(scorer, "siqa", asked, generate.EvalSettings(), {})
         measured = [row for row in log_of(out) if "scores" in row]
         assert [row["step"] for row in measured] == [10, 20, 30]
         assert measured[-1]["scores"] == {"siqa": sum(row["right"] for row in rows) / 5}

@@ -1804,8 +1804,8 @@ def benchmark_scores(run: "Run", engine: Engine, tokenizer: Tokenizer, asked: di
     for name, items in asked.items():
         def work(model: Llama, batch: dict[str, Tensor]) -> Tensor:
             scorer = Scorer(model, tokenizer)
-            rows = measure(scorer, name, items[rank::ranks], settings, {})
-            return torch.tensor([float(row["right"]) for row in rows])
+            parts = measure(scorer, name, items[rank::ranks], settings, {})
+            return torch.tensor([float(row["right"]) for part in parts for row in part])
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             right = engine.stage.compute(work, {})
         total, count = engine.add_up(right.sum().item(), len(right))
