@@ -3991,7 +3991,7 @@ def rank_world(folder):
             train.Writer.write_data = killed
         save_now(state, x, 2, train.patient_group())
         made = train.together(lambda: {"made by": rank})
-        everywhere = train.together(lambda: rank + 5, everywhere=True)
+        everywhere = train.of_all_ranks(lambda: rank + 5)
         Path(folder, f"world-{rank}").write_text(
             repr([*world, torch.get_num_threads(), facts, made, everywhere]))
 
@@ -3999,7 +3999,7 @@ def rank_world(folder):
             if rank == 1:
                 raise OSError(28, "No space left on device", "shards")
         try:
-            train.together(fail_on_1, everywhere=True)
+            train.of_all_ranks(fail_on_1)
         except OSError as error:
             Path(folder, f"error-{rank}").write_text(str(error))
         raise ValueError("there is no such corpus; try --data")
@@ -4129,9 +4129,9 @@ class TestJoin:
 class TestTogether:
     def test_result_and_error_are_everyones(self, two):
         for rank in range(2):
-            assert eval((two[0] / f"world-{rank}").read_text())[5:] == [{"made by": 0}, 5]
+            assert eval((two[0] / f"world-{rank}").read_text())[5:] == [{"made by": 0}, [5, 6]]
             assert "No space left on device" in (two[0] / f"error-{rank}").read_text()
-        assert train.together(lambda: 7) == train.together(lambda: 7, everywhere=True) == 7
+        assert train.together(lambda: 7) == 7 and train.of_all_ranks(lambda: 7) == [7]
 
 
 @pytest.fixture
@@ -4526,6 +4526,7 @@ def find_all(rank, size, folder):
     if size == 2:
         torch.save(exchanged(rank), f"{folder}/exchanged {rank}.pt")
         torch.save([fine_tuned(*case) for case in FINE_TUNED], f"{folder}/fine-tuned {rank}.pt")
+        torch.save(ppo_steps(folder, {"replicas": 2}), f"{folder}/ppo {rank}.pt")
     dist.destroy_process_group()
 
 
@@ -4537,9 +4538,14 @@ def rank_layouts(folder):
 
 
 @pytest.fixture(scope="module")
-def found_by(tmp_path_factory):
+def found_by(tmp_path_factory, words):
     """name of a case -> what each rank found."""
-    folder, found = tmp_path_factory.mktemp("layouts"), {}
+    folder = tmp_path_factory.mktemp("layouts")
+    found = {"folder": folder}
+    save_meta(folder, random_model(replace(SMALL, vocab_size=400)))
+    words.save(folder / "tokenizer.model")
+    (folder / "rows.jsonl").write_text("\n".join(
+        json.dumps({"instruction": text, "output": "x"}) for text in ("a man?", "of", "x in it")))
     command = [sys.executable, "-W", "ignore", __file__, "rank", "layouts", str(folder)]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
@@ -5566,6 +5572,32 @@ class TestFineTunedLayouts:
         for found in found_by["fine-tuned"]:
             assert found[number][0] == pytest.approx(losses, rel=1e-5)
             assert found[number][1] == pytest.approx(norms, rel=1e-4)
+
+
+def ppo_steps(folder, layout):
+    """What two iterations of PPO give, with 8 and with 5 answers."""
+    folder, found = Path(folder), []
+    for n in (8, 5):
+        recipe = Recipe(1.0, 1, 64 * n, eps=1e-8)
+        run = run_of(replace(SMALL, vocab_size=400), Layout(**layout), objective="ppo", tune="all",
+                     recipe=recipe, start=str(folder), reference=None, reward=["wc -c"],
+                     data=[(str(folder / "rows.jsonl"), None)], template="belle", beta=0.1,
+                     seq_len=64, seed=3, rows=n)
+        words = tokenizer.load_tokenizer(folder / "tokenizer.model")
+        engine, prompts = train.Engine(run), train.Prompts(run, words)
+        optimizer = train.make_optimizer(engine.parameters, recipe)
+        for step in range(2):
+            loss, norm, _, figures = train.ppo_step(engine, optimizer, prompts, step, 0.01, 1.0, 0)
+            found += [loss, norm, figures["reward"], figures["kl"]]
+    return found
+
+
+class TestPPOOfRanks:
+    def test_as_one_process(self, found_by):
+        alone = ppo_steps(found_by["folder"], {})
+        assert alone[6] != alone[2]
+        for found in found_by["ppo"]:
+            assert found == pytest.approx(alone, rel=1e-4, abs=1e-5)
 
 
 ROWS = [{"instruction": "Name a man.", "input": "", "output": "of x"},

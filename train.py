@@ -1001,7 +1001,7 @@ def load_state(folder: Path, tensors: dict[str, Tensor]) -> dict | None:
     states = together(lambda: sorted(folder.glob("step-*")))
     for state in reversed(states):
         try:
-            return together(partial(read_state, state, tensors), everywhere=True)
+            return of_all_ranks(partial(read_state, state, tensors))[0]
         except ValueError as error:
             print_rank0(f"{state} is damaged and passed over: {error}")
     if states:
@@ -1162,25 +1162,27 @@ def patient_group() -> dist.ProcessGroup | None:
     return None
 
 
-def together(work: Callable, everywhere: bool = False):
-    """Runs work() on rank 0, or with `everywhere` on all ranks. Every rank gets rank 0's result or
-    raises the first ValueError or OSError of any rank."""
-    group = patient_group()
+def of_all_ranks(work: Callable) -> list:
+    """What work() gives on each rank, on all ranks, or the first ValueError or OSError of any."""
+    group, result, error = patient_group(), None, None
     if group is None:
-        return work()
-    result = error = None
+        return [work()]
     try:
-        if everywhere or dist.get_rank() == 0:
-            result = work()
+        result = work()
     except (ValueError, OSError) as caught:
         error = caught
-    errors, results = [None] * dist.get_world_size(), [result]
-    dist.all_gather_object(errors, error, group)
-    for error in errors:
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (result, error), group)
+    for _, error in found:
         if error is not None:
             raise error
-    dist.broadcast_object_list(results, 0, group)
-    return results[0]
+    return [result for result, _ in found]
+
+
+def together(work: Callable):
+    """What work() gives on rank 0, which alone does it, on all ranks, or its error."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    return of_all_ranks(work if first else lambda: None)[0]
 
 
 def start(n: int, command: list[str], states: Path) -> int:
@@ -1435,6 +1437,13 @@ def ppo_loss(model: Llama, batch: dict[str, Tensor]) -> Tensor:
     return ((policy + 0.1 * value) * (batch["targets"] >= 0)).sum()
 
 
+def gather(model: Llama) -> None:
+    """Reads a token, for which FSDP gathers the weights: while texts are written, in torch's
+    inference_mode, it cannot. With --dp ddp they stay until the next backward."""
+    with torch.no_grad():
+        model.hidden(torch.zeros(1, 1, dtype=torch.long, device=model.tok_embeddings.weight.device))
+
+
 class Prompts:
     """The questions of the data, and answers to them that the model gives while it learns: PPO's
     batches. Iteration s asks questions s n to s n + n, over and over."""
@@ -1455,17 +1464,18 @@ class Prompts:
         self.reward = reward_source(run.reward)
 
     @torch.no_grad()
-    def rollout(self, model: Llama, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Sampled answers with all that ppo_loss asks for, (n, T), and their figures."""
+    def answer(self, model: Llama, step: int, rank: int, ranks: int) -> dict[str, Tensor]:
+        """Sampled answers to this rank's share of the questions, every ranks-th, (n / ranks, T),
+        with their scores, the model's log pi and values, and the reference's log pi."""
         run, n = self.run, self.rows
         asked = [self.ids[(step * n + i) % len(self.ids)] for i in range(n)]
         room = run.seq_len - max(len(ids) for _, ids in asked)
-        samples = [Sample(self.tokenizer, question, ids, i)
-                   for i, (question, ids) in enumerate(asked)]
+        samples = [Sample(self.tokenizer, *asked[i], i) for i in range(rank, n, ranks)]
         sampling = Sampling(1.0, 0, 1.0, f"{run.seed}/{step}", self.tokenizer.vocab_size)
+        gather(model)
         grow(samples, model, room, sampling)
         scores = [self.reward(sample.prompt, sample.text) for sample in samples]
-        tokens = torch.zeros(n, run.seq_len, dtype=torch.long)
+        tokens = torch.zeros(len(samples), run.seq_len, dtype=torch.long)
         targets = torch.full_like(tokens, -1)
         for row, sample in enumerate(samples):
             begin, text = len(sample.prompt_ids), sample.prompt_ids + sample.ids
@@ -1474,18 +1484,30 @@ class Prompts:
             text = torch.tensor(text)
             tokens[row, :len(text)] = text
             targets[row, begin - 1:len(text) - 1] = text[begin:]
-        batch = {"tokens": tokens, "targets": targets}
-        mask = (targets >= 0).float()
-        logp, values = policy_and_values(model, {k: x.to(run.device) for k, x in batch.items()})
-        logp, values = logp.cpu(), values.cpu()
-        h = self.reference.hidden(tokens.to(run.device))
-        reference = -self.reference.nll_of(h, targets.to(run.device)).cpu()
-        white = whiten(torch.tensor(scores)[None], torch.ones(1, n))[0]
-        rewards = token_rewards(white, logp, reference, mask, run.beta)
-        A, returns = advantages(rewards, values, mask)
-        kl = ((logp - reference) * mask).sum().item() / n
-        batch |= {"old_logp": logp, "old_values": values, "advantages": A, "returns": returns}
-        return batch, {"reward": statistics.fmean(scores), "kl": kl}
+        batch = {"tokens": tokens.to(run.device), "targets": targets.to(run.device)}
+        logp, values = policy_and_values(model, batch)
+        reference = -self.reference.nll_of(self.reference.hidden(batch["tokens"]), batch["targets"])
+        found = {**batch, "old_logp": logp, "old_values": values, "reference": reference,
+                 "scores": torch.tensor(scores)}
+        return {name: x.cpu() for name, x in found.items()}
+
+    def rollout(self, engine: "Engine", step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """What ppo_loss asks for, of all ranks' answers, (n, T), and their figures."""
+        rank, ranks = engine.dp_rank, engine.layout.dp
+        parts = of_all_ranks(lambda: engine.stage.compute(
+            lambda model, batch: self.answer(model, step, rank, ranks), {}))
+        batch = {}
+        for name in parts[0]:  # rank r answered the questions r, r + ranks, r + 2 ranks ...
+            x = torch.cat([part[name] for part in parts])
+            batch[name] = x[torch.cat([torch.arange(r, self.rows, ranks)
+                                       for r in range(ranks)]).argsort()]
+        mask, scores = (batch["targets"] >= 0).float(), batch.pop("scores")
+        logp, reference = batch["old_logp"], batch.pop("reference")
+        white = whiten(scores[None], torch.ones(1, self.rows))[0]
+        rewards = token_rewards(white, logp, reference, mask, self.run.beta)
+        batch["advantages"], batch["returns"] = advantages(rewards, batch["old_values"], mask)
+        kl = ((logp - reference) * mask).sum().item() / self.rows
+        return batch, {"reward": scores.mean().item(), "kl": kl}
 
 
 def ppo_step(engine: "Engine", optimizer, prompts: Prompts, step: int, lr: float, clip: float,
@@ -1493,7 +1515,7 @@ def ppo_step(engine: "Engine", optimizer, prompts: Prompts, step: int, lr: float
     """One iteration: answers are sampled, and learned from in eight minibatches, each once (Llama
     2, section 3.2.3: 512 answers, 64 a minibatch). What train_step returns, as means, and figures.
     """
-    batch, figures = prompts.rollout(engine.stage, step)
+    batch, figures = prompts.rollout(engine, step)
     results = []
     for rows in torch.arange(prompts.rows).chunk(8):
         part = {name: x[rows] for name, x in batch.items()}
@@ -1804,6 +1826,7 @@ def benchmark_scores(run: "Run", engine: Engine, tokenizer: Tokenizer, asked: di
     for name, items in asked.items():
         def work(model: Llama, batch: dict[str, Tensor]) -> Tensor:
             scorer = Scorer(model, tokenizer)
+            gather(model)
             parts = measure(scorer, name, items[rank::ranks], settings, {})
             return torch.tensor([float(row["right"]) for part in parts for row in part])
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -1952,8 +1975,10 @@ def resolve(args, device: str, world_size: int, local_size: int) -> Run:
                          "the run's folder with generate.py")
     for text in args.eval:
         for name, _ in benchmarks_of(text, judged=False):
-            if name in ("humaneval", "mbpp"):
-                raise ValueError(f"{name} runs programs; try generate.py --allow-code")
+            split = world_size > 1 and args.dp != "ddp"
+            if TASKS[name].stop and (split or not TASKS[name].same):
+                raise ValueError(f"{name} asks for texts: programs are for generate.py "
+                                 "--allow-code, others want whole weights; try --dp ddp")
     layout = arrange(config, recipe.batch_tokens // seq_len, seq_len, world_size, local_size,
                      args.dp, args.tp, args.pp)
     out = f"runs/{args.size}"
@@ -1988,10 +2013,11 @@ def check_objective(args) -> None:
                              "try it without --pp, or --tune all")
     if args.objective == "pretrain":
         return
-    if args.objective == "ppo" and (not args.reward or args.tp > 1 or (args.nproc or 1) > 1
-                                    or "RANK" in os.environ):
-        raise ValueError("ppo needs --reward, and one process, because it samples; try --reward "
-                         "MODEL_OR_COMMAND, without --nproc and --tp")
+    ranks = max(args.nproc or torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1)))
+    if args.objective == "ppo" and (not args.reward or args.tp > 1 or ranks > 1
+                                    and args.dp != "ddp"):
+        raise ValueError("ppo needs --reward, and whole weights on each rank, because it samples; "
+                         "try --reward MODEL_OR_COMMAND, --dp ddp, and no --tp")
     if not args.data or any(weight for _, weight in args.data):
         raise ValueError("fine-tuning needs rows; try --data FILE.json, without a weight")
     if args.minutes:
