@@ -2314,9 +2314,9 @@ def draw_scores(rows: list[dict], path: Path) -> None:
 COLOURS = "#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf".split()
 
 
-def draw(lines: dict[str, list[tuple]], dots: list[tuple], path: Path, title: str, unit: str
-         ) -> None:
-    """A picture of named lines and of dots, (tokens, value) each."""
+def draw(lines: dict[str, list[tuple]], dots: list[tuple], path: Path, title: str, unit: str,
+         across: str = "tokens") -> None:
+    """A picture of named lines and of dots, of points (tokens, value) or with another x axis."""
     values = [value for line in [*lines.values(), dots] for _, value in line]
     low, high = math.floor(10 * min(values)) / 10, math.ceil(10 * max(values) + 0.01) / 10
     end = max(line[-1][0] for line in lines.values())
@@ -2326,7 +2326,7 @@ def draw(lines: dict[str, list[tuple]], dots: list[tuple], path: Path, title: st
 
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 400" font-size="13" '
            'font-family="sans-serif" text-anchor="middle"><rect width="640" height="400" '
-           f'fill="white"/><text x="345" y="28">{title}</text><text x="345" y="392">tokens</text>'
+           f'fill="white"/><text x="345" y="28">{title}</text><text x="345" y="392">{across}</text>'
            f'<text transform="translate(18 200) rotate(-90)">{unit}</text>']
     for i in range(5):  # the grid and its numbers
         value, tokens = low + i * (high - low) / 4, i * end / 4
