@@ -1832,7 +1832,7 @@ def mmlu(row: dict, file: Path) -> list[Item]:
     listed = "".join(f"\n{letter}. {text}" for letter, text in zip("ABCD", choices))
     subject = re.sub(r"_(test|dev|val)$", "", file.name.partition(".")[0])
     gold = int(answer) if answer.isdigit() else "ABCD".index(answer)
-    if not all(choices):
+    if not all(choices):  # the letters, which are what is chosen, are there
         raise ValueError("a choice is empty")
     return [choose(f"{question.strip()}{listed}\nAnswer:", "ABCD", gold, subject)]
 
@@ -2200,6 +2200,14 @@ def task_files(path: Path, pattern: str) -> list[Path]:
             and re.fullmatch(f"(.*/)?{pattern}([.]gz)?", file.as_posix(), re.I)]
 
 
+def check_choices(item: Item) -> None:
+    """ValueError for choices that cannot be."""
+    if not all(choice.strip() for choice in item.choices):
+        raise ValueError("a choice is empty")
+    if isinstance(item.gold, int) and not 0 <= item.gold < len(item.choices):
+        raise ValueError(f"choice {item.gold} of {len(item.choices)} is said to be right")
+
+
 def read_items(name: str, path: Path, pattern: str) -> list[tuple[int, Item]]:
     """The items in a file, or in those files of a folder whose names the pattern fits, with their
     lines from 0."""
@@ -2215,11 +2223,7 @@ def read_items(name: str, path: Path, pattern: str) -> list[tuple[int, Item]]:
             try:
                 items = task.items(row, file)
                 for item in items:
-                    if item.choices and not (all(text.strip() for text in item.choices)
-                                             and len(item.choices) > 1):
-                        raise ValueError("a choice is empty")
-                    if isinstance(item.gold, int):
-                        item.choices[item.gold]
+                    check_choices(item)
             except (LookupError, ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"{file}, row {line}: no row of {name} ({type(error).__name__}: "
                                  f"{error}); try the file as it is published, and its labels "

@@ -1966,7 +1966,8 @@ class TestTasks:
     @pytest.mark.parametrize("name, row, said", [
         ("piqa", PUBLISHED["siqa"][0], "no row of piqa .*goal"),
         ("piqa", '{"goal": "a", "sol1": "", "sol2": "b", "label": 0}', "a choice is empty"),
-        ("piqa", '{"goal": "a", "sol1": "c", "sol2": "b", "label": 2}', "no row of piqa"),
+        ("piqa", '{"goal": "a", "sol1": "c", "sol2": "b", "label": 2}', "choice 2 of 2 is said"),
+        ("siqa", PUBLISHED["siqa"][0].replace('"3"', '"0"'), "choice -1 of 3"),
         ("arc_easy", PUBLISHED["arc_easy"][0][:-3] + '9"}', "no row of arc_easy"),
         ("piqa", "{", "dev.jsonl"), ("math", '{"problem": "x", "solution": "y"}', "boxed"),
         ("winogrande", PUBLISHED["winogrande"][0].replace("_ ", ""), "no row of winogrande")])
