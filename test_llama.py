@@ -5941,8 +5941,19 @@ class TestReadme:
             for part in symbol.split("."):
                 where = getattr(where, part)
 
+    def test_chat_on_a_laptop(self):
+        """The parts of docs/chat.py; the command that it gives as a reward counts what it counts."""
+        from importlib.util import module_from_spec, spec_from_file_location
+        spec = spec_from_file_location("chat", HERE / "docs" / "chat.py")
+        spec.loader.exec_module(chat := module_from_spec(spec))
+        assert chat.kl_of_best(1) == 0 and chat.kl_of_best(4) == pytest.approx(0.636, abs=1e-3)
+        assert chat.interval([1.0, 2.0, 3.0, 2.0]) == pytest.approx(0.8, abs=1e-3)
+        for text, wanted in (("Happy, happy friends laughed.", 3), ("x", 0)):
+            assert chat.reward(text) == wanted
+            assert generate.reward_command(chat.REWARD)("", text) == wanted
+
     def test_one_statement_a_line_of_100_columns(self):
-        for name in ("llama", "tokenizer", "generate", "train"):
+        for name in ("llama", "tokenizer", "generate", "train", "docs/chat"):
             source = (HERE / f"{name}.py").read_text()
             assert max(map(len, source.splitlines())) <= 100, name
             nodes = ast.walk(ast.parse(source))

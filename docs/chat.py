@@ -21,8 +21,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
-import torch
-
 import generate
 import train
 from tokenizer import load_tokenizer
@@ -78,25 +76,45 @@ def question(adjective: str, noun: str) -> str:
     return f"Tell a story about a {adjective} {noun}."
 
 
-@torch.no_grad()
-def measure(policy: Path, sft: Path, questions: list[str], each: int = 4) -> tuple[list, list]:
-    """The rewards of a policy's answers, and estimates of their KL divergence from the SFT
-    model: sums of log pi - log pi_sft over the tokens of an answer."""
-    words = load_tokenizer(policy / "tokenizer.model")
-    models = [generate.load(folder) for folder in (policy, sft)]
+def answers(policy: Path, questions: list[str], each: int) -> list[generate.Sample]:
+    """`each` answers to every question."""
+    model, words = generate.load(policy), load_tokenizer(policy / "tokenizer.model")
     chat = generate.chat_format(words, "belle")
     samples = [generate.Sample(words, text, generate.turn(words, chat, text), f"{text}{number}")
                for text in questions for number in range(each)]
-    generate.grow(samples, models[0], 120, generate.Sampling(1.0, 0, 1.0, 1, words.vocab_size))
-    divergences = []
-    for sample in samples:
-        ids = sample.prompt_ids + sample.ids
-        if sample.stop_id is not None:
-            ids = ids + [sample.stop_id]
-        nll = [generate.token_nll(model, ids)[len(sample.prompt_ids) - 1:] for model in models]
-        divergences.append((nll[1] - nll[0]).sum().item())
+    generate.grow(samples, model, 120, generate.Sampling(1.0, 0, 1.0, 1, words.vocab_size))
+    return samples
+
+
+def divergence(sample: generate.Sample, policy: generate.Llama, sft: generate.Llama) -> float:
+    """log pi - log pi_sft of an answer, whose mean is their KL divergence."""
+    ids = sample.prompt_ids + sample.ids
+    if sample.stop_id is not None:
+        ids = ids + [sample.stop_id]
+    first = len(sample.prompt_ids) - 1
+    nll = generate.token_nll(sft, ids) - generate.token_nll(policy, ids)
+    return nll[first:].sum().item()
+
+
+def measure(folder: Path, sft: Path, questions: list[str]) -> tuple[list, list]:
+    """The rewards and divergences of a policy's answers."""
+    samples, policy, reference = answers(folder, questions, 4), *map(generate.load, (folder, sft))
     print(f"> {samples[0].prompt}\n{samples[0].text.strip()}\n")
-    return [reward(sample.text) for sample in samples], divergences
+    return ([reward(sample.text) for sample in samples],
+            [divergence(sample, policy, reference) for sample in samples])
+
+
+def best_of(sft: Path, rm: Path, questions: list[str]) -> dict[str, tuple[list, list]]:
+    """The rewards of those answers that the reward model likes best of 2, 4 and 8."""
+    samples, judge, points = answers(sft, questions * 2, 8), generate.reward_model(str(rm)), {}
+    scores = [judge(sample.prompt, sample.text) for sample in samples]
+    for k in (2, 4, 8):
+        rewards = []
+        for first in range(0, len(samples), k):
+            best = max(range(first, first + k), key=scores.__getitem__)
+            rewards.append(reward(samples[best].text))
+        points[f"best of K, K {k}"] = rewards, [kl_of_best(k)]
+    return points
 
 
 def main(checkpoint: str, tokenizer: str, out: str) -> None:
@@ -128,13 +146,7 @@ def main(checkpoint: str, tokenizer: str, out: str) -> None:
         run(f"train.py --from {out}/sft --objective dpo {pairs} --batch-tokens 2080 --epochs 4 "
             f"--lr 0.0002 --beta {beta} --out {out}/dpo-{beta}")
     points = {name: measure(folder, out / "sft", unseen) for name, folder in policies.items()}
-    for k in (2, 4, 8):
-        rewards = []
-        for seed in range(4):
-            lines = run(f"generate.py {out}/sft --prompts {out}/unseen.jsonl --best-of {k} "
-                        f"{sampled} --reward {out}/rm --seed {seed}").splitlines()
-            rewards += [reward(json.loads(line)["chosen"]) for line in lines]
-        points[f"best of {k}"] = rewards, [kl_of_best(k)]
+    points |= best_of(out / "sft", out / "rm", unseen)
     show(points, out / "chat.svg")
     print(f"{time.perf_counter() - began:.0f} seconds")
 
@@ -144,8 +156,8 @@ def show(points: dict[str, tuple[list, list]], path: Path) -> None:
     lines = {}
     for name, (rewards, divergences) in points.items():
         mean, kl = statistics.fmean(rewards), statistics.fmean(divergences)
-        print(f"{name:14} reward {mean:.2f} +- {interval(rewards):.2f}   KL {kl:5.1f} nats")
-        lines.setdefault(name.split(",")[0].split(" ")[0], []).append((kl, mean))
+        print(f"{name:15} reward {mean:.2f} +- {interval(rewards):.2f}   KL {kl:5.1f} nats")
+        lines.setdefault(name.split(",")[0], []).append((kl, mean))
     start = lines.pop("SFT")
     lines = {name: start + line for name, line in lines.items()}
     train.draw(lines, start, path, "cheerful words in an answer", "reward",
