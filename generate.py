@@ -2551,7 +2551,9 @@ class EvalSettings:
 def measure(scorer: Scorer, name: str, asked: list[tuple[int, Item]], settings: EvalSettings,
             done: dict[tuple, dict]) -> Iterator[list[dict]]:
     """A row for each item, in order, some at a time; those in `done` are not computed again."""
-    task, size = TASKS[name], max(1, 64 // settings.samples)
+    task, size = TASKS[name], 64
+    if asked and not asked[0][1].choices:  # texts take longer
+        size = max(1, 16 // settings.samples)
     for _, same in itertools.groupby(asked, key=lambda pair: pair[1].before):
         while part := list(itertools.islice(same, size)):
             new = [pair for pair in part if (name, pair[1].group, pair[0]) not in done]
@@ -2603,10 +2605,10 @@ def summary(name: str, rows: list[dict]) -> dict:
     return {"task": name, "n": len(values), "score": score, "low": low, "high": high, "by": by}
 
 
-def show_summary(row: dict, shots: int) -> None:
-    """The table of a benchmark, in percent, with the papers' figures beside it."""
+def show_summary(row: dict, column: int | str) -> None:
+    """The table of a benchmark, in percent, with a column of LLaMA's figures beside it."""
     papers = TASKS[row["task"]].papers
-    lines = [(row["task"], row["score"], papers.get(shots))]
+    lines = [(row["task"], row["score"], papers.get(column))]
     lines += [(f"  {part}", score, papers.get(part)) for part, score in row["by"].items()]
     for number, (name, score, figures) in enumerate(lines):
         line = f"{name[:30]:30} {100 * score:6.1f}"
@@ -2755,7 +2757,8 @@ def run_benchmarks(args, scorer: Scorer, kept: "Rows") -> None:
             if args.json:
                 print(json.dumps(total), flush=True)
             else:
-                show_summary(total, shots)
+                voted = args.samples > 1 and "vote" in TASKS[name].papers
+                show_summary(total, "vote" if voted else shots)
         if stopped:
             raise KeyboardInterrupt
     if scorer.n_cut:

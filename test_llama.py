@@ -2986,6 +2986,37 @@ class TestTrainSentencePiece:
         assert model[0] == tokenizer.train_sentencepiece(texts[::4], 300).data != model[1]
 
 
+class TestExtend:
+    @NEEDED
+    def test_chinese_llama(self, tmp_path, capsys):
+        """Llama 2's pieces and chinese_sp.model's, encoded as the merged model of
+        Chinese-LLaMA-Alpaca's own script."""
+        wanted = json.loads((SHARED / "oracle/chinese_merge.json").read_text())
+        data, out = SHARED / "data", str(tmp_path / "merged.model")
+        tokenizer.main(["extend", str(data / "tokenizers/llama2"),
+                        str(data / "vocab/chinese_sp.model"), out])
+        assert "49953" in capsys.readouterr().out
+        merged = tokenizer.load_tokenizer(out)
+        added = merged.names[wanted["n_llama"]:]
+        assert merged.vocab_size == wanted["n_merged"] == wanted["n_llama"] + len(added)
+        assert added[:20] == wanted["first_added"] and added[-5:] == wanted["last_added"]
+        for row in wanted["rows"]:
+            assert merged.encode(row["text"]) == row["merged"]
+            assert merged.decode(row["merged"]) == row["text"]
+
+    def test_small(self, words, tmp_path):
+        other = tokenizer.train_sentencepiece(["wife husband children " * 50], 300)
+        other.save(tmp_path / "other.model")
+        merged = tokenizer.extend(words, tmp_path / "other.model")
+        assert merged.names[:400] == words.names
+        assert merged.names[400:] == [name for name in other.names if name not in words.names]
+        text = "husband of children"
+        assert merged.decode(merged.encode(text)) == text
+        assert len(merged.encode(text)) < len(words.encode(text))
+        with pytest.raises(ValueError, match="only a SentencePiece model"):
+            tokenizer.extend(tokenizer.Tokenizer, tmp_path / "other.model")
+
+
 class TestSplitPattern:
     def test_equals_the_regex_module(self):
         import regex

@@ -371,6 +371,25 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, size: int = 0) ->
     return SentencePiece(model.getvalue())
 
 
+def extend(base: Tokenizer, other: str | Path) -> SentencePiece:
+    """Chinese-LLaMA's vocabulary: behind the base's pieces those of another .model, of any kind,
+    that the base has not, in their order. Their score, 0, is above the base's, so that they join
+    first."""
+    import sentencepiece
+    if not isinstance(base, SentencePiece):
+        raise ValueError("only a SentencePiece model can be extended; try LLaMA's or Llama 2's")
+    with one_line_errors(other):
+        theirs = sentencepiece.SentencePieceProcessor(model_proto=Path(other).read_bytes())
+    known, model = set(base.names), [base.file]
+    for i in range(theirs.vocab_size()):
+        name = theirs.id_to_piece(i)
+        marks = theirs.is_control(i) or theirs.is_unknown(i) or theirs.is_byte(i)
+        if name not in known and not marks:
+            piece = protobuf_field(1, name.encode()) + b"\x15" + struct.pack("<f", 0.0)
+            model.append(protobuf_field(1, piece + protobuf_field(3, NORMAL)))
+    return SentencePiece(b"".join(model))
+
+
 # ---------------------------------------------------------------------------------------------
 # Byte-level BPE (Sennrich et al., 2016; over bytes as in GPT-2)
 
@@ -1193,6 +1212,7 @@ def parser() -> Parser:
     for name, what in (("train", "Learn a BPE; more text makes better pieces."),
                        ("encode", "Text to ids; - reads a long text from stdin."),
                        ("decode", "Ids to text; - reads the ids from stdin."),
+                       ("extend", "Add the pieces of a SentencePiece model to LLaMA's."),
                        ("info", "What a file holds; look here before you train.")):
         add[name] = commands.add_parser(name, description=what).add_argument
     add["train"]("--data", nargs="+", metavar="PATH", help="default: Python's own library")
@@ -1208,21 +1228,28 @@ def parser() -> Parser:
     add["decode"]("--tokenizer", required=True, metavar="FILE")
     add["decode"]("text", metavar="ID", nargs="+")
     add["info"]("tokenizer", metavar="FILE")
+    add["extend"]("base", metavar="BASE")
+    add["extend"]("other", metavar="OTHER", help="a .model")
+    add["extend"]("out", metavar="OUT", help="the .model to write")
+    add["extend"]("--force", action="store_true", help="overwrite OUT")
     return p
 
 
 def main(arguments: list[str]) -> None:
     args = parser().parse_args(arguments)
-    if args.command == "train":
+    if args.command in ("train", "extend"):
         if os.path.exists(args.out) and not args.force:
             raise ValueError(f"{args.out} exists; try --force or another --out")
+        args.tokenizer = args.out
+    if args.command == "extend":
+        extend(load_tokenizer(args.base), args.other).save(args.out)
+    elif args.command == "train":
         reader = functools.partial(documents, args.data) if args.data else standard_library
         found = survey(reader)
         texts = training_text(reader, found.chosen)
         train_sentencepiece(texts, args.vocab_size, found.size).save(args.out)
-        args.tokenizer = args.out
     tokenizer = load_tokenizer(args.tokenizer)
-    if args.command in ("train", "info"):
+    if args.command in ("train", "extend", "info"):
         return info(tokenizer)
     text = args.text if args.command == "encode" else " ".join(args.text)
     if text == "-":
